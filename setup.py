@@ -1,0 +1,39 @@
+"""Builds `worldenv._C`; everything else is declared in pyproject.toml.
+
+C++ is always compiled. CUDA sources are added when torch itself is a CUDA build and found a toolkit: torch leaves
+CUDA_HOME at None under a CPU build, even where nvcc exists. Nothing is downloaded and no hardware is probed: the CPU
+kernels choose their instruction set at run time, so no -march flag may be added here.
+"""
+
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+ROOT = Path(__file__).parent
+WITH_CUDA = CUDA_HOME is not None and torch.version.cuda is not None
+
+
+def sources(*patterns: str) -> list[str]:
+    """Paths relative to setup.py, in a stable order."""
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
+cxx = ["-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+nvcc = ["-O3", "-lineinfo", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
+if WITH_CUDA:
+    files += sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
+    cxx.append("-DWORLDENV_CUDA")
+    nvcc.append("-DWORLDENV_CUDA")
+
+extension = (CUDAExtension if WITH_CUDA else CppExtension)(
+    name="worldenv._C",
+    sources=files,
+    include_dirs=[str(ROOT / "csrc")],
+    depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+    extra_compile_args={"cxx": cxx, "nvcc": nvcc} if WITH_CUDA else {"cxx": cxx},
+)
+
+setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
