@@ -1,0 +1,337 @@
+"""Finds LIBERO's asset files, points LIBERO at them and picks a GL backend; nothing here simulates.
+
+Liberties: LIBERO (hf-libero 0.1.4) ignores the `assets` key of its own config, asks a question when
+first imported and downloads assets when it finds none. We write its config ourselves, into our cache
+folder, and set its module-level asset path, so none of that can happen.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from worldenv.envs.primitive_assets import PRIMITIVE_SUITES, STAMP_FILE, pack_version, write_pack
+from worldenv.runtime.errors import UserError, nearest
+
+ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
+CACHE_VARIABLE = "WORLDENV_CACHE"
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
+LIBERO_INSTALL = (
+    'pip install "mujoco<3.9" robosuite==1.4.0 bddl==1.0.1 gymnasium easydict cloudpickle '
+    "matplotlib pyyaml h5py tqdm termcolor future\n"
+    "  pip install --no-deps hf-libero==0.1.4"
+)
+GL_INSTALL = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6"
+
+# Where a category's XML may lie, and which scene each kind of problem loads.
+_OBJECT_PATHS = (
+    "stable_scanned_objects/{0}/{0}.xml",
+    "stable_hope_objects/{0}/{0}.xml",
+    "turbosquid_objects/{0}/{0}.xml",
+    "articulated_objects/{0}.xml",
+)
+_SCENES = {  # problem name: scene, and the floor and wall textures LIBERO puts into it
+    "libero_tabletop_manipulation": (
+        "libero_tabletop_base_style.xml", "light-gray-floor-tile.png", "light-gray-plaster.png"),
+    "libero_floor_manipulation": (
+        "libero_floor_base_style.xml", "light-gray-floor-tile.png", "light-gray-plaster.png"),
+    "libero_kitchen_tabletop_manipulation": (
+        "libero_kitchen_tabletop_base_style.xml",
+        "gray_ceramic_tile.png", "yellow_linen_wall_texture.png"),
+    "libero_living_room_tabletop_manipulation": (
+        "libero_living_room_tabletop_base_style.xml",
+        "seamless_wood_planks_floor.png", "light-gray-plaster.png"),
+    "libero_study_tabletop_manipulation": (
+        "libero_study_base_style.xml", "light-gray-floor-tile.png", "light-gray-plaster.png"),
+}  # fmt: skip
+# Fixtures that are part of the scene, not files of their own.
+_SCENE_FIXTURES = {
+    "table", "floor", "kitchen_table", "living_room_table", "study_table", "coffee_table",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AssetSource:
+    """A folder LIBERO can load a suite from, and whose geometry it holds."""
+
+    path: Path
+    kind: Literal["official", "primitive"]
+
+
+def default_cache_dir() -> Path:
+    """The folder for what we write outside run folders: $WORLDENV_CACHE, else the user's cache."""
+    if os.environ.get(CACHE_VARIABLE):
+        return Path(os.environ[CACHE_VARIABLE]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "worldenv"
+
+
+def libero_root() -> Path:
+    """The installed `libero/libero` folder, found without importing it. UserError if absent."""
+    spec = importlib.util.find_spec("libero")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "libero" / "bddl_files").is_dir():
+            return Path(place) / "libero"
+    raise UserError(
+        "The LIBERO benchmark is not installed (expected the package hf-libero, found "
+        f"{'another package named libero' if spec else 'none'}). Install it with\n  {LIBERO_INSTALL}"
+    )
+
+
+def resolve_assets(
+    explicit: Path | None, suite: str, cache_dir: Path | None = None
+) -> AssetSource:
+    """Chooses the asset folder for `suite`: explicit, else $WORLDENV_LIBERO_ASSETS, else our pack.
+
+    The primitive pack serves libero_spatial only; it is written into `cache_dir` (default: the
+    user's cache) once per version. Raises UserError for an unknown suite, a folder that lacks files
+    the suite loads, or a suite that needs official assets when none were named.
+    """
+    if suite not in SUITES:
+        raise UserError(
+            f"Unknown LIBERO suite {suite!r}: expected one of {', '.join(SUITES)}; "
+            f"nearest: {nearest(suite, SUITES)}."
+        )
+    named = os.environ.get(ASSETS_VARIABLE)
+    if explicit is not None or named:
+        origin = "the assets folder given" if explicit is not None else f"${ASSETS_VARIABLE}"
+        path = Path(explicit if explicit is not None else named).expanduser().resolve()
+        check_assets(path, suite, origin)
+        return AssetSource(path, "primitive" if is_primitive(path) else "official")
+    if suite not in PRIMITIVE_SUITES:
+        raise UserError(
+            f"{suite} needs LIBERO's official asset files; without them only "
+            f"{', '.join(PRIMITIVE_SUITES)} runs (on our primitive pack). Set {ASSETS_VARIABLE} to "
+            "the folder that holds articulated_objects/, scenes/, stable_hope_objects/, "
+            "stable_scanned_objects/, turbosquid_objects/ and textures/."
+        )
+    return AssetSource(_cached_pack(cache_dir or default_cache_dir()), "primitive")
+
+
+def is_primitive(path: Path) -> bool:
+    """True if `path` is a pack of ours (it carries our stamp)."""
+    return (Path(path) / STAMP_FILE).is_file()
+
+
+def check_assets(path: Path, suite: str, origin: str = "the assets folder") -> None:
+    """Raises UserError naming the first files of `suite` that `path` lacks."""
+    if not path.is_dir():
+        raise UserError(
+            f"{origin} is {path}, which is not a folder. Expected LIBERO's assets folder, the one "
+            "that holds scenes/ and articulated_objects/."
+        )
+    missing = missing_files(path, suite)
+    if missing:
+        shown = "\n  ".join(missing[:5])
+        more = f"\n  ... and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"{origin} ({path}) lacks files that {suite} loads:\n  {shown}{more}\n"
+            "Expected LIBERO's assets folder, the one that holds scenes/ and articulated_objects/. "
+            f"Name the right folder, or name none and unset {ASSETS_VARIABLE} to use the primitive "
+            f"pack (suites: {', '.join(PRIMITIVE_SUITES)})."
+        )
+
+
+def missing_files(path: Path, suite: str) -> list[str]:
+    """The files below `path` that the tasks of `suite` load and that do not exist, sorted."""
+    categories, problems = _suite_contents(suite)
+    missing: set[str] = set()
+    for problem in problems:
+        scene, floor, wall = _SCENES[problem]
+        _check_xml(path, f"scenes/{scene}", missing, replaced=("texplane", "tex-wall"))
+        for texture in (floor, wall):
+            if not (path / "textures" / texture).is_file():
+                missing.add(f"textures/{texture}")
+    for category in categories - _SCENE_FIXTURES:
+        candidates = [pattern.format(category) for pattern in _OBJECT_PATHS]
+        found = [name for name in candidates if (path / name).is_file()]
+        if found:
+            _check_xml(path, found[0], missing)
+        else:
+            missing.add(f"{category}.xml (as {' or '.join(candidates)})")
+    return sorted(missing)
+
+
+def _suite_contents(suite: str) -> tuple[set[str], set[str]]:
+    """Object and fixture categories, and problem names, in the suite's BDDL files."""
+    categories: set[str] = set()
+    problems: set[str] = set()
+    for file in sorted((libero_root() / "bddl_files" / suite).glob("*.bddl")):
+        text = file.read_text(encoding="utf-8")
+        problems |= {name.lower() for name in re.findall(r"\(problem\s+(\w+)\)", text)}
+        for section in re.findall(r"\(:(?:objects|fixtures)(.*?)\)", text, re.DOTALL):
+            categories |= set(re.findall(r"-\s+(\w+)", section))
+    return categories, problems
+
+
+def _check_xml(
+    path: Path, name: str, missing: set[str], replaced: tuple[str, ...] = ()
+) -> None:
+    """Adds `name`, or the files it refers to, to `missing` where they do not exist.
+
+    Of assets that share a name robosuite keeps the first; those in `replaced` get another file.
+    """
+    file = path / name
+    if not file.is_file():
+        missing.add(name)
+        return
+    try:
+        root = ElementTree.parse(file).getroot()
+    except ElementTree.ParseError as error:
+        raise UserError(f"{file} is not readable as XML ({error}). Restore it.") from error
+    seen = {("texture", texture) for texture in replaced}
+    for element in root.iter():
+        target, key = element.get("file"), (element.tag, element.get("name"))
+        if target and key not in seen and not (file.parent / target).is_file():
+            missing.add(os.path.relpath(file.parent / target, path))
+        seen.add(key)
+
+
+def _cached_pack(cache_dir: Path) -> Path:
+    """The current primitive pack below `cache_dir`, written first if it is not there.
+
+    Written beside its place and renamed, so a reader never sees half a pack, and of two processes
+    that write at once the second finds the first's.
+    """
+    version = pack_version()
+    target = cache_dir / f"primitive-{version}"
+    if is_primitive(target) and (target / STAMP_FILE).read_text(encoding="utf-8") == version:
+        return target
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".primitive-", dir=cache_dir))
+        try:
+            write_pack(scratch)
+            scratch.chmod(0o755)
+            if target.exists() and not is_primitive(target):
+                shutil.rmtree(target)
+            try:
+                scratch.rename(target)
+            except OSError:
+                if not is_primitive(target):  # anything but "another process was first"
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"Could not write the primitive asset pack into {cache_dir}: {error}. Free some space, "
+            f"or set {CACHE_VARIABLE} to a folder you may write to."
+        ) from error
+    return target
+
+
+def configure_libero(path: Path) -> None:
+    """Points LIBERO at the assets in `path`, for this process. Idempotent.
+
+    Picks a GL backend (before mujoco is imported), writes LIBERO's config.yaml into our cache
+    folder, sets LIBERO_CONFIG_PATH and imports `libero.libero` with its asset path set.
+    """
+    root = libero_root()
+    path = Path(path).expanduser().resolve()
+    if not path.is_dir():
+        raise UserError(f"The assets folder {path} does not exist. Name an existing folder.")
+    choose_gl()
+    config = _write_config(root, path)
+    os.environ["LIBERO_CONFIG_PATH"] = str(config.parent)
+    try:
+        import libero.libero as libero  # here, not above: importing it reads the config just written
+    except ImportError as error:
+        raise UserError(
+            f"LIBERO is installed but does not import ({error}). Install what it needs with\n"
+            f"  {LIBERO_INSTALL}"
+        ) from error
+    libero.libero_config_path = str(config.parent)
+    libero.config_file = str(config)
+    libero._assets_path_cache = str(path)
+
+
+def _write_config(root: Path, assets: Path) -> Path:
+    """Writes LIBERO's config.yaml for these folders (once) and returns its path."""
+    values = {
+        "benchmark_root": root,
+        "bddl_files": root / "bddl_files",
+        "init_states": root / "init_files",
+        "datasets": root.parent / "datasets",
+        "assets": assets,
+    }
+    text = "".join(f"{key}: '{str(value).replace(chr(39), chr(39) * 2)}'\n"
+                   for key, value in values.items())  # fmt: skip
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder = default_cache_dir() / f"libero-config-{digest}"
+    target = folder / "config.yaml"
+    if target.is_file() and target.read_text(encoding="utf-8") == text:
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".config-", dir=folder)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(scratch, target)
+    except OSError as error:
+        raise UserError(
+            f"Could not write LIBERO's config into {folder}: {error}. Free some space, or set "
+            f"{CACHE_VARIABLE} to a folder you may write to."
+        ) from error
+    return target
+
+
+def choose_gl() -> str:
+    """Sets MUJOCO_GL (and PYOPENGL_PLATFORM) if unset: EGL if a device answers, else OSMesa.
+
+    A backend the user set is respected but must be loadable. UserError if none can be used.
+    """
+    usable = {"egl": egl_devices, "osmesa": osmesa_loads}
+    wanted = os.environ.get("MUJOCO_GL", "").lower()
+    if wanted and wanted not in usable:
+        return wanted  # glfw and the like: a display the user has set up
+    for name in [wanted] if wanted else ["egl", "osmesa"]:
+        if usable[name]():
+            if not wanted and "robosuite" in sys.modules:
+                raise UserError(
+                    "robosuite was imported before a GL backend was chosen. Import worldenv first, "
+                    f"or set MUJOCO_GL={name} in the environment."
+                )
+            os.environ["MUJOCO_GL"] = name
+            os.environ.setdefault("PYOPENGL_PLATFORM", name)
+            return name
+    raise UserError(
+        "No GL library can be used for rendering: expected "
+        + (f"a working {wanted} (MUJOCO_GL={wanted})" if wanted else "EGL or OSMesa")
+        + f", found none. Install one with\n  {GL_INSTALL}"
+    )
+
+
+def egl_devices() -> int:
+    """How many EGL devices this machine offers; 0 if libEGL is absent."""
+    try:
+        library = ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        return 0
+    library.eglGetProcAddress.restype = ctypes.c_void_p
+    library.eglGetProcAddress.argtypes = [ctypes.c_char_p]
+    address = library.eglGetProcAddress(b"eglQueryDevicesEXT")
+    if not address:
+        return 0
+    query = ctypes.CFUNCTYPE(
+        ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
+    )(address)
+    count = ctypes.c_int(0)
+    return count.value if query(0, None, ctypes.byref(count)) else 0
+
+
+def osmesa_loads() -> bool:
+    """True if an OSMesa library can be loaded."""
+    for name in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return False
