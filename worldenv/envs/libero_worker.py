@@ -1,0 +1,247 @@
+"""Real LIBERO inside one process: `LiberoSimulator`, one robosuite environment that is cheap to step.
+
+The policy looks once per action chunk, so nothing is rendered or observed until asked for. Resets are
+soft (the model is compiled once); what a soft reset of robosuite leaves behind is put back by hand,
+so that the same `Start` and actions give the same bits whatever ran before.
+
+Liberties against LIBERO's own wrapper:
+- observations show the present state; robosuite's lag up to one control step, for it samples its
+  sensors in the first substep;
+- reflections are not drawn (half the rendering time; pixels change by 0.9/255 on average);
+- fresh placements put objects relative to fixtures as a hard reset does. robosuite's soft reset adds
+  the previous episode's fixture pose to them, which throws objects off the table.
+"""
+
+import atexit
+import logging
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worldenv.data.episode import area_resize, continuous_axis_angle
+from worldenv.data.libero_tasks import SUITES, instruction_of
+from worldenv.envs.assets import configure_libero, libero_root
+from worldenv.envs.start import Start
+from worldenv.runtime.errors import UserError, unknown
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+ACTION_DIMS = 7
+PROPRIO_DIMS = 8
+SETTLING_STEPS = 10
+SETTLING_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
+
+
+class LiberoSimulator:
+    """One task of a LIBERO suite in this process. Built at the first use, not at construction.
+
+    The GL context belongs to the thread that builds it: use one simulator from one thread.
+    """
+
+    def __init__(
+        self, suite: str, task: int, *, assets: Path, image_size: int = 64, render_size: int = 128
+    ) -> None:
+        """`assets` is a resolved folder (`assets.resolve_assets(...).path`).
+
+        Images are rendered at `render_size` pixels and averaged to `image_size`, which divides it.
+        Raises UserError for an unknown suite or task and for sizes that do not divide.
+        """
+        if suite not in SUITES:
+            raise unknown("LIBERO suite", suite, SUITES)
+        if not 0 <= task < len(SUITES[suite]):
+            raise UserError(
+                f"{suite} has tasks 0 to {len(SUITES[suite]) - 1}, got task {task}. Name one of these."
+            )
+        if image_size < 1 or render_size % image_size:
+            raise UserError(
+                f"image_size must divide render_size {render_size}, got {image_size}. "
+                f"Use a divisor such as {render_size // 2}."
+            )
+        self.suite, self.task = suite, task
+        self.instruction = instruction_of(SUITES[suite][task])
+        self.image_size, self.render_size = image_size, render_size
+        self._assets = Path(assets)
+        self._env: Any = None
+
+    @property
+    def env(self) -> Any:
+        """The raw LIBERO environment (what LIBERO's own wrapper calls `.env`): objects, ids, model."""
+        if self._env is None:
+            self._build()
+        return self._env
+
+    @property
+    def sim(self) -> Any:
+        """robosuite's `MjSim`: `.model`, `.data`."""
+        return self.env.sim
+
+    @property
+    def goal_state(self) -> list[list[str]]:
+        """The goal as predicates, such as `[["on", "akita_black_bowl_1", "plate_1"]]`."""
+        return self.env.parsed_problem["goal_state"]
+
+    def reset(self, start: Start) -> None:
+        """Begins the episode `start`: fixture poses from its seed, init state or sampled placement.
+
+        Then lets the scene settle for 10 steps. Raises UserError for another task's start or an init
+        state that does not exist.
+        """
+        if start.task != self.task:
+            raise UserError(f"This simulator holds task {self.task}, got a start of task {start.task}.")
+        env = self.env
+        states = self._init_states
+        if start.index is not None and not 0 <= start.index < len(states):
+            raise UserError(
+                f"{self.suite} task {self.task} has init states 0 to {len(states) - 1}, "
+                f"got {start.index}. Use one of these, or None for a sampled placement."
+            )
+        self._reset_scene(start.seed)
+        if start.index is not None:
+            env.sim.set_state_from_flattened(states[start.index])
+        env.sim.forward()
+        env._check_success()  # LIBERO reads switches (the stove's) here, which decides what is drawn
+        env._post_process()
+        for _ in range(SETTLING_STEPS):
+            self.step(SETTLING_ACTION)
+
+    def step(self, action: np.ndarray) -> bool:
+        """One control step (50 ms) of `action` [7], clipped to [-1, 1]; True if the goal holds now."""
+        self._step(np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0))
+        success = bool(self._env._check_success())
+        self._env._post_process()
+        return success
+
+    def proprio(self) -> np.ndarray:
+        """[8] float32: end-effector position (m), axis-angle (rad, continuous), gripper qpos (m)."""
+        self._step.refresh()
+        robot, data = self._env.robots[0], self._env.sim.data
+        w, *xyz = data.get_body_xquat(robot.robot_model.eef_name)
+        angle = 2.0 * np.arccos(np.clip(w, -1.0, 1.0))
+        axis = np.array(xyz) / max(np.linalg.norm(xyz), 1e-12)
+        return np.concatenate(
+            [
+                data.site_xpos[robot.eef_site_id],
+                continuous_axis_angle(axis * angle),
+                data.qpos[robot._ref_gripper_joint_pos_indexes],
+            ]
+        ).astype(np.float32)
+
+    def observe(self) -> dict[str, np.ndarray]:
+        """Renders now: image [V, H, W, 3] uint8 upright, proprio [8] float32."""
+        proprio = self.proprio()
+        size = self.render_size
+        self._context.gl_ctx.make_current()
+        # LIBERO's cameras look at the table upside down: half a turn makes the image upright.
+        views = [
+            self._env.sim.render(camera_name=name, width=size, height=size)[::-1, ::-1]
+            for name in CAMERAS
+        ]
+        return {"image": area_resize(np.stack(views), self.image_size), "proprio": proprio}
+
+    def state(self) -> np.ndarray:
+        """Everything the physics goes on from (time, qpos, qvel, warm start, controls), float64."""
+        import mujoco
+
+        model, data = self.sim.model._model, self.sim.data._data
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(model, kind))
+        mujoco.mj_getState(model, data, state, kind)
+        return state
+
+    def close(self) -> None:
+        """Frees the simulator and its GL context. Safe to call twice; a later use builds it again."""
+        env, self._env = self._env, None
+        if env is not None:
+            self._context = self._step = None
+            env.close()
+
+    def _build(self) -> None:
+        """Imports LIBERO and compiles the task's scene; seconds, and about a gigabyte."""
+        configure_libero(self._assets)
+        _quiet_robosuite()
+        import mujoco
+        import robosuite
+        from libero.libero.envs import TASK_MAPPING
+        from libero.libero.envs.bddl_utils import get_problem_info
+
+        from worldenv.envs.libero_step import ControlStep
+
+        name = SUITES[self.suite][self.task]
+        file = libero_root() / "bddl_files" / self.suite / f"{name}.bddl"
+        self._init_states = _load_init_states(self.suite, name)
+        np.random.seed(0)  # noqa: NPY002 - robosuite draws from the global generator
+        env = _pristine(TASK_MAPPING[get_problem_info(str(file))["problem_name"]])(
+            str(file),
+            robots=["Panda"],
+            controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
+            gripper_types="default",
+            initialization_noise=None,
+            use_camera_obs=False,
+            has_renderer=False,
+            has_offscreen_renderer=True,
+            control_freq=20,
+            hard_reset=False,
+            camera_names=list(CAMERAS),
+        )
+        env._observables = {}  # each would be evaluated in every one of the 25 substeps
+        self._env, self._step = env, ControlStep(env)
+        self._context = env.sim._render_context_offscreen
+        self._context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        # Freed before EGL's own exit handler, which was registered earlier: later would only print noise.
+        alive = weakref.ref(self)
+        atexit.register(lambda: alive() and alive().close())
+
+    def _reset_scene(self, seed: int) -> None:
+        """robosuite's soft reset from a known state: fixture poses depend on `seed` alone."""
+        from robosuite.utils.errors import RandomizationError
+
+        env = self._env
+        model = env.sim.model
+        np.random.seed(seed % 2**32)  # noqa: NPY002 - robosuite draws from the global generator
+        while True:
+            model.body_pos[:], model.body_quat[:], model.site_rgba[:] = env.pristine
+            try:
+                env.reset()
+            except RandomizationError:  # no room for an object: LIBERO draws again
+                continue
+            break
+        self._step.begin_episode()
+
+
+def _pristine(problem: type) -> type:
+    """`problem` with an attribute `pristine`: the model fields a reset changes, as compiled."""
+
+    def initialize(self: Any, xml_string: str | None = None) -> None:
+        problem._initialize_sim(self, xml_string)
+        model = self.sim.model
+        self.pristine = (model.body_pos.copy(), model.body_quat.copy(), model.site_rgba.copy())
+
+    # LIBERO compares the class's name with the problem's, so it is kept.
+    return type(problem)(problem.__name__, (problem,), {"_initialize_sim": initialize})
+
+
+def _load_init_states(suite: str, name: str) -> np.ndarray:
+    """The benchmark's init states [50, 1 + nq + nv], read without running pickled code."""
+    import torch
+
+    path = libero_root() / "init_files" / suite / f"{name}.pruned_init"
+    rebuild = np.zeros(0).__reduce__()[0]
+    allowed = [
+        (rebuild, "numpy.core.multiarray._reconstruct"),
+        np.ndarray,
+        np.dtype,
+        np.dtypes.Float64DType,
+    ]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            return np.asarray(torch.load(path, weights_only=True))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"LIBERO's init states are missing: expected {path}. Reinstall hf-libero==0.1.4."
+        ) from error
+
+
+def _quiet_robosuite() -> None:
+    """Silences robosuite's advice about a private macro file, printed when it is imported."""
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
