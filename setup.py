@@ -1,8 +1,9 @@
 """Builds `worldenv._C`; everything else is declared in pyproject.toml.
 
-C++ is always compiled. CUDA sources are added when torch itself is a CUDA build and found a toolkit: torch leaves
-CUDA_HOME at None under a CPU build, even where nvcc exists. Nothing is downloaded and no hardware is probed: the CPU
-kernels choose their instruction set at run time, so no -march flag may be added here.
+C++ is always compiled. CUDA sources are added when torch itself is a CUDA build and found a
+toolkit: torch leaves CUDA_HOME at None under a CPU build, even where nvcc exists. Nothing is
+downloaded and no hardware is probed: the CPU kernels choose their instruction set at run time, so
+no -march flag may be added here.
 """
 
 from pathlib import Path

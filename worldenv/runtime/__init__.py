@@ -1,1 +1,1 @@
-"""What every floor of the house stands on: errors, seeds, devices, checkpoints, logs and progress bars."""
+"""What everything else stands on: errors, seeds, devices, checkpoints, logs and progress bars."""

@@ -1,7 +1,8 @@
 """Errors a user can mend, and the nearest name to a mistyped one.
 
-A `UserError` reads on its own: what failed, what was expected, what was found and how to mend it. The command line
-prints its text without a traceback; any other exception is a defect of ours and keeps its traceback.
+A `UserError` reads on its own: what failed, what was expected, what was found and how to mend it.
+The command line prints its text without a traceback; any other exception is a defect of ours and
+keeps its traceback.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Every random draw names what it is for, so that a resumed run draws what an uninterrupted one would.
+"""Every random draw names what it is for, so a resumed run draws what an uninterrupted one would.
 
-`derive` and `generator` hash keys such as (seed, "sft", step) into a seed: no generator's state is ever saved.
-`counter_uniform` and `counter_normal` are stateless functions of (seed, step, position), evaluated on the seeds' own
-device for a whole batch at once: an environment sees the same noise whichever others share its batch.
+`derive` and `generator` hash keys such as (seed, "sft", step) into a seed: no generator's state is
+ever saved. `counter_uniform` and `counter_normal` are stateless functions of (seed, step,
+position), evaluated on the seeds' own device for a whole batch at once: an environment sees the
+same noise whichever others share its batch.
 
-Liberties: the counter hash is a 32-bit mixer under a 64-bit key (two multiply-xorshift rounds with the key's halves
-added in between), not Philox: it passes the statistics in tests/runtime/test_seeds.py and costs a third. It is not for
-cryptography. Values agree bit for bit on one device; across devices `log` and `cos` may differ in the last place.
+Liberties: the counter hash is a 32-bit mixer under a 64-bit key (two multiply-xorshift rounds with
+the key's halves added in between), not Philox: it has to pass the
+statistics in tests/runtime/test_seeds.py. It is not for cryptography. Values agree bit for bit on
+one device; across devices `log` and `cos` may differ in the last place.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ _BLOCK = 1 << 17  # elements per block on a CPU: 512 KB of int32, so that the pa
 def derive(*keys: Key) -> int:
     """A seed in [0, 2**63) from `keys`, the same in every process and on every machine.
 
-    Use `derive(...) % 2**32` for libraries that take 32-bit seeds. Raises TypeError for keys other than int and str.
+    Use `derive(...) % 2**32` for libraries that take 32-bit seeds. Raises TypeError for keys other
+    than int and str.
     """
     digest = hashlib.blake2b(digest_size=8)
     for key in keys:
@@ -55,8 +58,8 @@ def numpy_generator(*keys: Key) -> np.random.Generator:
 def counter_uniform(seeds: Tensor, step: int | Tensor, shape: Sequence[int]) -> Tensor:
     """Uniform numbers in [0, 1), a function of (seed, step, position) alone.
 
-    seeds: [B] int64, any values; step: int, or int64 broadcastable to [B]; shape: of one environment's draw.
-    Returns [B, *shape] float32 on the seeds' device, multiples of 2**-24.
+    seeds: [B] int64, any values; step: int, or int64 broadcastable to [B]; shape: of one
+    environment's draw. Returns [B, *shape] float32 on the seeds' device, multiples of 2**-24.
     """
     high, low = _keys(seeds, step)
     size = math.prod(shape)
@@ -70,9 +73,9 @@ def counter_uniform(seeds: Tensor, step: int | Tensor, shape: Sequence[int]) -> 
 def counter_normal(seeds: Tensor, step: int | Tensor, shape: Sequence[int]) -> Tensor:
     """Standard normal numbers, a function of (seed, step, position) alone; |x| stays under 6.7.
 
-    seeds: [B] int64, any values; step: int, or int64 broadcastable to [B]; shape: of one environment's draw.
-    Returns [B, *shape] float32 on the seeds' device. The same (seed, step) gives numbers related to
-    `counter_uniform`'s: draw both kinds under different seeds.
+    seeds: [B] int64, any values; step: int, or int64 broadcastable to [B]; shape: of one
+    environment's draw. Returns [B, *shape] float32 on the seeds' device. The same (seed, step)
+    gives numbers related to `counter_uniform`'s: draw both kinds under different seeds.
     """
     high, low = _keys(seeds, step)
     size = math.prod(shape)
@@ -90,7 +93,7 @@ def counter_normal(seeds: Tensor, step: int | Tensor, shape: Sequence[int]) -> T
 
 
 def _keys(seeds: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Two int32 [B, 1] halves of a 64-bit key per environment, by splitmix64 over seed then step."""
+    """Two int32 [B, 1] halves of a 64-bit key per environment: splitmix64 over seed and step."""
     if seeds.dtype != torch.int64 or seeds.ndim != 1:
         raise ValueError(f"seeds must be int64 [B], got {seeds.dtype} {list(seeds.shape)}")
     if isinstance(step, Tensor) and step.dtype != torch.int64:
@@ -113,15 +116,16 @@ def _signed(x: int, bits: int = 64) -> int:
 
 
 def _wrap32(x: Tensor) -> Tensor:
-    """The low half of an int64 as a signed 32-bit value, so that the cast below is exact everywhere."""
+    """The low half of an int64 as a signed 32-bit value, which casts to int32 exactly."""
     return ((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
 def _hash(high: Tensor, low: Tensor, start: int, stop: int) -> Tensor:
     """32 random bits for each counter in [start, stop): [B, stop - start] int32.
 
-    The constants are lowbias32's (Chris Wellons, "Prospecting for hash functions"). Adding the key's other half
-    between the rounds makes streams with equal first halves differ, so the key space is 2**64.
+    The constants are lowbias32's (Chris Wellons, "Prospecting for hash functions"). Adding the
+    key's other half between the rounds makes streams with equal first halves differ, so the key
+    space is 2**64.
     """
     counter = torch.arange(start, stop, dtype=torch.int32, device=low.device)
     x = counter.mul_(_signed(0x9E3779B9, 32)) + low

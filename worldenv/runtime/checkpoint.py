@@ -1,0 +1,233 @@
+"""Checkpoints: one safetensors file with its JSON metadata in the header, replaced atomically.
+
+A reader sees the previous file or the new one, never a part: the new file is written beside it,
+flushed to the disk and renamed over it. Nothing is pickled. Optimizer state is flattened to tensors
+under parameter names, so a resumed run on a CPU repeats the uninterrupted one bit for bit (random
+draws come from `seeds`, which keep no state).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from worldenv.runtime.errors import UserError
+
+_HEADER_KEY = "worldenv"
+_STATE = "optimizer/state/"
+_GROUP = "optimizer/group/"
+
+
+def save(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write `tensors` and JSON-able `metadata` to `path`, atomically.
+
+    Tensors may live on any device and share memory; each is stored whole. Raises UserError when the
+    file cannot be written (disk full, no permission): what was at `path` before is still there.
+    """
+    path = Path(path)
+    header = {_HEADER_KEY: json.dumps(dict(metadata), allow_nan=False)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_unshared(tensors), temporary, metadata=header)
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(
+    path: Path | str, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and metadata that `save` wrote to `path`.
+
+    Raises UserError for a missing file, a truncated one, and one that `save` did not write.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"No checkpoint at {path}. Run the stage that writes it, or correct the path."
+        )
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = (file.metadata() or {}).get(_HEADER_KEY)
+            if metadata is None:
+                raise UserError(
+                    f"{path} is a safetensors file, but not one of worldenv's: its header lacks "
+                    f"{_HEADER_KEY!r}. Published weights are read by worldenv.models.pretrained."
+                )
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata)  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file: {error}. "
+            "Delete it and run the stage that writes it again."
+        ) from error
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.") from error
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under the names `prefix + name`."""
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def selected(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` whose name begins with `prefix`, without it."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
+    """Copy `tensors` into `module`, by name. Raises UserError naming the differences; nothing is
+    copied then.
+
+    source: where the tensors came from, for the message.
+    """
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in own]
+    wrong += [
+        f"{name}: expected {list(own[name].shape)}, got {list(tensors[name].shape)}"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    if wrong:
+        shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+        raise UserError(
+            f"{source} does not fit {type(module).__name__}: {shown}. "
+            "It was trained with another configuration: use the one saved beside it, or train anew."
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's state and its groups' numbers (lr, betas, ...) as tensors named by parameter.
+
+    Raises ValueError for a parameter that is not `module`'s, TypeError for state that is not a
+    tensor.
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    out: dict[str, Tensor] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in _numbers(group).items():
+            out[f"{_GROUP}{index}/{key}"] = torch.tensor(value, dtype=torch.float64)
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise ValueError(
+                    f"the optimizer's parameter {list(parameter.shape)} is not the module's"
+                )
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"optimizer state {key!r} is a {type(value).__name__}, expected a tensor"
+                    )
+                out[f"{_STATE}{names[id(parameter)]}/{key}"] = value
+    return out
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+) -> None:
+    """Restore what `optimizer_tensors` took. `tensors` may hold other names too; they are left
+    alone.
+
+    Raises UserError when the state is of parameters that `module` lacks.
+    """
+    parameters = dict(module.named_parameters())
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for name, tensor in selected(_STATE, tensors).items():
+        owner, key = name.rsplit("/", 1)
+        if owner not in parameters:
+            raise UserError(
+                f"The checkpoint's optimizer state is of {owner}, which the model lacks. "
+                "Train anew."
+            )
+        # Adam keeps its step count on the CPU; moments belong beside their parameter.
+        device = tensor.device if tensor.ndim == 0 else parameters[owner].device
+        state.setdefault(parameters[owner], {})[key] = tensor.detach().clone().to(device)
+    groups = selected(_GROUP, tensors)
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in _numbers(group).items():
+            name = f"{index}/{key}"
+            if name not in groups:
+                raise UserError(
+                    f"The checkpoint lacks the optimizer's {key!r} of group {index}. Train anew."
+                )
+            saved = groups[name].tolist()
+            group[key] = tuple(saved) if isinstance(value, tuple) else type(value)(saved)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that a training stage needs to go on: weights, as "model/<name>", and optimizer state."""
+    return prefixed("model/", module.state_dict()) | optimizer_tensors(optimizer, module)
+
+
+def load_training(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    source: Path | str,
+) -> None:
+    """Restore what `training_tensors` took; `source` is where it came from, for messages."""
+    load_module(module, selected("model/", tensors), source)
+    load_optimizer(optimizer, module, tensors)
+
+
+def write_error(path: Path | str, error: Exception) -> UserError:
+    """The UserError for a failed write to `path`: says how to mend a full disk."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
+        return UserError(
+            f"The disk that holds {path} is full. Nothing written before was lost: free some space "
+            "and start again; the run goes on from its last checkpoint."
+        )
+    return UserError(
+        f"Cannot write {path}: {error}. Check the folder's permissions, or choose another."
+    )
+
+
+def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's numeric settings (not flags, not None)."""
+    return {
+        key: value
+        for key, value in group.items()
+        if key != "params"
+        and not isinstance(value, bool)
+        and (isinstance(value, int | float) or (isinstance(value, tuple) and value))
+    }
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, no two in the same memory, as safetensors wants them."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        out[name] = value
+    return out
+
+
+def _flush(path: Path) -> None:
+    """Wait until the file or folder has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
