@@ -33,7 +33,7 @@ extension = (CUDAExtension if WITH_CUDA else CppExtension)(
     name="worldenv._C",
     sources=files,
     include_dirs=[str(ROOT / "csrc")],
-    depends=sources("csrc/**/*.h", "csrc/**/*.cuh"),
+    depends=sources("setup.py", "csrc/**/*.h", "csrc/**/*.cuh"),
     extra_compile_args={"cxx": cxx, "nvcc": nvcc} if WITH_CUDA else {"cxx": cxx},
 )
 

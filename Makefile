@@ -1,0 +1,125 @@
+# Every target builds what it needs: a bare clone, Python 3.11 or 3.12 and a C++ compiler suffice.
+#
+#   make train ARGS="--preset smoke"   the whole pipeline; ARGS goes to worldenv-train
+#   make test                          lint, build, tests and a smoke run of the pipeline
+#   make bench / bench-check           kernel timings against their rivals / fail when a ratio drops
+#
+# Settings: PYTHON=python3.12   TORCH="torch==2.13.0"   TORCH_INDEX=<index of PyTorch wheels>   VENV=.venv
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TORCH ?=
+TORCH_INDEX ?=
+EXTRAS ?= libero,models,dev
+CPU_TORCH := torch==2.13.0
+GPU_TORCH := torch>=2.11,<2.14
+BUILD_TOOLS := setuptools>=77 wheel ninja pybind11 numpy
+HF_LIBERO := hf-libero==0.1.4
+GL_PACKAGES := libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6
+
+# The first interpreter that runs and has a supported version (a pyenv shim may exist and not run).
+SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
+
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help train test bench bench-check lint install clean
+
+help:
+	@sed -n '3,7s/^# *//p' Makefile
+
+train: install
+	$(BIN)/worldenv-train $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(BIN)/worldenv-train --preset smoke --run-dir "$$folder/run"
+
+bench: install
+	$(BIN)/python -m bench $(ARGS)
+
+bench-check: install
+	$(BIN)/python -m bench --check $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build dist worldenv.egg-info worldenv/_C*.so .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# --- what every target needs, in four stamps: torch, packages, the compiled extension, a GL library ---
+
+install: $(VENV)/.gl $(VENV)/.built
+
+# torch comes first and alone: the extension compiles against it, and no later package may change it.
+$(VENV)/.torch:
+	@test -n "$(PYTHON)" || { echo "worldenv needs Python 3.11 or 3.12; none was found." \
+		"Install one, or name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c '$(SUPPORTED)' || { echo "$(PYTHON) is" \
+		"$$($(PYTHON) --version 2>&1): worldenv needs Python 3.11 or 3.12." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) lacks the venv" \
+		"module. On Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	@command -v g++ >/dev/null || command -v c++ >/dev/null || { echo "No C++ compiler was found." \
+		"On Debian or Ubuntu: sudo apt-get install g++" >&2; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig as s; \
+		sys.exit(not os.path.exists(os.path.join(s.get_path("include"), "Python.h")))' || { \
+		echo "Python.h of $(PYTHON) was not found. On Debian or Ubuntu: sudo apt-get install" \
+		"$$($(PYTHON) -c 'import sys; print("python%d.%d-dev" % sys.version_info[:2])')" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(install_torch)
+	@$(PIP) freeze | grep '^torch==' > $(VENV)/constraints.txt
+	$(PIP) install -q -c $(VENV)/constraints.txt $(foreach tool,$(BUILD_TOOLS),'$(tool)')
+	@touch $@
+
+# With an NVIDIA driver: the CUDA build. Without: on x86-64 Linux the plain name may stand for a CUDA
+# build of several GB, so the CPU build is asked for by its local version and the plain one only follows,
+# announced, where no configured index has it.
+define install_torch
+	@if [ -n '$(TORCH)' ]; then want='$(TORCH)'; \
+	elif command -v nvidia-smi >/dev/null; then want='$(GPU_TORCH)'; \
+	else want='$(CPU_TORCH)'; fi; \
+	index=$${TORCH_INDEX:-$(TORCH_INDEX)}; \
+	install() { echo "installing $$1"; $(PIP) install -q $${index:+--extra-index-url "$$index"} "$$1"; }; \
+	if [ -z '$(TORCH)' ] && [ "$$want" = '$(CPU_TORCH)' ] && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
+		install "$$want+cpu" || { echo "No configured package index has a CPU build of torch, so the" \
+			"default one is installed: several GB of CUDA libraries. To avoid them, interrupt and run" \
+			"make again with TORCH_INDEX=<the CPU index that pytorch.org/get-started names>." >&2; \
+			install "$$want"; }; \
+	else install "$$want"; fi
+endef
+
+# hf-libero without its dependencies: they reach an unpinned torchvision, and with it a CUDA torch.
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml
+	$(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	$(PIP) install -q --no-deps $(HF_LIBERO)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.packages setup.py $(NATIVE)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(VENV)/.gl: $(VENV)/.packages
+	@if ! $(BIN)/python -m worldenv.runtime.graphics; then \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			echo "installing $(GL_PACKAGES)"; \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y -qq --no-install-recommends $(GL_PACKAGES) >/dev/null; \
+		else \
+			echo "MuJoCo cannot render here. Install a GL library, then run make again:" >&2; \
+			echo "  sudo apt-get install -y $(GL_PACKAGES)" >&2; exit 1; \
+		fi; \
+		$(BIN)/python -m worldenv.runtime.graphics; \
+	fi
+	@touch $@
