@@ -1,7 +1,7 @@
 """One recorded episode in memory, and the checks every episode passes on its way in or out.
 
-Frames are upright, sparse frames are allowed (`frame_steps` says where they lie), and the observation
-after the last action belongs to the episode when it was recorded.
+Frames are upright, sparse frames are allowed (`frame_steps` says where they lie), and the
+observation after the last action belongs to the episode when it was recorded.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ class Episode:
     """A recorded episode of T actions seen at F moments.
 
     Shapes: actions [T, A=7] float32 (OSC_POSE delta, gripper -1 open / +1 close), dones [T] bool
-    (success holds after action t), frame_steps [F] int64 (frame f is the observation *before* action
-    `frame_steps[f]`; the value T is the observation after the last action), images [F, V, H, W, 3]
-    uint8 upright, proprio [F, P=8] float32 (eef position in m, axis-angle in rad, gripper qpos in m).
-    `start` is the benchmark's init state, None for a freshly sampled placement. `extras` holds further
-    low-dimensional observations [F, ...] under LIBERO's names, such as `joint_states` [F, 7].
+    (success holds after action t), frame_steps [F] int64 (frame f is the observation *before*
+    action `frame_steps[f]`; the value T is the observation after the last action), images [F, V, H,
+    W, 3] uint8 upright, proprio [F, P=8] float32 (eef position in m, axis-angle in rad, gripper
+    qpos in m). `start` is the benchmark's init state, None for a freshly sampled placement.
+    `extras` holds further low-dimensional observations [F, ...] under LIBERO's names, such as
+    `joint_states` [F, 7].
     """
 
     suite: str
@@ -55,7 +56,9 @@ class Episode:
 
 
 def check_episode(episode: Episode, where: str) -> None:
-    """Raise UserError naming `where` and the field when an episode breaks its own shapes or holds NaN."""
+    """Raise UserError naming `where` and the field when an episode breaks its own shapes or holds
+    NaN.
+    """
 
     def expect(ok: bool, name: str, expected: str, got: object, mend: str) -> None:
         if not ok:
@@ -130,8 +133,8 @@ def _check_finite(name: str, values: np.ndarray, where: str) -> None:
 def continuous_axis_angle(rotation: np.ndarray) -> np.ndarray:
     """Axis-angle [..., 3] in rad, written without the jump at an angle of pi.
 
-    The gripper looks down, a turn of about pi around +x or -x; the two differ by one sign. Vectors near
-    -x are replaced by the same rotation written around +x (an angle slightly above pi).
+    The gripper looks down, a turn of about pi around +x or -x; the two differ by one sign. Vectors
+    near -x are replaced by the same rotation written around +x (an angle slightly above pi).
     """
     rotation = np.asarray(rotation)
     angle = np.maximum(np.linalg.norm(rotation, axis=-1, keepdims=True), 1e-6)
@@ -158,9 +161,9 @@ def without_noops(episode: Episode, threshold: float = NOOP_THRESHOLD) -> Episod
     """The episode without actions that ask for nothing, by openvla-oft's rule.
 
     An action is dropped when the norm of its first six entries is below `threshold` and its gripper
-    command equals that of the last action kept. Frames before dropped actions go with them; success that
-    appeared during a dropped action is credited to the action kept before it. Liberty: openvla-oft
-    replays the rest in the simulator, we only cut, so a moving gripper may skip ahead.
+    command equals that of the last action kept. Frames before dropped actions go with them; success
+    that appeared during a dropped action is credited to the action kept before it. Liberty:
+    openvla-oft replays the rest in the simulator, we only cut, so a moving gripper may skip ahead.
     """
     keep = np.zeros(len(episode), bool)
     last = None

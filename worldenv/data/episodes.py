@@ -1,10 +1,11 @@
 """Episodes on disk: an append-safe writer and a reader of LIBERO's HDF5 files.
 
-HDF5 cannot be trusted when its writer is killed, so an open HDF5 file is never appended to. Each finished
-episode becomes one small complete file in `<name>.hdf5.parts/`, put there by an atomic rename after fsync.
-Closing the writer merges the parts into `<name>.hdf5` (a copy beside it, fsync, atomic rename) and removes
-them. The reader reads both places, and recognises an episode found in both by its identity, so a kill at
-any moment loses at most the episode being written. A writer opened again carries on.
+HDF5 cannot be trusted when its writer is killed, so an open HDF5 file is never appended to. Each
+finished episode becomes one small complete file in `<name>.hdf5.parts/`, put there by an atomic
+rename after fsync. Closing the writer merges the parts into `<name>.hdf5` (a copy beside it, fsync,
+atomic rename) and removes them. The reader reads both places, and recognises an episode found in
+both by its identity, so a kill at any moment loses at most the episode being written. A writer
+opened again carries on.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def episode_path(folder: Path | str, suite: str, task: int, instruction: str) ->
 class EpisodeWriter:
     """Appends episodes of one task to one `.hdf5` file in LIBERO's layout.
 
-    Use as a context manager. Leaving it normally merges; leaving it by an exception keeps the parts as they
-    are (they are read, and merged by the next writer). One writer per file at a time.
+    Use as a context manager. Leaving it normally merges; leaving it by an exception keeps the parts
+    as they are (they are read, and merged by the next writer). One writer per file at a time.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -94,8 +95,8 @@ class EpisodeWriter:
         task = (episode.suite, int(episode.task))
         if self._task not in (None, task):
             raise UserError(
-                f"{self.path}: expected episodes of task {self._task}, got {task}. LIBERO keeps one "
-                "file per task: use DatasetWriter(folder)."
+                f"{self.path}: expected episodes of task {self._task}, got {task}. LIBERO keeps "
+                "one file per task: use DatasetWriter(folder)."
             )
         self._task = task
         name = f"episode-{self._next:06d}-{identity[:8]}.hdf5"
@@ -135,7 +136,9 @@ class EpisodeWriter:
 
 
 class DatasetWriter:
-    """Appends episodes of any tasks to `<folder>/<suite>/<task>_demo.hdf5`, one EpisodeWriter for each."""
+    """Appends episodes of any tasks to `<folder>/<suite>/<task>_demo.hdf5`, one EpisodeWriter for
+    each.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
@@ -175,14 +178,16 @@ def read_episodes(
     task: int | None = None,
     limit: int | None = None,
 ) -> list[Episode]:
-    """Episodes of a LIBERO file, or of every `.hdf5` under a folder, in numeric order (demo_10 after demo_9).
+    """Episodes of a LIBERO file, or of every `.hdf5` under a folder, in numeric order (demo_10
+    after demo_9).
 
-    Ours, LIBERO's official files and openvla's regenerated ones are read alike. image_size: area-average
-    the images to this many pixels. observations: "before" or "after" each action, for foreign files whose
-    convention cannot be measured (libero_hdf5.py says how it is). drop_noops: leave out empty actions.
-    suite, task: for foreign files whose name is not one of the benchmark's. limit: episodes per file.
-    Official files give F = T frames at steps 0..T-1 of their own, less the first action where observations
-    were taken after it. Raises UserError naming file, demonstration and field for anything unreadable.
+    Ours, LIBERO's official files and openvla's regenerated ones are read alike. image_size:
+    area-average the images to this many pixels. observations: "before" or "after" each action, for
+    foreign files whose convention cannot be measured (libero_hdf5.py says how it is). drop_noops:
+    leave out empty actions. suite, task: for foreign files whose name is not one of the
+    benchmark's. limit: episodes per file. Official files give F = T frames at steps 0..T-1 of their
+    own, less the first action where observations were taken after it. Raises UserError naming file,
+    demonstration and field for anything unreadable.
     """
     if observations not in (None, "before", "after"):
         raise UserError(f"observations: expected 'before', 'after' or None, got {observations!r}.")
@@ -260,8 +265,8 @@ def _open(file: Path) -> h5py.File:
         handle = h5py.File(file, "r", locking=False)
     except OSError as error:
         raise UserError(
-            f"{file}: expected a complete HDF5 file, got {file.stat().st_size} bytes that HDF5 refuses "
-            f"({error}). It is truncated or of another format: copy or download it again."
+            f"{file}: expected a complete HDF5 file, got {file.stat().st_size} bytes that HDF5 "
+            f"refuses ({error}). It is truncated or of another format: copy or download it again."
         ) from error
     if "data" not in handle or not isinstance(handle["data"], h5py.Group):
         content = sorted(handle)
@@ -311,7 +316,9 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _data_files(path: Path) -> list[Path]:
-    """Files to read: `path` itself, or those under it; one with parts only counts under its final name."""
+    """Files to read: `path` itself, or those under it; one with parts only counts under its final
+    name.
+    """
     if not path.is_dir():
         return [path] if path.exists() or _parts(path) else []
     files = {f for f in path.rglob("*.hdf5") if f.parent.suffix != ".parts"}
@@ -320,7 +327,9 @@ def _data_files(path: Path) -> list[Path]:
 
 
 def _merge(path: Path) -> None:
-    """Move all parts into `path`; a kill at any moment leaves every episode in one of the two places."""
+    """Move all parts into `path`; a kill at any moment leaves every episode in one of the two
+    places.
+    """
     parts = _parts(path)
     if not parts:
         return

@@ -1,14 +1,16 @@
 """LIBERO's HDF5 layout: one demonstration group to an Episode and back.
 
-Two conventions are in use for `obs`. Files of LIBERO's own writer hold the observation *after* action t
-in row t; openvla's regenerated files, and ours, hold the one *before* it. Ours say so in an attribute.
-For others the convention is *measured*: `states` holds the simulator state before action t (time, then
-joint positions, the arm's seven first), so comparing its arm joints with `obs/joint_states` settles it.
-Where that comparison cannot decide, reading stops and asks for the argument.
+Two conventions are in use for `obs`. Files of LIBERO's own writer hold the observation *after*
+action t in row t; openvla's regenerated files, and ours, hold the one *before* it. Ours say so in
+an attribute. For others the convention is *measured*: `states` holds the simulator state before
+action t (time, then joint positions, the arm's seven first), so comparing its arm joints with
+`obs/joint_states` settles it. Where that comparison cannot decide, reading stops and asks for the
+argument.
 
 What we add to the layout: attributes `observations` and `worldenv` (JSON) on each demonstration,
-`frame_steps` when frames are sparse, and a sibling group `final_obs` with the observation after the last
-action. Liberty: LIBERO's `states` and `model_file` are not written, so simulator replay needs its files.
+`frame_steps` when frames are sparse, and a sibling group `final_obs` with the observation after the
+last action. Liberty: LIBERO's `states` and `model_file` are not written, so simulator replay needs
+its files.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ def write_demo(group: h5py.Group, episode: Episode, identity: str) -> None:
         )
     except TypeError as error:
         raise UserError(
-            f"{group.file.filename}: meta: expected values that JSON can hold, got {episode.meta!r} "
-            f"({error}). Convert arrays with .tolist()."
+            f"{group.file.filename}: meta: expected values that JSON can hold, got "
+            f"{episode.meta!r} ({error}). Convert arrays with .tolist()."
         ) from error
     steps = len(episode)
     inside = episode.frame_steps < steps
@@ -97,7 +99,9 @@ def _robot_states(proprio: np.ndarray) -> np.ndarray:
 
 
 def detect_convention(demos: list[h5py.Group]) -> str | None:
-    """ "before" or "after" by comparing `states` with `obs/joint_states`; None when it does not show."""
+    """The convention ("before" or "after") by comparing `states` with `obs/joint_states`; None when
+    it does not show.
+    """
     votes = set()
     for demo in demos:
         if "states" not in demo or "obs/joint_states" not in demo:
@@ -127,8 +131,8 @@ def read_demo(
     """One `demo_i` group as an Episode.
 
     `observations` ("before" or "after") is used for demonstrations that do not state their own.
-    `defaults` gives suite, task, instruction and source for files that do not hold them. In an "after"
-    file nobody saw the state before the first action, so that action is left out.
+    `defaults` gives suite, task, instruction and source for files that do not hold them. In an
+    "after" file nobody saw the state before the first action, so that action is left out.
     """
     try:
         facts = json.loads(demo.attrs["worldenv"]) if "worldenv" in demo.attrs else None
@@ -144,9 +148,10 @@ def read_demo(
     convention = demo.attrs.get("observations", observations)
     if convention not in _CONVENTIONS:
         raise UserError(
-            f"{where}: cannot tell whether `obs` rows were taken before or after each action: expected "
-            "`states` and `obs/joint_states` that agree on it, or an attribute `observations`, got "
-            f"{convention!r}. Pass observations='after' for LIBERO's own files, 'before' for openvla's."
+            f"{where}: cannot tell whether `obs` rows were taken before or after each action: "
+            "expected `states` and `obs/joint_states` that agree on it, or an attribute "
+            f"`observations`, got {convention!r}. "
+            "Pass observations='after' for LIBERO's own files, 'before' for openvla's."
         )
     actions = _array(demo, "actions", where)
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIMS:
@@ -216,7 +221,9 @@ def _frame_steps(demo: h5py.Group, where: str, steps: int, rows: int) -> np.ndar
 def _observations(
     demo: h5py.Group, name: str, where: str, image_size: int | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Images [F, V, H, W, 3] uint8 upright, proprio [F, 8] float32 and further low-dimensional rows."""
+    """Images [F, V, H, W, 3] uint8 upright, proprio [F, 8] float32 and further low-dimensional
+    rows.
+    """
     if name not in demo:
         raise UserError(
             f"{where}: expected a group `{name}`, got only {sorted(demo)}. The file holds no "
@@ -230,8 +237,8 @@ def _observations(
         raw = _array(group, camera, where)
         if raw.dtype != np.uint8 or raw.ndim != 4 or raw.shape[-1] != 3:
             raise UserError(
-                f"{where}/{camera}: expected uint8 [T, H, W, 3], got {raw.dtype} {list(raw.shape)}. "
-                "Store images as 8-bit RGB in 0..255."
+                f"{where}/{camera}: expected uint8 [T, H, W, 3], got {raw.dtype} "
+                f"{list(raw.shape)}. Store images as 8-bit RGB in 0..255."
             )
         if image_size is not None:
             raw = area_resize(raw, image_size, f"{where}/{camera}")
@@ -258,8 +265,8 @@ def _observations(
 def file_defaults(data: h5py.Group, stem: str, folder: str) -> dict[str, Any]:
     """Suite, task id, instruction and source of a file that is not ours.
 
-    `stem` is the file name without `_demo.hdf5`. Tasks outside the four ten-task suites get id -1; the
-    suite is then the folder's name.
+    `stem` is the file name without `_demo.hdf5`. Tasks outside the four ten-task suites get id -1;
+    the suite is then the folder's name.
     """
     located = locate_task(stem)
     instruction = instruction_of(stem)

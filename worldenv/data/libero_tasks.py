@@ -1,4 +1,6 @@
-"""The forty tasks of LIBERO's four suites in the benchmark's order: file stems, task ids, instructions."""
+"""The forty tasks of LIBERO's four suites in the benchmark's order: file stems, task ids,
+instructions.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ SUITES: dict[str, tuple[str, ...]] = {
 
 
 def locate_task(name: str) -> tuple[str, int] | None:
-    """(suite, task id) of a task's file stem such as `turn_on_the_stove`; None when it is not of the forty."""
+    """(suite, task id) of a task's file stem such as `turn_on_the_stove`; None when it is not of
+    the forty.
+    """
     for suite, names in SUITES.items():
         if name in names:
             return suite, names.index(name)

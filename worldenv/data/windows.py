@@ -1,8 +1,10 @@
-"""Training windows cut from episodes: frames one chunk apart for the world, single steps for imitation.
+"""Training windows cut from episodes: frames one chunk apart for the world, single steps for
+imitation.
 
-Everything lies in memory as torch tensors and a batch is one gather by index; batches are drawn by an
-explicit torch.Generator on the CPU, so that a step can be drawn again bit for bit. Liberty: all frames are
-held uncompressed (64 px and two views: 24 KB a frame), which suits thousands of episodes, not millions.
+Everything lies in memory as torch tensors and a batch is one gather by index; batches are drawn by
+an explicit torch.Generator on the CPU, so that a step can be drawn again bit for bit. Liberty: all
+frames are held uncompressed (64 px and two views: 24 KB a frame), which suits thousands of
+episodes, not millions.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ from worldenv.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class FrameSequence:
-    """Frames of one episode at the rhythm the policy looks: one before each chunk, one after the last.
+    """Frames of one episode at the rhythm the policy looks: one before each chunk, one after the
+    last.
 
-    images [F, V, H, W, 3] uint8, proprio [F, P] float32, actions [F-1, C, A] float32 (actions[f] leads from
-    frame f to f + 1), success [F] bool (reached before the frame), steps [F] int64 (actions executed before
-    the frame). `episode` is the place of the source in the list given to chunk_sequences.
+    images [F, V, H, W, 3] uint8, proprio [F, P] float32, actions [F-1, C, A] float32 (actions[f]
+    leads from frame f to f + 1), success [F] bool (reached before the frame), steps [F] int64
+    (actions executed before the frame). `episode` is the place of the source in the list given to
+    chunk_sequences.
     """
 
     images: Tensor
@@ -55,10 +59,11 @@ def padded_chunks(actions: np.ndarray, steps: np.ndarray, chunk: int) -> np.ndar
 def chunk_sequences(episodes: Sequence[Episode], chunk: int = 8) -> list[FrameSequence]:
     """Frame sequences at a stride of `chunk` actions.
 
-    An episode recorded at every step yields up to `chunk` sequences, one for each offset; one recorded at
-    chunk boundaries yields one. The observation after the last action closes a sequence even when fewer
-    than `chunk` actions lead to it: that chunk is padded as in padded_chunks. Places without a successor are
-    left out. UserError when no episode has two frames one chunk apart.
+    An episode recorded at every step yields up to `chunk` sequences, one for each offset; one
+    recorded at chunk boundaries yields one. The observation after the last action closes a sequence
+    even when fewer than `chunk` actions lead to it: that chunk is padded as in padded_chunks.
+    Places without a successor are left out. UserError when no episode has two frames one chunk
+    apart.
     """
     sequences = []
     for number, episode in enumerate(episodes):
@@ -79,13 +84,14 @@ def chunk_sequences(episodes: Sequence[Episode], chunk: int = 8) -> list[FrameSe
     if episodes and not sequences:
         raise UserError(
             f"expected episodes with frames {chunk} actions apart, got frames at steps "
-            f"{episodes[0].frame_steps[:6].tolist()}... Record with record_every a divisor of {chunk}."
+            f"{episodes[0].frame_steps[:6].tolist()}... "
+            f"Record with record_every a divisor of {chunk}."
         )
     return sequences
 
 
 def _chains(frame_steps: np.ndarray, steps: int, chunk: int) -> list[np.ndarray]:
-    """Row indices of maximal runs of frames `chunk` apart, each of at least two, ending early at T."""
+    """Row indices of maximal runs of frames `chunk` apart, at least two; T may end one early."""
     row_of = {int(step): row for row, step in enumerate(frame_steps)}
     chains = []
     for first in row_of:
@@ -130,9 +136,9 @@ def _per_item(weights: Sequence[float] | None, items: int, owner: Tensor) -> Ten
 class FrameWindows:
     """Windows of F consecutive frames that end anywhere in a sequence and never leave it.
 
-    A window that would begin before its sequence is padded on the left with the first frame, marked invalid.
-    weights: one number per sequence, for sampling. For F = 1 every frame is a window; otherwise those with
-    at least one transition.
+    A window that would begin before its sequence is padded on the left with the first frame, marked
+    invalid. weights: one number per sequence, for sampling. For F = 1 every frame is a window;
+    otherwise those with at least one transition.
     """
 
     def __init__(
@@ -176,15 +182,17 @@ class FrameWindows:
         return self
 
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
-        """A batch of B windows drawn with replacement by a CPU generator; see `batch` for its content."""
+        """A batch of B windows drawn with replacement by a CPU generator; see `batch` for its
+        content.
+        """
         return self.batch(_draw(generator, batch, len(self), self._weights))
 
     def batch(self, windows: Tensor) -> dict[str, Tensor]:
         """Windows by index [B] in 0..len-1.
 
-        Returns image [B, F, V, H, W, 3] uint8, proprio [B, F, P], action [B, F, C, A] (action[:, f] leads to
-        frame f; zeros where the frame before it is outside the window), valid [B, F] bool, success [B, F]
-        bool, steps [B, F] int64, task [B] int64, episode [B] int64.
+        Returns image [B, F, V, H, W, 3] uint8, proprio [B, F, P], action [B, F, C, A] (action[:, f]
+        leads to frame f; zeros where the frame before it is outside the window), valid [B, F] bool,
+        success [B, F] bool, steps [B, F] int64, task [B] int64, episode [B] int64.
         """
         ends = self._ends[windows]
         rows = ends[:, None] + torch.arange(1 - self.frames, 1)
@@ -220,8 +228,8 @@ class ActionWindows:
         rows = [np.flatnonzero(e.frame_steps < len(e)) for e in episodes]
         if not sum(len(r) for r in rows):
             raise UserError(
-                f"expected episodes with frames before their actions, got {len(episodes)} episode(s) "
-                "without any. Record demonstrations with images at every step."
+                f"expected episodes with frames before their actions, got {len(episodes)} "
+                "episode(s) without any. Record demonstrations with images at every step."
             )
         self.instructions = {e.task: e.instruction for e in episodes}
         pairs = list(zip(episodes, rows, strict=True))
@@ -250,7 +258,9 @@ class ActionWindows:
         return self.batch(_draw(generator, batch, len(self), self._weights))
 
     def batch(self, samples: Tensor) -> dict[str, Tensor]:
-        """Samples by index [B]: image [B, V, H, W, 3] uint8, proprio [B, P], action [B, C, A], task [B]."""
+        """Samples by index [B]: image [B, V, H, W, 3] uint8, proprio [B, P], action [B, C, A], task
+        [B].
+        """
         index = samples.to(self.images.device)
         return {
             "image": self.images[index],
