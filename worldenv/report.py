@@ -1,0 +1,450 @@
+"""The report of a run: one HTML file with its numbers, curves and videos, readable offline and on a
+phone.
+
+Reads `results.json`, `metrics.jsonl` and `media/` of a run folder. A video `media/<name>.mp4` may
+have a poster `<name>.png` and a text `<name>.json` ({"title", "caption"}); other PNGs are shown as
+pictures. Whatever a run has not produced yet is replaced by a sentence that says so. Nothing is
+fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from worldenv.charts import Series, bar, interval_chart, line_chart
+from worldenv.data.libero_tasks import SUITES, instruction_of
+from worldenv.report_parts import (
+    PAGE,
+    absent,
+    decimal,
+    duration,
+    embedded,
+    figure,
+    grid,
+    is_number,
+    p_value,
+    percent,
+    plain,
+    points,
+    signed_percent,
+    span,
+    text,
+    tiles,
+)
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.logging import read_metrics
+from worldenv.statistics import (
+    Interval,
+    bootstrap_difference,
+    mcnemar,
+    paired_difference,
+    wilson,
+)
+from worldenv.video import side_by_side, write_video
+
+__all__ = ["side_by_side", "write_report", "write_video"]
+
+_LARGEST_MEDIUM = 24 * 2**20
+_BEFORE, _AFTER, _OTHER = "var(--before)", "var(--accent)", "var(--second)"
+Metrics = dict[str, list[dict[str, Any]]]
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Build `<run_dir>/report.html` and return its path. UserError without a results.json."""
+    run_dir = Path(run_dir)
+    results = _read_json(run_dir / "results.json")
+    metrics: Metrics = {}
+    for row in read_metrics(run_dir):
+        # "posttrain", "posttrain-2" and "posttrain/round2" are rounds of one stage.
+        metrics.setdefault(re.split(r"[^a-z]", str(row["stage"]))[0], []).append(row)
+    sections: list[tuple[str, str]] = [
+        ("Imagined and real", _media(run_dir / "media")),
+        ("Task by task", _tasks(results)),
+        ("Post-training inside the world", _posttraining(metrics)),
+        ("The learned world", _world(results)),
+        ("The reflector", _reflector(results)),
+        ("Losses", _losses(metrics)),
+        ("Time and machine", _machine(results)),
+    ]
+    body = [_headline(results)]
+    body += [f"<section><h2>{title}</h2>{content}</section>" for title, content in sections]
+    path = run_dir / "report.html"
+    draft = path.with_suffix(".tmp")
+    draft.write_text(PAGE.replace("{{body}}", "\n".join(body)), encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{path}: expected the run's results, got no such file. Run worldenv-train first."
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path}: expected JSON, got {error}. Remove the file and run the stage again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"{path}: expected a JSON object, got {type(content).__name__}. "
+            "Remove the file and run the stage again."
+        )
+    return content
+
+
+# --- success in the real benchmark
+
+
+def _pairs(results: dict[str, Any]) -> list[tuple[dict, dict]]:
+    """Evaluation episodes of both policies with the same task, start and seed."""
+    evaluation = results.get("evaluation") or {}
+
+    def keyed(rows: list[dict] | None) -> dict[tuple, dict]:
+        return {(r["task"], r["start"], r["seed"]): r for r in rows or []}
+
+    before, after = keyed(evaluation.get("sft")), keyed(evaluation.get("posttrained"))
+    return [(before[k], after[k]) for k in sorted(before.keys() & after.keys())]
+
+
+def _rate(results: dict[str, Any], policy: str) -> tuple[int, int] | None:
+    """Successes and episodes of "sft" or "posttrained"."""
+    rows = (results.get("evaluation") or {}).get(policy)
+    if rows:
+        return sum(bool(r["success"]) for r in rows), len(rows)
+    counts = results.get(policy) or {}
+    return (counts["successes"], counts["episodes"]) if counts.get("episodes") else None
+
+
+def _difference(pairs: Sequence[tuple[dict, dict]], key: str) -> tuple[Interval, Interval, Any]:
+    """Paired t interval, bootstrap interval and McNemar's test, clustered by task and start."""
+    before, after = ([bool(pair[i][key]) for pair in pairs] for i in (0, 1))
+    clusters = [(first["task"], first["start"]) for first, _ in pairs]
+    return (
+        paired_difference(before, after, clusters),
+        bootstrap_difference(before, after, clusters),
+        mcnemar(before, after),
+    )
+
+
+def _headline(results: dict[str, Any]) -> str:
+    sft, post = _rate(results, "sft"), _rate(results, "posttrained")
+    head = (
+        f'<p class="eyebrow">worldenv · preset {text(results.get("preset", "?"))} · seed '
+        f"{text(results.get('seed', '?'))}</p>"
+    )
+    if sft is None:
+        return f"<header>{head}<h1>Not evaluated yet</h1>{absent('evaluation')}</header>"
+    rates = {"before": sft} if post is None else {"before": sft, "after": post}
+    big = " <i>→</i> ".join(
+        f'<b class="{name}">{wins / total:.0%}</b>' for name, (wins, total) in rates.items()
+    )
+    lines = [f"<h1>{big}</h1>"]
+    if post is None:
+        lines.append(
+            '<p class="lead">Success of imitation alone. Post-training has not run yet.</p>'
+        )
+    else:
+        lines.append(
+            f'<p class="lead">Success in real LIBERO on {post[1]} held-out episodes, before '
+            "and after post-training inside the learned world only.</p>"
+        )
+        lines.append(_verdict(results))
+    rows = []
+    labels = {"before": "Imitation (SFT)", "after": "Post-trained in imagination"}
+    for name, (wins, total) in rates.items():
+        interval = wilson(wins, total)
+        label = f"{labels[name]} · {wins} of {total}"
+        rows.append((label, interval.mean, interval.low, interval.high, f"var(--{_colour(name)})"))
+    chart = (
+        f'<figure class="wide">{interval_chart(rows)}<figcaption>{_WILSON}</figcaption></figure>'
+    )
+    return f"<header>{head}{''.join(lines)}{chart}{_without_oracle(results)}</header>"
+
+
+_WILSON = "Share of successful episodes with 95% Wilson intervals."
+
+
+def _colour(name: str) -> str:
+    return "before" if name == "before" else "accent"
+
+
+def _verdict(results: dict[str, Any]) -> str:
+    pairs = _pairs(results)
+    if pairs:
+        change, resampled, test = _difference(pairs, "success")
+        detail = (
+            f"Paired over {len(pairs)} episodes: {test.gained} gained, {test.lost} lost, exact "
+            f"McNemar p = {p_value(test.p)}; bootstrap over starts {span(resampled)}."
+        )
+    elif results.get("paired_difference"):
+        stated = results["paired_difference"]
+        change = Interval(*(float(stated[k]) for k in ("mean", "low", "high")))
+        detail = "Episode by episode outcomes were not stored."
+    else:
+        return absent("paired comparison")
+    sure = "lies above zero" if change.low > 0 else "includes zero"
+    if change.high < 0:
+        sure = "lies below zero: post-training did harm"
+    return (
+        f'<p class="verdict"><strong>{points(change.mean)} points</strong> (95% interval '
+        f"{span(change)}, clustered by start). The interval {sure}.</p><p>{detail}</p>"
+    )
+
+
+def _without_oracle(results: dict[str, Any]) -> str:
+    pairs = _pairs(results)
+    stated = results.get("no_oracle") or {}
+    if pairs and all(row.get("success_no_oracle") is not None for pair in pairs for row in pair):
+        change = _difference(pairs, "success_no_oracle")[0]
+        rates = [sum(bool(p[i]["success_no_oracle"]) for p in pairs) / len(pairs) for i in (0, 1)]
+    elif stated.get("paired_difference"):
+        change = Interval(*(float(stated["paired_difference"][k]) for k in ("mean", "low", "high")))
+        rates = [stated[k]["successes"] / stated[k]["episodes"] for k in ("sft", "posttrained")]
+    else:
+        return ""
+    return (
+        f"<p>Where the reflector ends episodes instead of the simulator's success signal: "
+        f"{rates[0]:.0%} → {rates[1]:.0%}, difference {points(change.mean)} points "
+        f"({span(change)}).</p>"
+    )
+
+
+def _tasks(results: dict[str, Any]) -> str:
+    pairs = _pairs(results)
+    if not pairs:
+        return absent("paired evaluation")
+    rows = []
+    for task in sorted({first["task"] for first, _ in pairs}):
+        own = [pair for pair in pairs if pair[0]["task"] == task]
+        change, _, test = _difference(own, "success")
+        cells = [f'<td class="name">{text(_task_name(results, task))}</td>']
+        for index, colour in ((0, _BEFORE), (1, _AFTER)):
+            wins = sum(bool(pair[index]["success"]) for pair in own)
+            interval = wilson(wins, len(own))
+            cells.append(
+                f"<td>{wins}/{len(own)} <small>{interval.low:.0%}–{interval.high:.0%}</small>"
+                f"{bar(interval.mean, colour)}</td>"
+            )
+        cells.append(f"<td>{points(change.mean)} <small>{span(change)}</small></td>")
+        cells.append(f"<td>+{test.gained} −{test.lost}</td><td>{p_value(test.p)}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(
+        f"<th>{t}</th>" for t in ("Task", "Before", "After", "Points", "Pairs", "McNemar p")
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+
+
+def _task_name(results: dict[str, Any], task: int) -> str:
+    names = SUITES.get(str(results.get("suite", "")), ())
+    for entry in results.get("tasks") or []:
+        if isinstance(entry, dict) and entry.get("id", entry.get("task")) == task:
+            return str(entry.get("instruction", f"task {task}"))
+    return f"{task}. {instruction_of(names[task])}" if 0 <= task < len(names) else f"task {task}"
+
+
+# --- curves
+
+
+def _series(rows: list[dict], key: str, name: str | None = None, **style: Any) -> Series:
+    """One metric of a stage's rows; rounds that restart their steps follow one another."""
+    x, y, offset, last = [], [], 0, -math.inf
+    for row in rows:
+        if row["step"] < last:
+            offset += int(last) + 1
+        last = row["step"]
+        if is_number(row.get(key)):
+            x.append(row["step"] + offset)
+            y.append(row[key])
+    return Series(name or key.replace("_", " "), x, y, **style)
+
+
+def _keys(rows: list[dict], matches: Callable[[str], Any]) -> list[str]:
+    """Names of numeric metrics that satisfy `matches`, in the order they first appear."""
+    keys = {k: None for row in rows for k, v in row.items() if is_number(v)}
+    return [k for k in keys if k not in ("step", "time") and matches(k)]
+
+
+_RL_CHARTS = (
+    ("Success, imagined against real", r"^(imagined_success|real_success)$", True),
+    ("Reward", r"^(reward|reward_mean|mean_reward)$", False),
+    ("KL divergence", r"(^|_)kl(_|$)", False),
+    ("Clip fraction", r"^clip_fraction$", True),
+    ("Probability ratio", r"^ratio", False),
+    ("Change of the mean action", r"(^|_)mu(_|$)", False),
+    ("Entropy", r"^entropy$", False),
+    ("Groups with signal", r"^(groups|signal_groups|group_fraction|kept_groups)$", False),
+)
+
+
+def _posttraining(metrics: Metrics) -> str:
+    rows = metrics.get("posttrain", [])
+    if not rows:
+        return absent("post-training")
+    figures = []
+    for title, pattern, as_share in _RL_CHARTS:
+        keys = _keys(rows, re.compile(pattern).search)
+        # A constant zero, such as the KL to a reference that is not used, says nothing.
+        series = [s for s in (_series(rows, k) for k in keys) if any(s.y)]
+        if series:
+            limits = (0.0, 1.0) if title.startswith("Success") else None
+            chart = line_chart(series, x_label="iteration", percent=as_share, y_range=limits)
+            figures.append(figure(title, chart))
+    return grid(figures)
+
+
+def _losses(metrics: Metrics) -> str:
+    figures = []
+    for stage, rows in metrics.items():
+        keys = _keys(rows, lambda key: "loss" in key)
+        groups = [keys] if len(keys) <= 4 else [keys[i : i + 4] for i in range(0, len(keys), 4)]
+        for group in groups if keys else []:
+            chart = line_chart([_series(rows, key) for key in group])
+            figures.append(figure(stage, chart))
+    if not figures:
+        return absent("training")
+    return grid(figures)
+
+
+def _world(results: dict[str, Any]) -> str:
+    fidelity = results.get("fidelity") or {}
+    if not fidelity:
+        return absent("fidelity check of the world")
+    numbers = tiles(
+        (
+            ("Outcome agreement", percent(fidelity.get("outcome_agreement")), "replayed actions"),
+            (
+                "Closed-loop gap",
+                signed_percent(fidelity.get("closed_loop_gap")),
+                "imagined minus real success",
+            ),
+        )
+    )
+    label = "chunks ahead"
+    figures = []
+    psnr = [
+        _horizon(fidelity, "psnr_per_horizon", "world model", _AFTER),
+        _horizon(fidelity, "psnr_copy_per_horizon", "copying a frame", _BEFORE, dashed=True),
+    ]
+    if any(s.x for s in psnr):
+        chart = line_chart([s for s in psnr if s.x], x_label=label, y_label="PSNR in dB")
+        figures.append(figure("PSNR of predicted frames, dB", chart))
+    error = _horizon(fidelity, "eef_error_cm_per_horizon", "end effector", _AFTER)
+    if error.x:
+        figures.append(figure("End-effector error, cm", line_chart([error], x_label=label)))
+    return numbers + grid(figures)
+
+
+def _horizon(values: dict, key: str, name: str, colour: str, dashed: bool = False) -> Series:
+    """A {"1": number, "4": number, ...} entry as a line over the horizon."""
+    found = sorted((int(k), v) for k, v in (values.get(key) or {}).items() if is_number(v))
+    return Series(name, [k for k, _ in found], [v for _, v in found], colour, dashed)
+
+
+def _reflector(results: dict[str, Any]) -> str:
+    reflector = results.get("reflector") or {}
+    if not reflector:
+        return absent("check of the reflector")
+    numbers = tiles(
+        (
+            ("AUC", decimal(reflector.get("auc")), "success against failure, real frames"),
+            ("False stops", percent(reflector.get("false_stop_rate")), "episodes ended too early"),
+        )
+    )
+    roc = reflector.get("roc") or {}
+    if not roc.get("fpr"):
+        return numbers
+    chart = line_chart(
+        [
+            Series("reflector", roc["fpr"], roc["tpr"], _AFTER),
+            Series("chance", [0, 1], [0, 1], _BEFORE, dashed=True),
+        ],
+        x_label="false positive rate",
+        y_range=(0.0, 1.0),
+        x_range=(0.0, 1.0),
+        height=300,
+    )
+    return numbers + grid([figure("True against false positive rate", chart)])
+
+
+# --- media and machine
+
+
+def _media(folder: Path) -> str:
+    videos = sorted(folder.glob("*.mp4"))
+    posters = {video.with_suffix(".png") for video in videos}
+    figures = []
+    for path in [*videos, *(p for p in sorted(folder.glob("*.png")) if p not in posters)]:
+        notes_file = path.with_suffix(".json")
+        notes = _read_json(notes_file) if notes_file.exists() else {}
+        title = text(notes.get("title", path.stem.replace("_", " ").replace("-", " ")))
+        caption = f"<strong>{title}</strong> {text(notes.get('caption', ''))}"
+        if path.stat().st_size > _LARGEST_MEDIUM:
+            figures.append(f"<p>{caption} (too large to embed: {text(path.name)})</p>")
+            continue
+        source = embedded(path)
+        if path.suffix == ".png":
+            element = f'<img src="{source}" alt="{title}">'
+        else:
+            poster = path.with_suffix(".png")
+            still = f' poster="{embedded(poster)}"' if poster.exists() else ""
+            element = (
+                f'<video controls autoplay muted loop playsinline{still} src="{source}"></video>'
+            )
+        figures.append(f"<figure>{element}<figcaption>{caption}</figcaption></figure>")
+    if not figures:
+        return absent("comparison of rollouts")
+    return f'<div class="media">{"".join(figures)}</div>'
+
+
+def _machine(results: dict[str, Any]) -> str:
+    parts = []
+    stages = {k: v for k, v in (results.get("stages") or {}).items() if isinstance(v, dict)}
+    if stages:
+        total = sum(v.get("seconds", 0) for v in stages.values()) or 1
+        rows = [
+            f"<tr><td>{text(name)}</td><td>{duration(v.get('seconds', 0))}"
+            f"{bar(v.get('seconds', 0) / total)}</td><td><small>{_details(v)}</small></td></tr>"
+            for name, v in stages.items()
+        ]
+        rows.append(f"<tr><th>total</th><th>{duration(total)}</th><th></th></tr>")
+        parts.append(f'<div class="scroll"><table>{"".join(rows)}</table></div>')
+    else:
+        parts.append(absent("timing of stages"))
+    speed = results.get("frames_per_second")
+    facts = {f"frames/s {k}": v for k, v in speed.items()} if isinstance(speed, dict) else {}
+    if is_number(speed):
+        facts["imagined frames/s"] = speed
+    facts["real episodes used"] = results.get("real_episodes_used")
+    if is_number(results.get("peak_memory_bytes")):
+        facts["peak memory"] = f"{results['peak_memory_bytes'] / 2**30:.1f} GB"
+    machine = results.get("machine") or {}
+    if isinstance(machine, dict):
+        machine = dict(machine)
+        if is_number(machine.get("memory_bytes")):
+            machine["memory"] = f"{machine.pop('memory_bytes') / 2**30:.1f} GB"
+        facts |= machine
+    else:
+        facts["machine"] = machine
+    facts["commit"] = results.get("commit")
+    command = results.get("command")
+    facts["command"] = " ".join(command) if isinstance(command, list) else command
+    items = "".join(
+        f"<dt>{text(k)}</dt><dd>{text(plain(v))}</dd>" for k, v in facts.items() if v is not None
+    )
+    return "".join([*parts, f"<dl>{items}</dl>"])
+
+
+def _details(stage: dict[str, Any]) -> str:
+    shown = [
+        f"{k.replace('_', ' ')} {plain(v)}"
+        for k, v in stage.items()
+        if k != "seconds" and isinstance(v, int | float | str) and not isinstance(v, bool)
+    ]
+    return text(" · ".join(shown))

@@ -1,0 +1,144 @@
+"""Statistics of paired evaluations: intervals of success rates, tests of their difference, ROC
+curves.
+
+NumPy only. Liberties: Student's quantile is read off a finely summed density (error below 1e-4),
+and the paired interval is the usual cluster-robust one, which needs a few clusters to mean
+anything: with a single cluster it is [-1, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Pairs that changed: failures that became successes, successes lost, and the exact p-value."""
+
+    gained: int
+    lost: int
+    p: float
+
+
+def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a success rate; [0, 1] when nothing was tried."""
+    if not 0 <= successes <= episodes:
+        raise ValueError(f"expected 0 <= successes <= episodes, got {successes} of {episodes}")
+    if episodes == 0:
+        return Interval(0.0, 0.0, 1.0)
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate, spread = successes / episodes, z * z / episodes
+    middle = (rate + spread / 2) / (1 + spread)
+    half = math.sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
+    return Interval(rate, max(middle - half, 0.0), min(middle + half, 1.0))
+
+
+def student_quantile(confidence: float, freedom: int) -> float:
+    """The t with P(|T| < t) = confidence at `freedom` >= 1 degrees of freedom."""
+    # With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1).
+    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
+    density = np.cos(angle) ** (freedom - 1)
+    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    mass /= mass[-1] + density[-1] / 2
+    return math.sqrt(freedom) * math.tan(float(np.interp(confidence, mass, angle)))
+
+
+def paired_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+) -> Interval:
+    """Mean of after - before over N pairs, with a t interval whose errors are clustered.
+
+    `clusters` names the group of each pair, such as its start: pairs of one group may depend on
+    each other in any way, groups may not.
+    """
+    sums, counts, mean = _cluster_sums(before, after, clusters)
+    groups, pairs = len(sums), counts.sum()
+    if groups < 2:
+        return Interval(mean, -1.0, 1.0)
+    residual = sums - counts * mean
+    error = math.sqrt(groups / (groups - 1) * float((residual**2).sum())) / pairs
+    half = student_quantile(confidence, groups - 1) * error
+    return Interval(mean, max(mean - half, -1.0), min(mean + half, 1.0))
+
+
+def bootstrap_difference(
+    before: Sequence[float],
+    after: Sequence[float],
+    clusters: Sequence[Hashable],
+    confidence: float = 0.95,
+    draws: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The same difference with a percentile bootstrap interval that resamples whole clusters."""
+    sums, counts, mean = _cluster_sums(before, after, clusters)
+    groups = len(sums)
+    picked = np.random.default_rng(seed).integers(groups, size=(draws, groups))
+    means = sums[picked].sum(1) / counts[picked].sum(1)
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return Interval(mean, float(low), float(high))
+
+
+def _cluster_sums(
+    before: Sequence[float], after: Sequence[float], clusters: Sequence[Hashable]
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Sum of differences and number of pairs per cluster, and the mean over all pairs."""
+    change = np.asarray(after, np.float64) - np.asarray(before, np.float64)
+    if change.ndim != 1 or len(change) == 0 or len(change) != len(clusters):
+        raise ValueError(f"expected N > 0 pairs and clusters, got {change.shape}, {len(clusters)}")
+    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    owner = np.array([number[name] for name in clusters])
+    return np.bincount(owner, change), np.bincount(owner).astype(float), float(change.mean())
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
+    """McNemar's exact two-sided test on N paired outcomes."""
+    first, second = np.asarray(before, bool), np.asarray(after, bool)
+    if first.shape != second.shape:
+        raise ValueError(f"expected equally many outcomes, got {first.shape} and {second.shape}")
+    gained, lost = int((~first & second).sum()), int((first & ~second).sum())
+    changed, fewer = gained + lost, min(gained, lost)
+    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
+    return McNemar(gained, lost, min(1.0, 2 * tail / 2**changed))
+
+
+def roc_curve(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    """False and true positive rates [K] from (0, 0) to (1, 1), one point per distinct score.
+
+    ValueError unless both labels occur.
+    """
+    values, truth = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    if values.shape != truth.shape or truth.all() or not truth.any():
+        raise ValueError(
+            f"expected scores with labels of both kinds, got {int(truth.sum())} of {truth.size}"
+        )
+    order = np.argsort(-values, kind="stable")
+    last = np.append(np.diff(values[order]) != 0, True)
+    hits = np.cumsum(truth[order])[last]
+    alarms = np.cumsum(~truth[order])[last]
+    return (
+        np.concatenate([[0.0], alarms / (~truth).sum()]),
+        np.concatenate([[0.0], hits / truth.sum()]),
+    )
+
+
+def area_under_curve(scores: Sequence[float], labels: Sequence[bool]) -> float:
+    """Area under the ROC curve: how often a success outscores a failure, ties counting half."""
+    alarms, hits = roc_curve(scores, labels)
+    return float((np.diff(alarms) * (hits[1:] + hits[:-1]) / 2).sum())
