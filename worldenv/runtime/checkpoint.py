@@ -45,7 +45,8 @@ def save(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     except (OSError, SafetensorError) as error:
         raise write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_file():
+            temporary.unlink()
 
 
 def load(

@@ -1,13 +1,15 @@
 """Which OpenGL library MuJoCo can render with: EGL, else OSMesa, found by rendering.
 
 A missing or broken driver may end the process that tries it, and MuJoCo fixes its choice at import,
-so each attempt runs in a process of its own. `python -m worldenv.runtime.graphics` prints the choice.
+so each attempt runs in a process of its own. `python -m worldenv.runtime.graphics` prints the
+choice.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -54,8 +56,8 @@ def probe(backend: str) -> str | None:
     if result.returncode == 0:
         return None
     # MuJoCo prints harmless exceptions while the interpreter exits; the error is the first one.
-    errors = [line for line in result.stderr.splitlines() if "Error" in line]
-    return errors[0].strip() if errors else f"exit status {result.returncode}"
+    errors = re.findall(r"^[\w.]*Error: .*$", result.stderr, flags=re.MULTILINE)
+    return errors[0] if errors else f"exit status {result.returncode}"
 
 
 def choose() -> str:

@@ -99,7 +99,7 @@ class _PlainBar(Bar):
 
 @contextmanager
 def bar(total: int, description: str) -> Iterator[Bar]:
-    """A progress bar over `total` units, on stderr; it stays on screen when done unless it is nested."""
+    """A progress bar over `total` units, on stderr; a nested one leaves the screen when done."""
     global _display
     if _display is not None:
         shown: Bar = _RichBar(total, description, _display, nested=True)

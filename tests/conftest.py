@@ -1,0 +1,51 @@
+"""Settings every test shares: one thread, no network, and printed reasons for what is skipped."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and MuJoCo are imported: two threads on a busy machine are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+
+import importlib.util
+
+import pytest
+import torch
+
+from worldenv.runtime import graphics
+from worldenv.runtime.errors import UserError
+
+torch.set_num_threads(1)
+
+_LIBERO_PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
+_gl_failure: str | None = None
+_gl_tried = False
+
+
+def gl_failure() -> str | None:
+    """Why MuJoCo cannot render here, or None; tried once a session."""
+    global _gl_failure, _gl_tried
+    if not _gl_tried:
+        _gl_tried = True
+        try:
+            os.environ.setdefault("MUJOCO_GL", graphics.choose())
+        except UserError as error:
+            _gl_failure = str(error)
+    return _gl_failure
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine lacks, saying what and how to get it."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if item.get_closest_marker("assets") and not os.environ.get("WORLDENV_LIBERO_ASSETS"):
+        pytest.skip("official LIBERO assets: set WORLDENV_LIBERO_ASSETS to their folder")
+    if item.get_closest_marker("libero"):
+        missing = [name for name in _LIBERO_PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            pytest.skip(f"{', '.join(missing)} not installed: run make, which installs LIBERO")
+        if gl_failure():
+            pytest.skip(gl_failure())
