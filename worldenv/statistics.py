@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -47,6 +48,7 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
     return Interval(rate, max(middle - half, 0.0), min(middle + half, 1.0))
 
 
+@lru_cache
 def student_quantile(confidence: float, freedom: int) -> float:
     """The t with P(|T| < t) = confidence at `freedom` >= 1 degrees of freedom."""
     # With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1).
