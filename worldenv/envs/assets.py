@@ -1,8 +1,8 @@
 """Finds LIBERO's asset files, points LIBERO at them and picks a GL backend; nothing here simulates.
 
-Liberties: LIBERO (hf-libero 0.1.4) ignores the `assets` key of its own config, asks a question when
-first imported and downloads assets when it finds none. We write its config ourselves, into our cache
-folder, and set its module-level asset path, so none of that can happen.
+Liberties: LIBERO (hf-libero 0.1.4) ignores the `assets` key of its own config, asks a question
+when first imported and downloads assets when it finds none. We write its config ourselves, into our
+cache folder, and set its module-level asset path, so none of that can happen.
 """
 
 import ctypes
@@ -80,14 +80,13 @@ def libero_root() -> Path:
         if (Path(place) / "libero" / "bddl_files").is_dir():
             return Path(place) / "libero"
     raise UserError(
-        "The LIBERO benchmark is not installed (expected the package hf-libero, found "
-        f"{'another package named libero' if spec else 'none'}). Install it with\n  {LIBERO_INSTALL}"
+        "The LIBERO benchmark is not installed: expected the package hf-libero, found "
+        f"{'another package named libero' if spec else 'none'}. Install it with\n"
+        f"  {LIBERO_INSTALL}"
     )
 
 
-def resolve_assets(
-    explicit: Path | None, suite: str, cache_dir: Path | None = None
-) -> AssetSource:
+def resolve_assets(explicit: Path | None, suite: str, cache_dir: Path | None = None) -> AssetSource:
     """Chooses the asset folder for `suite`: explicit, else $WORLDENV_LIBERO_ASSETS, else our pack.
 
     The primitive pack serves libero_spatial only; it is written into `cache_dir` (default: the
@@ -171,9 +170,7 @@ def _suite_contents(suite: str) -> tuple[set[str], set[str]]:
     return categories, problems
 
 
-def _check_xml(
-    path: Path, name: str, missing: set[str], replaced: tuple[str, ...] = ()
-) -> None:
+def _check_xml(path: Path, name: str, missing: set[str], replaced: tuple[str, ...] = ()) -> None:
     """Adds `name`, or the files it refers to, to `missing` where they do not exist.
 
     Of assets that share a name robosuite keeps the first; those in `replaced` get another file.
@@ -241,7 +238,7 @@ def configure_libero(path: Path) -> None:
     config = _write_config(root, path)
     os.environ["LIBERO_CONFIG_PATH"] = str(config.parent)
     try:
-        import libero.libero as libero  # here, not above: importing it reads the config just written
+        import libero.libero as libero  # not at the top: importing it reads the config
     except ImportError as error:
         raise UserError(
             f"LIBERO is installed but does not import ({error}). Install what it needs with\n"
@@ -250,6 +247,19 @@ def configure_libero(path: Path) -> None:
     libero.libero_config_path = str(config.parent)
     libero.config_file = str(config)
     libero._assets_path_cache = str(path)
+
+
+def robot_for(path: Path) -> str:
+    """The robot LIBERO is to be asked for with these assets: "Panda", or its light twin.
+
+    Call after `configure_libero(path)`. The twin differs in its visual only and is registered with
+    robosuite by its import, which therefore has to wait until here.
+    """
+    if not is_primitive(path):
+        return "Panda"
+    from worldenv.envs.light_robot import ROBOT
+
+    return ROBOT
 
 
 def _write_config(root: Path, assets: Path) -> Path:

@@ -72,7 +72,7 @@ def _ring(foot: Point, rim: Point, thickness: float) -> str:
     return "".join(parts)
 
 
-def _lathe(name: str, profile: Sequence[Point], segments: int = 28) -> str:
+def lathe(name: str, profile: Sequence[Point], segments: int = 28) -> str:
     """A mesh element: the closed profile (r, z), bottom centre first and anticlockwise, turned."""
     vertices: list[float] = []
     rings: list[list[int]] = []
@@ -94,6 +94,11 @@ def _lathe(name: str, profile: Sequence[Point], segments: int = 28) -> str:
         f'<mesh name="{name}" vertex="{_numbers(vertices)}" '
         f'face="{" ".join(map(str, faces))}" inertia="shell"/>'
     )
+
+
+def _cylinder(radius: float, low: float, high: float) -> list[Point]:
+    """The profile of a cylinder: drawn as a mesh it has a tenth of the primitive's faces."""
+    return [(0, low), (radius, low), (radius, high), (0, high)]
 
 
 def _material(name: str, rgb: Sequence[float], shine: float = 0.3) -> str:
@@ -144,8 +149,8 @@ def bowl() -> str:
     lining = [(0.0425, 0.0185), (0.0468, 0.0311), (0.0524, 0.0521), (0.0519, 0.0519),
               (0.0462, 0.031), (0.0418, 0.0180), (0.030, 0.0110), (0, 0.0100)]  # fmt: skip
     assets = (
-        _lathe("akita_black_bowl_skin", [*skin, (0.0425, 0.0180), (0.030, 0.0090), (0, 0.0080)])
-        + _lathe("akita_black_bowl_lining", [(0, 0.0085), (0.030, 0.0095), *lining])
+        lathe("akita_black_bowl_skin", [*skin, (0.0425, 0.0180), (0.030, 0.0090), (0, 0.0080)])
+        + lathe("akita_black_bowl_lining", [(0, 0.0085), (0.030, 0.0095), *lining])
         + _material("akita_black_bowl_dark", (0.10, 0.11, 0.14), 0.6)
         + _material("akita_black_bowl_inside", (0.24, 0.26, 0.32), 0.4)
     )
@@ -165,9 +170,9 @@ def plate() -> str:
             (0.047, 0.0062), (0, 0.0058)]  # fmt: skip
     band = [(0.0600, 0.0100), (0.0662, 0.0132), (0.0660, 0.0141), (0.0600, 0.0117)]
     assets = (
-        _lathe("plate_skin", skin)
-        + _lathe("plate_band", [*band, (0.0600, 0.0100)])
-        + _material("plate_white", (0.93, 0.92, 0.88), 0.5)
+        lathe("plate_skin", skin)
+        + lathe("plate_band", [*band, (0.0600, 0.0100)])
+        + _material("plate_white", (0.86, 0.85, 0.80), 0.1)
         + _material("plate_blue", (0.20, 0.42, 0.72))
     )
     inside = (
@@ -183,7 +188,7 @@ def ramekin() -> str:
     """The ramekin: radius 45 mm, 43 mm high, standing on z = 0.7 mm."""
     skin = [(0, 0.0007), (0.0375, 0.0007), (0.0448, 0.0405), (0.0448, 0.0430), (0.0405, 0.0430),
             (0.0345, 0.0078), (0, 0.0073)]  # fmt: skip
-    assets = _lathe("ramekin_skin", skin) + _material("ramekin_glaze", (0.30, 0.62, 0.56), 0.5)
+    assets = lathe("ramekin_skin", skin) + _material("ramekin_glaze", (0.24, 0.56, 0.52), 0.3)
     inside = (
         _mesh_look("ramekin_skin", "ramekin_glaze")
         + _disc(0.036, 0.0007, 0.0073)
@@ -267,9 +272,9 @@ def stove() -> str:
         'quat="1 0 0 0" rgba="0 0 0 0"/>'
         + _geom("box", (0.095, 0.095, 0.0127), (0, 0, 0.0128), _FIXED)
         + _geom("box", (0.095, 0.095, 0.0105), (0, 0, 0.0105), plain)
-        + _geom("cylinder", (0.075, 0.0112), (0, 0, 0.0143), f'{_LOOK} material="{dark}"')
-        + _geom("cylinder", (0.058, 0.0006), (0, 0, 0.0253), plain)
-        + _geom("cylinder", (0.044, 0.0007), (0, 0, 0.0253), f'{_LOOK} material="{dark}"')
+        + _mesh_look("flat_stove_plate", dark)
+        + _mesh_look("flat_stove_ring", steel)
+        + _mesh_look("flat_stove_core", dark)
         + '<body name="burner_plate"/>'
         '<site name="burner" type="cylinder" size="0.0625 0.0005" pos="0 0 0.0262" '
         'rgba="0.9 0.05 0.05 1"/></body>'
@@ -279,11 +284,19 @@ def stove() -> str:
         '<inertial pos="0 0 0" mass="3" diaginertia="1 1 1"/>'
         '<joint name="button" type="hinge" axis="0 0 1" limited="true" range="-0.005 2.1" '
         'damping="1"/>'
-        + _both("cylinder", (0.044, 0.0062), (0.0013, 0.0046, 0.0066), dark)
+        + _geom("cylinder", (0.044, 0.0062), (0.0013, 0.0046, 0.0066), _FIXED)
+        + _mesh_look("flat_stove_knob", dark)
         + _both("box", (0.009, 0.040, 0.0121), (0.0013, 0.0012, 0.0250), steel)
         + "</body>"
     )
-    assets = _material(dark, (0.10, 0.10, 0.11), 0.3) + _material(steel, (0.52, 0.55, 0.60), 0.6)
+    assets = (
+        _material(dark, (0.10, 0.10, 0.11), 0.3)
+        + _material(steel, (0.50, 0.53, 0.58), 0.4)
+        + lathe("flat_stove_plate", _cylinder(0.075, 0.0030, 0.0250))
+        + lathe("flat_stove_ring", _cylinder(0.058, 0.0200, 0.0256))
+        + lathe("flat_stove_core", _cylinder(0.044, 0.0200, 0.0260))
+        + lathe("flat_stove_knob", _cylinder(0.044, 0.0004, 0.0128))
+    )
     inside = f'<body name="base">{burner}{knob}</body>'
     return _document("flat_stove", assets, inside, _FIXTURE)
 
@@ -316,7 +329,7 @@ def table_scene() -> str:
         'specular="0" shininess="0" reflectance="0"/>'
         '<texture name="tex-wall" type="2d" file="../textures/light-gray-plaster.png"/>'
         '<material name="walls_mat" texture="tex-wall" texrepeat="1 1" texuniform="true" '
-        'specular="0" shininess="0" reflectance="0"/>'
+        'emission="0.35" specular="0" shininess="0" reflectance="0"/>'
         + _textured("table_texture", "../textures/table.png")
         + "</asset><worldbody>"
         '<geom name="floor" type="plane" size="3 3 0.125" material="floorplane" group="1" '

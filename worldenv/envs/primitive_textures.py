@@ -77,8 +77,8 @@ def write_textures(folder: Path) -> None:
     pictures = {
         # LIBERO puts these two names into the scene by itself.
         "light-gray-floor-tile.png": tiles((168, 172, 176), seed=1),
-        "light-gray-plaster.png": plaster((206, 209, 206), seed=2),
-        "table.png": wood((206, 170, 126), seed=3, size=256, planks=8),
+        "light-gray-plaster.png": plaster((214, 220, 226), seed=2),
+        "table.png": wood((198, 164, 124), seed=3, size=256, planks=8),
         "cabinet.png": wood((112, 68, 40), seed=4, planks=2),
         "drawer.png": wood((150, 98, 60), seed=5, planks=1),
         "cookies.png": cookie_box(),

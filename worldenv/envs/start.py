@@ -1,4 +1,4 @@
-"""Where an episode starts: the one value both environments are reset with. Imports nothing of ours."""
+"""Where an episode starts: the one value both environments are reset with."""
 
 from dataclasses import dataclass
 
