@@ -137,8 +137,9 @@ class FrameWindows:
     """Windows of F consecutive frames that end anywhere in a sequence and never leave it.
 
     A window that would begin before its sequence is padded on the left with the first frame, marked
-    invalid. weights: one number per sequence, for sampling. For F = 1 every frame is a window;
-    otherwise those with at least one transition.
+    invalid; with padded=False only windows that lie wholly within a sequence are drawn. weights:
+    one number per sequence, for sampling. For F = 1 every frame is a window; otherwise those with
+    at least one transition.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class FrameWindows:
         sequences: Sequence[FrameSequence],
         frames: int,
         weights: Sequence[float] | None = None,
+        padded: bool = True,
     ) -> None:
         if not sequences or frames < 1:
             raise UserError(
@@ -168,7 +170,13 @@ class FrameWindows:
         self._task = torch.tensor([s.task for s in sequences])[owner]
         self._episode = torch.tensor([s.episode for s in sequences])[owner]
         rows = torch.arange(len(owner))
-        self._ends = rows if frames == 1 else rows[rows > self._first]
+        least = min(frames - 1, 1) if padded else frames - 1
+        self._ends = rows[rows - self._first >= least]
+        if not len(self._ends):
+            raise UserError(
+                f"expected a sequence of at least {least + 1} frames, got none longer than "
+                f"{int(lengths.max())}. Collect longer episodes or use shorter windows."
+            )
         self._weights = _per_item(weights, len(sequences), owner[self._ends])
 
     def __len__(self) -> int:

@@ -1,0 +1,282 @@
+"""Console scripts, and nothing else: parse, call, print.
+
+A `UserError` is printed without a traceback and exits with 2; Ctrl-C exits with 130 after the stage
+in progress has saved what it had.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from worldenv import doctor as doctor_module
+from worldenv.config import Config
+from worldenv.data.episodes import read_episodes
+from worldenv.presets import NAMES, preset
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.seeds import derive
+from worldenv.stages import collect as collecting
+from worldenv.stages import evaluate as evaluating
+from worldenv.stages import imagine as imagining
+from worldenv.stages import pipeline, store
+from worldenv.stages.run import Run, open_run, write_json
+from worldenv.statistics import wilson
+
+_Stage = Literal[
+    "all",
+    "demonstrations",
+    "sft",
+    "explore",
+    "simulator",
+    "reflector",
+    "fidelity",
+    "posttrain",
+    "evaluate",
+    "report",
+]
+
+
+@dataclass(frozen=True)
+class TrainArguments:
+    """Learn a world from a few demonstrations and post-train a policy inside it.
+
+    Without a stage the whole pipeline runs; stages whose artifacts match the configuration are
+    skipped, so the same command resumes an interrupted run. Choose a starting point with --preset
+    (default, smoke, libero-spatial, libero-object, libero-goal, libero-10) and change any field.
+    """
+
+    stage: tyro.conf.Positional[_Stage] = "all"
+    """One stage to run, or all of them."""
+    round: int = 0
+    """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
+    policy: Path | None = None
+    """Use this policy checkpoint instead of training one by imitation."""
+    simulator: Path | None = None
+    """Use this simulator checkpoint for the round."""
+    reflector: Path | None = None
+    """Use this reflector checkpoint for the round."""
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """Measure a policy's success in the real benchmark on held-out starts."""
+
+    run_dir: Path = Path("runs/default")
+    """Run folder whose configuration to use."""
+    policy: Path | None = None
+    """Policy checkpoint; default: the run's post-trained one."""
+    starts: tuple[int, int] | None = None
+    """Half-open range of benchmark init states; default: the run's."""
+    fixture_seeds: tuple[int, ...] | None = None
+    """Seeds of the fixture placement; default: the run's."""
+    out: Path | None = None
+    """Write the episodes' outcomes to this JSON file."""
+
+
+@dataclass(frozen=True)
+class CollectArguments:
+    """Record episodes in the real benchmark, in LIBERO's HDF5 layout."""
+
+    source: tyro.conf.Positional[Literal["expert", "policy"]] = "expert"
+    """Who acts: the scripted expert or a policy checkpoint."""
+    out: Path = Path("data")
+    """Folder for <suite>/<task>_demo.hdf5."""
+    preset: Literal[NAMES] = "default"
+    """Preset whose environment settings to use."""
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] | None = None
+    """LIBERO suite; default: the preset's."""
+    tasks: tuple[int, ...] | None = None
+    """Task ids; default: the preset's."""
+    episodes: int = 5
+    """Episodes per task, on init states 0, 1, ..."""
+    noise: float = 0.25
+    """Expert: std of the action noise, relative to the action."""
+    policy: Path | None = None
+    """Policy: checkpoint to roll out."""
+    scale: float = 1.5
+    """Policy: multiple of its Laplace scale."""
+    assets: Path | None = None
+    """Folder with LIBERO's asset files."""
+    seed: int = 0
+    """Seed of fixtures and noise."""
+
+
+@dataclass(frozen=True)
+class ImagineArguments:
+    """Show a policy, or recorded actions, in the real world and in the learned one."""
+
+    run_dir: Path = Path("runs/default")
+    """Run folder with the simulator and reflector."""
+    episodes: Path | None = None
+    """HDF5 file (or folder) of recorded episodes to replay; default: roll out the policy."""
+    policy: Path | None = None
+    """Policy checkpoint; default: the run's post-trained one."""
+    drive: Literal["actions", "policy"] = "actions"
+    """What moves the imagined world: the real episode's actions, or the policy looking at it."""
+    starts: tuple[int, ...] = (20, 21)
+    """Benchmark init states to roll the policy out from."""
+    count: int = 4
+    """Recorded episodes to show at most."""
+    steps: int | None = None
+    """Denoising steps per frame; default: the run's."""
+    out: Path = Path("imagined")
+    """Folder for the videos."""
+
+
+def train() -> None:
+    """worldenv-train"""
+    _guarded(_train)
+
+
+def evaluate() -> None:
+    """worldenv-eval"""
+    _guarded(_evaluate)
+
+
+def collect() -> None:
+    """worldenv-collect"""
+    _guarded(_collect)
+
+
+def imagine() -> None:
+    """worldenv-imagine"""
+    _guarded(_imagine)
+
+
+def doctor() -> None:
+    """worldenv-doctor"""
+    _guarded(doctor_module.main)
+
+
+def _guarded(work: Callable[[], int | None]) -> None:
+    try:
+        code = work()
+    except UserError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or 0)
+
+
+def _train() -> None:
+    name = _preset_name(sys.argv[1:])
+    arguments = tyro.cli(TrainArguments, default=TrainArguments(config=preset(name)))
+    run = Run(arguments.config)
+    try:
+        for kind in ("policy", "simulator", "reflector"):
+            path = getattr(arguments, kind)
+            if path is not None:
+                pipeline.adopt(run, kind, path, arguments.round)
+        if arguments.stage == "all":
+            results = pipeline.run_all(run)
+        else:
+            pipeline.check_round(run, arguments.round)
+            results = pipeline.run_stage(run, arguments.stage, arguments.round)
+    finally:
+        run.close()
+    if isinstance(results, Path):
+        print(f"report:  {run.dir / 'report.html'}\nresults: {results}")
+    else:
+        shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
+        print("\n".join(f"{k}: {v}" for k, v in shown.items()))
+
+
+def _preset_name(argv: list[str]) -> str:
+    """The value of --preset, read first because it decides every other default."""
+    for i, word in enumerate(argv):
+        if word == "--preset" and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith("--preset="):
+            return word.removeprefix("--preset=")
+    return "default"
+
+
+def _evaluate() -> None:
+    arguments = tyro.cli(EvalArguments)
+    run = open_run(arguments.run_dir)
+    part = run.config.evaluate
+    part = replace(
+        part,
+        starts=arguments.starts or part.starts,
+        fixture_seeds=arguments.fixture_seeds or part.fixture_seeds,
+    )
+    run.config = replace(run.config, evaluate=part)
+    policy = store.load("policy", arguments.policy or _last_policy(run))
+    starts = evaluating.held_out_starts(run)
+    outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
+    wins = sum(o["success"] for o in outcomes)
+    rate, low, high = wilson(wins, len(outcomes))
+    print(f"success {wins}/{len(outcomes)} = {rate:.1%} (95% interval {low:.1%} to {high:.1%})")
+    if arguments.out is not None:
+        write_json(arguments.out, {"successes": wins, "episodes": outcomes})
+    run.close()
+
+
+def _collect() -> None:
+    arguments = tyro.cli(CollectArguments)
+    base = preset(arguments.preset)
+    env = replace(
+        base.env,
+        suite=arguments.suite or base.env.suite,
+        tasks=arguments.tasks or base.env.tasks,
+        assets=arguments.assets,
+    )
+    config = replace(
+        base,
+        env=env,
+        seed=arguments.seed,
+        run_dir=arguments.out,
+        collect=replace(base.collect, demonstration_noise=arguments.noise, scale=arguments.scale),
+    )
+    if arguments.source == "expert":
+        record = collecting.record_expert(config, arguments.episodes, arguments.out)
+    else:
+        if arguments.policy is None:
+            raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
+        policy = store.load("policy", arguments.policy)
+        record = collecting.record_policy(config, policy, arguments.episodes, arguments.out)
+    print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
+
+
+def _imagine() -> None:
+    arguments = tyro.cli(ImagineArguments)
+    run = open_run(arguments.run_dir)
+    config = run.config
+    last = config.posttrain.rounds - 1
+    simulator = store.load(
+        "simulator", run.path("checkpoints", f"simulator-{last}.safetensors"), run.device
+    )
+    reflector = store.load(
+        "reflector", run.path("checkpoints", f"reflector-{last}.safetensors"), run.device
+    )
+    policy = store.load("policy", arguments.policy or _last_policy(run))
+    if arguments.episodes is not None:
+        episodes = read_episodes(arguments.episodes, config.env.image_size)[: arguments.count]
+    else:
+        seed = derive(config.seed, "imagine fixture") % 2**31
+        task = config.env.tasks[0]
+        starts = [evaluating.Start(task, index, seed) for index in arguments.starts]
+        episodes = imagining.real_episodes(run, policy, starts)
+    paths = imagining.imagine(
+        run,
+        episodes,
+        simulator,
+        reflector,
+        arguments.out,
+        "imagined",
+        drive=arguments.drive,
+        policy=policy.to(run.device),
+        steps=arguments.steps or config.sampling_steps(last),
+    )
+    print("\n".join(str(path) for path in paths))
+    run.close()
+
+
+def _last_policy(run: Run) -> Path:
+    return run.dir / "checkpoints" / f"policy-{run.config.posttrain.rounds - 1}.safetensors"

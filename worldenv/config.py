@@ -1,0 +1,333 @@
+"""Configuration: one frozen dataclass per component, validated once, saved with every run.
+
+Help text stands beside each field (tyro prints it). `from_dict` refuses unknown keys and names the
+nearest one. Named combinations live in `presets.py`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+from worldenv.runtime.errors import UserError, nearest
+
+SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The real benchmark."""
+
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
+    """LIBERO suite."""
+    tasks: tuple[int, ...] = (3,)
+    """Task ids within the suite (0-9)."""
+    assets: Path | None = None
+    """Folder with LIBERO's asset files. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
+    image_size: int = 64
+    """Side of the square images the models see, in pixels (a divisor of 128)."""
+    chunk: int = 8
+    """Actions executed open loop per policy decision."""
+    max_steps: int = 160
+    """Control steps (20 Hz) after which an episode is truncated."""
+    workers: int = 2
+    """Simulator processes."""
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Demonstrations and self-explored episodes (paper section 3.2)."""
+
+    demonstrations: int = 5
+    """Scripted demonstrations per task (init states 0, 1, ...)."""
+    demonstration_noise: float = 0.25
+    """Std of the correlated action noise added while demonstrating, relative to the action."""
+    episodes: int = 80
+    """Policy episodes per task in the first round."""
+    refresh_episodes: int = 40
+    """Policy episodes per task in each later round."""
+    scale: float = 1.5
+    """Exploration noise: multiple of the policy's Laplace scale."""
+    fresh: float = 0.5
+    """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19."""
+    hold_chunks: int = 1
+    """Chunks recorded after success first fires, so that the world shows what success looks like."""
+    held_out: float = 0.125
+    """Fraction of policy episodes kept from training, to measure simulator and reflector on."""
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """OpenVLA-OFT-shaped policy: vision tokens, proprio, language and action slots."""
+
+    width: int = 256
+    """Transformer width."""
+    layers: int = 2
+    """Transformer layers (bidirectional)."""
+    heads: int = 4
+    """Attention heads."""
+    encoder_channels: int = 32
+    """Channels of the first convolution of each camera's encoder."""
+    min_log_scale: float = -4.5
+    """Lower clamp of the Laplace log-scale (units: log of normalised action)."""
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Imitation of the demonstrations."""
+
+    steps: int = 800
+    """Optimiser steps."""
+    batch: int = 64
+    """Samples per step."""
+    lr: float = 1e-3
+    """Peak learning rate (one-cycle)."""
+    shift: int = 1
+    """Random image shift in pixels; large shifts cost grasp precision."""
+    scale_weight: float = 0.05
+    """Weight of the Laplace likelihood that trains the scale head on detached means."""
+
+
+@dataclass(frozen=True)
+class SimulatorConfig:
+    """Causal video denoiser over tokenizer latents, flow matching (paper section 3.3)."""
+
+    tokenizer: Literal["patch", "autoencoder"] = "patch"
+    """Pixel patches (no training) or a small convolutional autoencoder."""
+    patch: int = 8
+    """Pixels per token side."""
+    latent_channels: int = 16
+    """Channels of the autoencoder's latents (unused by the patch tokenizer)."""
+    width: int = 128
+    """Transformer width."""
+    layers: int = 6
+    """Transformer blocks."""
+    heads: int = 4
+    """Attention heads."""
+    mlp_ratio: float = 3.0
+    """Hidden width of the MLP over width."""
+    window: int = 2
+    """Past frames whose keys and values stay in the cache."""
+    prediction: Literal["sample", "velocity"] = "sample"
+    """The network's target: the clean frame as a residual to the last one, or Wan's velocity."""
+    steps: int = 1200
+    """Optimiser steps in the first round."""
+    refresh_steps: int = 400
+    """Optimiser steps in each later round, from the last weights."""
+    batch: int = 16
+    """Windows per step."""
+    frames: int = 3
+    """Target frames per training window."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    self_history_start: float = 0.4
+    """Fraction of training after which predicted frames are used as history."""
+    self_history: float = 0.6
+    """Probability of a batch with predicted history, from then on."""
+    pure_noise: float = 0.3
+    """Fraction of targets trained at pure noise, which makes one-step sampling work."""
+    tokenizer_steps: int = 1500
+    """Optimiser steps of the autoencoder tokenizer (unused by the patch tokenizer)."""
+
+
+@dataclass(frozen=True)
+class ReflectorConfig:
+    """Reward and termination head (paper section 3.4)."""
+
+    width: int = 128
+    """Hidden width of the head."""
+    encoder_channels: int = 24
+    """Channels of the first convolution of each camera's encoder."""
+    steps: int = 500
+    """Optimiser steps in each round."""
+    batch: int = 64
+    """Frames per step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    threshold: float = 0.5
+    """eta: an episode ends as a success where the reward exceeds it."""
+
+
+@dataclass(frozen=True)
+class PosttrainConfig:
+    """LOOP inside the learned world (paper section 3.5)."""
+
+    iterations: int = 10
+    """Iterations in the first round."""
+    refresh_iterations: int = 10
+    """Iterations in each later round."""
+    rounds: int = 2
+    """Rounds of (collect, simulator, reflector, post-train)."""
+    contexts: int = 16
+    """Contexts (first frames) per iteration."""
+    group: int = 8
+    """G, rollouts per context."""
+    advantage: Literal["loop", "grpo", "gae"] = "loop"
+    """Leave-one-out, group-normalised, or a learned critic with GAE."""
+    reward: Literal["binary", "continuous"] = "binary"
+    """Reward of an episode: R > eta, or R itself."""
+    lr: float = 1e-5
+    """Learning rate. 1e-4 was seen to collapse within one iteration."""
+    epochs: int = 1
+    """Passes over the rollouts per iteration."""
+    minibatch: int = 256
+    """Chunks per optimiser step."""
+    clip_low: float = 0.2
+    """Lower clip of the ratio: 1 - clip_low."""
+    clip_high: float = 0.2
+    """Upper clip of the ratio: 1 + clip_high."""
+    kl_weight: float = 0.0
+    """Weight of the KL to the SFT policy."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus (only with a trainable scale)."""
+    scale: float = 2.0
+    """Behaviour scale: multiple of the SFT policy's Laplace scale, frozen."""
+    sampling_steps: int = 1
+    """Denoising steps per imagined frame in the first round."""
+    refresh_sampling_steps: int = 2
+    """Denoising steps per imagined frame in each later round."""
+    middle_contexts: float = 0.3
+    """Fraction of contexts taken from the middle of real episodes."""
+    max_clip_fraction: float = 0.5
+    """Guard: an update beyond this is undone and the learning rate halved."""
+    max_mu_change: float = 0.1
+    """Guard: mean absolute change of mu per iteration (normalised action) beyond which it is undone."""
+    real_check_every: int = 5
+    """Iterations between checks in the real benchmark on tuning starts (0: never)."""
+    real_check_episodes: int = 20
+    """Episodes of such a check (starts 0-19)."""
+    require_fidelity: bool = True
+    """Refuse to train inside a simulator that predicts no better than a still picture."""
+    rows: int = 32
+    """B, imagined environments running side by side."""
+    gamma: float = 1.0
+    """Discount (GAE only)."""
+    gae_lambda: float = 0.95
+    """GAE lambda."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Held-out evaluation in the real benchmark."""
+
+    starts: tuple[int, int] = (20, 50)
+    """Half-open range of benchmark init states; 0-19 are for tuning."""
+    fixture_seeds: tuple[int, ...] = (1000, 2000, 3000)
+    """Seeds of the fixture placement; every start runs once with each."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole run."""
+
+    preset: str = "default"
+    """Name of the preset this configuration started from."""
+    seed: int = 0
+    """Seed of the whole pipeline."""
+    run_dir: Path = Path("runs/default")
+    """Folder for checkpoints, metrics, report and results."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    env: EnvConfig = field(default_factory=EnvConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    sft: SFTConfig = field(default_factory=SFTConfig)
+    simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
+    reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
+    posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def max_chunks(self) -> int:
+        """Policy decisions per episode."""
+        return -(-self.env.max_steps // self.env.chunk)
+
+    def sampling_steps(self, number: int) -> int:
+        """Denoising steps per imagined frame in round `number`."""
+        rl = self.posttrain
+        return rl.refresh_sampling_steps if number else rl.sampling_steps
+
+
+def validate(config: Config) -> None:
+    """Check what types cannot. Raises UserError naming the field, the value and the mend."""
+
+    def require(ok: bool, name: str, expected: str, got: object) -> None:
+        if not ok:
+            raise UserError(f"config {name}: expected {expected}, got {got!r}")
+
+    env, rl = config.env, config.posttrain
+    require(bool(env.tasks), "env.tasks", "at least one task id", env.tasks)
+    require(all(0 <= t < 10 for t in env.tasks), "env.tasks", "ids in 0..9", env.tasks)
+    require(128 % env.image_size == 0, "env.image_size", "a divisor of 128", env.image_size)
+    require(
+        env.image_size % config.simulator.patch == 0,
+        "simulator.patch",
+        f"a divisor of image_size {env.image_size}",
+        config.simulator.patch,
+    )
+    for name in ("policy", "simulator"):
+        part = getattr(config, name)
+        require(part.width % part.heads == 0, f"{name}.heads", "a divisor of width", part.heads)
+    require(rl.group >= 2, "posttrain.group", "at least 2 rollouts per context", rl.group)
+    require(rl.rounds >= 1, "posttrain.rounds", "at least 1", rl.rounds)
+    lo, hi = config.evaluate.starts
+    require(0 <= lo < hi <= 50, "evaluate.starts", "a range within 0..50", (lo, hi))
+
+
+def to_dict(config: Any) -> dict:
+    """JSON-ready nested dict of a config dataclass."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type, values: dict, where: str = "config") -> Any:
+    """Build config dataclass `cls` from a nested dict; unknown keys are refused by nearest name."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected a table of fields, got {type(values).__name__}")
+    hints = get_type_hints(cls)
+    names = {f.name for f in dataclasses.fields(cls)}
+    kwargs = {}
+    for key, value in values.items():
+        if key not in names:
+            hint = nearest(key, names)
+            raise UserError(
+                f"{where}: unknown key {key!r}" + (f"; did you mean {hint!r}?" if hint else "")
+            )
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            value = from_dict(kind, value, f"{where}.{key}")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif value is not None and "Path" in str(kind):
+            value = Path(value)
+        kwargs[key] = value
+    return cls(**kwargs)
+
+
+def load(path: Path) -> Config:
+    """Read a config written by a run (`config.json`)."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"no config at {path}; expected a run folder's config.json") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    return from_dict(Config, values)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short stable hash of configs and strings: decides whether an artifact matches."""
+    plain = [to_dict(p) if dataclasses.is_dataclass(p) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,214 @@
+"""Imagined LIBERO: the learned world behind the same VectorEnv interface as the real benchmark.
+
+Rows begin in contexts taken from real episodes (their first frame, or two frames from their
+middle), the simulator generates one frame per chunk of actions, the reflector gives reward and
+termination. Finished rows freeze until `reset_mask` refills them. Everything but the flags the host
+needs to refill rows stays on the simulator's device; noise is seeded per row.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from worldenv.data.windows import FrameSequence
+from worldenv.envs.start import Start
+from worldenv.models.reflector import Judge, Reflector
+from worldenv.models.simulator import Simulator
+from worldenv.runtime.errors import UserError
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-,.'"
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where an imagined episode begins: K real frames and the chunks between them."""
+
+    image: Tensor  # [K, V, H, W, 3] uint8
+    proprio: Tensor  # [K, P]
+    action: Tensor  # [K, C, A]; action[f] led to frame f, zeros for the first
+    task: int
+    instruction: str
+    elapsed: int  # chunks executed before the last context frame
+
+
+def first_frames(sequences: Sequence[FrameSequence]) -> list[Context]:
+    """One context per sequence that begins at step 0."""
+    return [_context(s, 0, 1) for s in sequences if int(s.steps[0]) == 0]
+
+
+def middle_frames(sequences: Sequence[FrameSequence], chunk: int) -> list[Context]:
+    """Contexts of two frames from every place before success, first and last frames left out."""
+    return [
+        _context(s, t, 2, int(s.steps[t]) // chunk)
+        for s in sequences
+        for t in range(1, len(s) - 1)
+        if not bool(s.success[t])
+    ]
+
+
+def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> Context:
+    rows = slice(t - frames + 1, t + 1)
+    action = torch.zeros(frames, *sequence.actions.shape[1:])
+    action[1:] = sequence.actions[t - frames + 1 : t]
+    return Context(
+        sequence.images[rows],
+        sequence.proprio[rows],
+        action,
+        sequence.task,
+        sequence.instruction,
+        elapsed,
+    )
+
+
+class ImaginedVectorEnv(VectorEnv):
+    """B imagined episodes. Observations and actions as in `envs.libero`, as tensors.
+
+    Reward: R in [0, 1] after each frame (0 for finished rows). terminated: R > threshold;
+    truncated: the episode has `max_chunks` chunks, those before its context included.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        reflector: Reflector,
+        contexts: Sequence[Context],
+        num_envs: int,
+        *,
+        max_chunks: int,
+        sampling_steps: int,
+        threshold: float,
+        terminate: bool = True,
+    ) -> None:
+        if not contexts:
+            raise UserError("an imagined environment needs at least one context; collect episodes")
+        self.simulator, self.reflector = simulator.eval(), reflector.eval()
+        self.contexts, self.num_envs = list(contexts), num_envs
+        self.max_chunks, self.sampling_steps = max_chunks, sampling_steps
+        self.threshold, self.terminate = threshold, terminate
+        frame, proprio = contexts[0].image, contexts[0].proprio
+        self.single_observation_space = spaces.Dict(
+            {
+                "image": spaces.Box(0, 255, tuple(frame.shape[1:]), np.uint8),
+                "proprio": spaces.Box(-np.inf, np.inf, tuple(proprio.shape[1:]), np.float32),
+                "instruction": spaces.Text(max_length=200, charset=_LETTERS),
+            }
+        )
+        chunk = tuple(contexts[0].action.shape[1:])
+        self.single_action_space = spaces.Box(-1.0, 1.0, chunk, np.float32)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.device = simulator.position.device
+        self._state = simulator.start(num_envs)
+        self._judge = Judge(reflector, num_envs)
+        self._instructions = [""] * num_envs
+        self._chunks = np.zeros(num_envs, np.int64)
+        self._steps = np.zeros(num_envs, np.int64)
+        self._success_step = np.full(num_envs, -1)
+        self._terminated = np.ones(num_envs, bool)  # rows are idle until their first reset
+        self._truncated = np.zeros(num_envs, bool)
+        shape = (num_envs, *frame.shape[1:])
+        self._image = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin new episodes in the rows of options["reset_mask"] (default all).
+
+        options["starts"]: B entries; `Start.index` is the context, `Start.seed` seeds the noise.
+        Without starts, contexts and noise are drawn from `seed`.
+        """
+        options = options or {}
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        starts = options.get("starts")
+        if starts is None:
+            if seed is not None or self._np_random is None:
+                super().reset(seed=seed)
+            draw = self.np_random.integers
+            starts = [
+                Start(0, int(draw(len(self.contexts))), int(draw(2**31)))
+                for _ in range(self.num_envs)
+            ]
+        chosen = {int(i): starts[i] for i in np.flatnonzero(mask)}
+        for i, start in chosen.items():
+            if start is None or start.index is None or not 0 <= start.index < len(self.contexts):
+                raise UserError(
+                    f"row {i}: expected a start with a context index in "
+                    f"0..{len(self.contexts) - 1}, got {start}"
+                )
+        by_length: dict[int, dict[int, Start]] = {}
+        for i, start in chosen.items():
+            by_length.setdefault(len(self.contexts[start.index].image), {})[i] = start
+        for rows in by_length.values():
+            self._prefill(rows)
+        self._terminated[mask] = self._truncated[mask] = False
+        self._success_step[mask], self._steps[mask] = -1, 0
+        return self._observation(), self._info()
+
+    def _prefill(self, rows: dict[int, Start]) -> None:
+        """Fill rows whose contexts are equally long."""
+        mask = np.zeros(self.num_envs, bool)
+        mask[list(rows)] = True
+        order = sorted(rows)
+        contexts = [self.contexts[rows[i].index] for i in order]
+        image, proprio, action = (
+            torch.stack([getattr(c, name) for c in contexts]).to(self.device)
+            for name in ("image", "proprio", "action")
+        )
+        seeds = torch.tensor([rows[i].seed for i in order], device=self.device)
+        self.simulator.prefill(self._state, mask, image, proprio, action, seeds)
+        index = torch.tensor(order, device=self.device)
+        self._image[index] = image[:, -1]
+        for i, context in zip(order, contexts, strict=True):
+            self._instructions[i], self._chunks[i] = context.instruction, context.elapsed
+        flags = torch.as_tensor(mask)
+        self._judge.reset(flags)
+        self._judge.watch(self._image, self._state.proprio, self._instructions, flags)
+
+    def step(
+        self, actions: Tensor
+    ) -> tuple[dict[str, Any], Tensor, Tensor, Tensor, dict[str, Any]]:
+        """One chunk `[B, C, A]` in every live row."""
+        live = ~(self._terminated | self._truncated)
+        actions = torch.as_tensor(actions, device=self.device)
+        if tuple(actions.shape) != self.action_space.shape:
+            raise UserError(
+                f"actions: expected shape {self.action_space.shape}, got {tuple(actions.shape)}"
+            )
+        self._image, proprio = self.simulator.step(self._state, actions, self.sampling_steps, live)
+        rows = torch.as_tensor(live)
+        reward = self._judge.watch(self._image, proprio, self._instructions, rows)
+        reward = reward * rows.to(self.device)
+        self._chunks += live
+        self._steps += live * actions.shape[1]
+        # The one read-back per chunk: the host decides which rows to refill.
+        success = (reward > self.threshold).cpu().numpy() & live
+        first = success & (self._success_step < 0)
+        self._success_step[first] = self._steps[first]
+        if self.terminate:
+            self._terminated |= success
+        self._truncated |= live & ~self._terminated & (self._chunks >= self.max_chunks)
+        flags = (torch.as_tensor(f.copy()) for f in (self._terminated, self._truncated))
+        return self._observation(), reward, *flags, self._info()
+
+    def _observation(self) -> dict[str, Any]:
+        return {
+            "image": self._image,
+            "proprio": self._state.proprio,
+            "instruction": tuple(self._instructions),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "success": self._success_step > 0,
+            "steps": self._steps.copy(),
+            "success_step": self._success_step.copy(),
+        }

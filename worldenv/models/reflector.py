@@ -1,0 +1,95 @@
+"""The instant reflector: reward and termination from what has been seen so far.
+
+World-Env section 3.4 (arXiv 2509.24948): R(o_{1:t}, g) = sigmoid(head(h_t)), trained by binary
+cross-entropy on per-frame success labels; R > eta ends the episode and R at the end is its reward.
+h_t joins the features of frame t with their running mean over o_{1:t} and the instruction.
+Liberty: the small presets train a convolutional encoder per camera; the paper freezes a VLM.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from worldenv.config import ReflectorConfig
+from worldenv.models.layers import ConvEncoder, WordEncoder, views_to_channels
+
+
+class Reflector(nn.Module):
+    """Frames, proprio and instruction to a success logit per frame."""
+
+    def __init__(
+        self, config: ReflectorConfig, image_size: int, views: int = 2, proprio: int = 8
+    ) -> None:
+        super().__init__()
+        self.config = config
+        features = 64
+        self.register_buffer("proprio_mean", torch.zeros(proprio))
+        self.register_buffer("proprio_std", torch.ones(proprio))
+        self.encoders = nn.ModuleList(
+            ConvEncoder(image_size, config.encoder_channels, features) for _ in range(views)
+        )
+        self.size = views * features + proprio
+        self.words = WordEncoder(features)
+        self.head = nn.Sequential(
+            nn.Linear(2 * self.size + features, config.width),
+            nn.SiLU(),
+            nn.Dropout(0.2),
+            nn.Linear(config.width, 1),
+        )
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Proprio normalisation `[P]`, from the training data."""
+        self.proprio_mean.copy_(mean)
+        self.proprio_std.copy_(std)
+
+    def features(self, views: Tensor, proprio: Tensor) -> Tensor:
+        """Float images `[V, N, 3, H, W]` and proprio `[N, P]` to features `[N, size]`."""
+        seen = [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]
+        q = ((proprio - self.proprio_mean) / self.proprio_std).clamp(-3, 3)
+        return torch.cat([*seen, q], -1)
+
+    def judge(self, features: Tensor, mean: Tensor, words: Tensor) -> Tensor:
+        """Logit `[N]` from frame t's features, their mean over frames 1..t, and the words."""
+        return self.head(torch.cat([features, mean, words], -1))[..., 0]
+
+    def forward(self, image: Tensor, proprio: Tensor, instruction: Sequence[str]) -> Tensor:
+        """Logits `[B, F]` of whole sequences: image `[B, F, V, H, W, 3]` uint8, proprio
+        `[B, F, P]`.
+        """
+        batch, frames = image.shape[:2]
+        features = self.features(views_to_channels(image.flatten(0, 1)), proprio.flatten(0, 1))
+        features = features.unflatten(0, (batch, frames))
+        count = torch.arange(1, frames + 1, device=image.device)[:, None]
+        words = self.words(instruction)[:, None].expand(-1, frames, -1)
+        return self.judge(features, features.cumsum(1) / count, words)
+
+
+class Judge:
+    """A reflector watching B episodes at once, frame by frame, on the device."""
+
+    def __init__(self, reflector: Reflector, batch: int) -> None:
+        device = reflector.proprio_mean.device
+        self.reflector = reflector
+        self.total = torch.zeros(batch, reflector.size, device=device)
+        self.count = torch.zeros(batch, 1, device=device)
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget what rows (bool [B]) have seen."""
+        keep = ~rows.to(self.total.device)[:, None]
+        self.total, self.count = self.total * keep, self.count * keep
+
+    @torch.no_grad()
+    def watch(
+        self, image: Tensor, proprio: Tensor, instruction: Sequence[str], rows: Tensor
+    ) -> Tensor:
+        """Reward R `[B]` in [0, 1] after one more frame `[B, V, H, W, 3]`; other rows' memories
+        keep.
+        """
+        features = self.reflector.features(views_to_channels(image), proprio)
+        seen = rows.to(features.device)[:, None]
+        self.total = self.total + features * seen
+        self.count = self.count + seen
+        mean = self.total / self.count.clamp_min(1)
+        words = self.reflector.words(instruction)
+        return torch.sigmoid(self.reflector.judge(features, mean, words))

@@ -1,0 +1,356 @@
+"""The world simulator: a causal video denoiser that generates the next frame against a cache.
+
+World-Env section 3.3 (arXiv 2509.24948): o_t, a_t, s_{t+1} -> o_{t+1}. A Wan-shaped transformer is
+trained by flow matching, z = (1 - sigma) x + sigma noise, on one target frame per chunk of actions.
+Past frames reach it twice: the last one on the channels, beside the noisy one (as in Wan's
+image-to-video model), and the last `window` ones through the keys and values they left in the
+cache. The next proprio is predicted from proprio and actions, conditions the frame, and is refined
+from the denoised tokens.
+
+Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
+training the cached keys and values carry no gradient (as in Transformer-XL), so a training step
+sees exactly what generation sees.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldenv.config import SimulatorConfig
+from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
+from worldenv.models.tokenizer import build_tokenizer
+from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
+from worldenv.runtime.seeds import counter_normal
+
+
+@dataclass
+class SimulatorState:
+    """B worlds in progress. Everything but the cache's positions lives on the device."""
+
+    latents: Tensor  # [B, S, Z] last frame
+    proprio: Tensor  # [B, P]
+    previous_proprio: Tensor  # [B, P]
+    seeds: Tensor  # [B] int64, of the noise
+    step: Tensor  # [B] int64, frames generated since the context
+    cache: FrameCache | None
+
+
+@dataclass
+class Conditioning:
+    """What modulates a stretch of frames, all `[B, F, ...]` and normalised."""
+
+    action: Tensor  # [B, F, E]
+    proprio: Tensor  # [B, F, P] predicted proprio of the frame itself
+
+
+class Simulator(nn.Module):
+    """See the module's docstring. Shapes: S tokens = views * grid**2, Z latent channels."""
+
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        image_size: int,
+        views: int = 2,
+        proprio: int = 8,
+        chunk: int = 8,
+        actions: int = 7,
+    ) -> None:
+        super().__init__()
+        self.config, self.views = config, views
+        commands = chunk * actions
+        self.tokenizer = build_tokenizer(config, image_size)
+        self.tokenizer.requires_grad_(False)
+        e, z = config.width, self.tokenizer.channels
+        self.tokens = views * self.tokenizer.grid**2
+        self.register_buffer("proprio_mean", torch.zeros(proprio))
+        self.register_buffer("proprio_std", torch.ones(proprio))
+        self.patch_in = nn.Linear(2 * z, e)
+        self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
+        self.rotary = Rotary3D(e // config.heads, views, self.tokenizer.grid)
+        self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
+        self.time_out = nn.Linear(e, 6 * e)
+        self.action_in = nn.Sequential(
+            nn.Linear(3 * proprio + commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
+        )
+        self.dynamics = nn.Sequential(
+            nn.Linear(2 * proprio + commands, 256),
+            nn.SiLU(),
+            nn.Linear(256, 256),
+            nn.SiLU(),
+            nn.Linear(256, proprio),
+        )
+        self.blocks = nn.ModuleList(
+            DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(e, eps=1e-6)
+        self.patch_out = nn.Linear(e, z)
+        self.proprio_out = nn.Linear(e, proprio)
+        for layer in (self.dynamics[-1], self.patch_out, self.proprio_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Proprio normalisation `[P]`, from the training data."""
+        self.proprio_mean.copy_(mean)
+        self.proprio_std.copy_(std)
+
+    # ---------------------------------------------------------------- the network
+
+    def condition(self, proprio: Tensor, previous: Tensor, action: Tensor) -> Conditioning:
+        """Predict the proprio a chunk leads to, and embed what leads there.
+
+        proprio, previous `[B, F, P]` (raw, of the frame before and the one before that), action
+        `[B, F, C, A]` as the policy commands it.
+        """
+        q1, q0 = self._normalise(proprio), self._normalise(previous)
+        a = executed(action).flatten(-2)
+        predicted = q1 + self.dynamics(torch.cat([q1, q0, a], -1))
+        inputs = torch.cat([q1, q0, a, predicted.detach()], -1)
+        return Conditioning(self.action_in(inputs), predicted)
+
+    def denoise(
+        self,
+        noisy: Tensor,  # [B, F, S, Z]
+        last: Tensor,  # [B, F, S, Z] the frame before each
+        sigma: Tensor,  # [B, F] noise level in [0, 1]
+        condition: Conditioning,
+        rotary: tuple[Tensor, Tensor],
+        attends: Sequence,  # per layer: (q, k, v) -> attention output
+    ) -> tuple[Tensor, Tensor]:
+        """One pass: the clean frame `[B, F, S, Z]` and its proprio `[B, F, P]` (normalised)."""
+        x = self.patch_in(torch.cat([noisy, last], -1)) + self.position
+        time = self.time_in(sinusoidal(1000 * sigma, 256).to(x.dtype))
+        modulation = self.time_out(time).unflatten(-1, (6, -1))
+        for block, attend in zip(self.blocks, attends, strict=True):
+            x = block(x, modulation, condition.action, rotary, attend)
+        x = self.norm(x)
+        out = self.patch_out(x).float()
+        refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
+        if self.config.prediction == "sample":
+            return last + out, refined
+        return noisy - sigma[..., None, None] * out, refined
+
+    # ---------------------------------------------------------------- training
+
+    def loss(
+        self, batch: dict[str, Tensor], generator: torch.Generator, self_history: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flow-matching loss on windows `[B, F, ...]` of `data.windows.FrameWindows`.
+
+        self_history: history frames are the simulator's own one-step predictions, so that it
+        learns to continue from its own errors. Returns (loss, metrics of 0-d tensors).
+        """
+        clean = self.tokenizer.encode(batch["image"])
+        proprio, action = batch["proprio"], batch["action"]
+        history, q = clean[:, :-1], proprio[:, :-1]
+        if self_history:
+            with torch.no_grad():
+                ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
+                z = self._noise(clean[:, 1:], generator)
+                frames, states, _ = self._targets(z, ones, history, q, action)
+                history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
+                states = states * self.proprio_std + self.proprio_mean
+                q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
+        amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
+        history = history + amount.to(clean.device) * self._noise(history, generator)
+        target = clean[:, 1:]
+        sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
+        s = sigma[..., None, None]
+        z = (1 - s) * target + s * self._noise(target, generator)
+        frames, states, predicted = self._targets(z, sigma, history, q, action)
+        # Pixels that move matter most and are few (prototype: five times the weight).
+        error = frames - target
+        moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
+        weight = moved / s.clamp_min(0.25).square()
+        image = (weight * error.square()).mean() + 0.1 * (moved * error.abs()).mean()
+        truth = self._normalise(proprio[:, 1:])
+        dynamics = F.smooth_l1_loss(predicted, truth, beta=0.1)
+        refined = F.smooth_l1_loss(states, truth, beta=0.1)
+        loss = image + 0.3 * (dynamics + refined)
+        mse = error.detach().square().mean()
+        return loss, {
+            "loss": loss.detach(),
+            "psnr": -10 * torch.log10(mse / 4),
+            "proprio_error": refined.detach(),
+        }
+
+    def _targets(
+        self, noisy: Tensor, sigma: Tensor, history: Tensor, proprio: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
+        count = history.shape[1]
+        position = torch.arange(count + 1, device=noisy.device).expand(len(noisy), -1)
+        previous = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
+        condition = self.condition(proprio, previous, action[:, 1:])
+        if self.config.window:
+            with torch.no_grad():
+                past = self._history(history, proprio, action[:, :-1], position[:, :-1])
+            attends = [_over_history(k, v, self.config.window) for k, v in past]
+        else:
+            attends = [spatial_attention] * len(self.blocks)
+        rotary = self.rotary(position[:, 1:])
+        frames, states = self.denoise(noisy, history, sigma, condition, rotary, attends)
+        return frames, states, condition.proprio
+
+    def _history(
+        self, frames: Tensor, proprio: Tensor, action: Tensor, position: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values per layer of clean frames `[B, F, S, Z]` (what prefill would cache)."""
+        stored: list[tuple[Tensor, Tensor]] = []
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            stored.append((k, v))
+            return spatiotemporal_attention(q, k, v, window=self.config.window + 1)
+
+        before = torch.cat([frames[:, :1], frames[:, :-1]], 1)
+        q1 = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
+        q0 = torch.cat([q1[:, :1], q1[:, :-1]], 1)
+        zeros = torch.zeros(frames.shape[:2], device=frames.device)
+        condition = self.condition(q1, q0, action)
+        attends = [attend] * len(self.blocks)
+        self.denoise(frames, before, zeros, condition, self.rotary(position), attends)
+        return stored
+
+    def _sample_sigma(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Logit-normal noise levels, a fraction of them pure noise (for one-step sampling)."""
+        sigma = torch.sigmoid(0.6 + torch.randn(*shape, generator=generator))
+        pure = torch.rand(*shape, generator=generator) < self.config.pure_noise
+        return sigma.masked_fill(pure, 1.0)
+
+    def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randn(like.shape, generator=generator).to(like.device)
+
+    def _normalise(self, proprio: Tensor) -> Tensor:
+        return (proprio - self.proprio_mean) / self.proprio_std
+
+    # ---------------------------------------------------------------- generation
+
+    @torch.no_grad()
+    def start(self, batch: int) -> SimulatorState:
+        """B empty worlds; give them contexts with `prefill`."""
+        device, config = self.position.device, self.config
+        cache = None
+        if config.window:
+            dim = config.width // config.heads
+            cache = FrameCache(
+                config.layers, batch, config.window, self.tokens, config.heads, dim, device=device
+            )
+        proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
+        count = torch.zeros(batch, dtype=torch.int64, device=device)
+        latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
+        return SimulatorState(latents, proprio, proprio.clone(), count, count.clone(), cache)
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        state: SimulatorState,
+        rows: np.ndarray,  # bool [B], host
+        image: Tensor,  # [n, K, V, H, W, 3] uint8, K context frames of the n chosen rows
+        proprio: Tensor,  # [n, K, P]
+        action: Tensor,  # [n, K, C, A]; action[:, f] led to frame f, zeros for the first
+        seeds: Tensor,  # [n] int64
+    ) -> None:
+        """Begin new worlds in `rows` without touching the others."""
+        index = torch.as_tensor(np.flatnonzero(rows)).to(state.latents.device)
+        latents = self.tokenizer.encode(image).float()
+        state.latents[index] = latents[:, -1]
+        state.proprio[index] = proprio[:, -1]
+        state.previous_proprio[index] = proprio[:, max(proprio.shape[1] - 2, 0)]
+        state.seeds[index] = seeds
+        state.step[index] = 0
+        cache = state.cache
+        if cache is None:
+            return
+        cache.reset(rows)
+        count = latents.shape[1]
+        position = torch.arange(count, device=latents.device).expand(len(latents), -1)
+        stored = self._history(latents, proprio, action, position)
+        for f in range(count):
+            for layer, (k, v) in enumerate(stored):
+                # Rows that do not advance lose nothing: their slot in progress is rewritten.
+                full = k.new_zeros(2, len(rows), *k.shape[2:])
+                full[0, index], full[1, index] = k[:, f], v[:, f]
+                cache.append(layer, full[0], full[1])
+            cache.advance(rows)
+
+    @torch.no_grad()
+    def step(
+        self, state: SimulatorState, action: Tensor, steps: int, active: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Generate the frame that a chunk of actions `[B, C, A]` leads to, in `steps` passes.
+
+        Rows where active (bool [B], host) is False keep their frame. Returns image
+        `[B, V, H, W, 3]` uint8 and proprio `[B, P]`; nothing is read back from the device.
+        """
+        last, cache = state.latents[:, None], state.cache
+        proprio, previous = state.proprio[:, None], state.previous_proprio[:, None]
+        condition = self.condition(proprio, previous, action[:, None])
+        position = state.step if cache is None else torch.as_tensor(cache.positions)
+        rotary = self.rotary(position.to(last.device, non_blocking=True)[:, None])
+        layers = range(self.config.layers)
+        attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
+        sigmas = torch.linspace(1, 0, steps + 1).tolist()
+        z = counter_normal(state.seeds, state.step, last.shape[2:])[:, None]
+        for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+            level = z.new_full(z.shape[:2], now)
+            frame, refined = self.denoise(z, last, level, condition, rotary, attends)
+            z = frame + (after / now) * (z - frame)
+        frame = frame.clamp(-1, 1)
+        if cache is not None:
+            attends = [_remembering(cache, i) for i in layers]
+            self.denoise(frame, last, torch.zeros_like(level), condition, rotary, attends)
+            cache.advance(active)
+        keep = torch.as_tensor(active).to(last.device, non_blocking=True)
+        after_proprio = refined[:, 0] * self.proprio_std + self.proprio_mean
+        state.previous_proprio = torch.where(keep[:, None], state.proprio, state.previous_proprio)
+        state.proprio = torch.where(keep[:, None], after_proprio, state.proprio)
+        state.latents = torch.where(keep[:, None, None], frame[:, 0], state.latents)
+        state.step = state.step + keep
+        return self.tokenizer.decode(state.latents, self.views), state.proprio
+
+
+def executed(action: Tensor) -> Tensor:
+    """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
+    a = action.clamp(-1, 1)
+    return torch.cat([a[..., :-1], torch.where(a[..., -1:] > 0, 1.0, -1.0)], -1)
+
+
+def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Within each frame only: `[B, F, S, H, D]`."""
+    return spatiotemporal_attention(q, k, v, window=1)
+
+
+def _over_cache(cache: FrameCache, layer: int):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return frame_attention(q[:, 0], k[:, 0], v[:, 0], cache, layer)[:, None]
+
+    return attend
+
+
+def _remembering(cache: FrameCache, layer: int):
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        y = frame_attention(q[:, 0], k[:, 0], v[:, 0], cache, layer)[:, None]
+        cache.append(layer, k[:, 0], v[:, 0])
+        return y
+
+    return attend
+
+
+def _over_history(keys: Tensor, values: Tensor, window: int):
+    """Target frame f + 1 attends to itself and to history frames f - window + 1 .. f."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = []
+        for f in range(q.shape[1]):
+            past = slice(max(0, f + 1 - window), f + 1)
+            kf = torch.cat([keys[:, past].flatten(1, 2), k[:, f]], 1)
+            vf = torch.cat([values[:, past].flatten(1, 2), v[:, f]], 1)
+            qkv = (x.transpose(1, 2) for x in (q[:, f], kf, vf))
+            out.append(F.scaled_dot_product_attention(*qkv).transpose(1, 2))
+        return torch.stack(out, 1)
+
+    return attend

@@ -1,0 +1,104 @@
+"""Video tokenizers: images to a grid of latent vectors and back.
+
+The denoiser sees only `[..., S, Z]` latents, so a tokenizer can be exchanged without touching it:
+pixel patches (exact, nothing to train), a small convolutional autoencoder, or a published VAE.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldenv.config import SimulatorConfig
+
+
+class Tokenizer(Protocol):
+    """Maps images `[..., V, H, W, 3]` uint8 to latents `[..., S, Z]` (S = V * grid * grid)."""
+
+    grid: int  # tokens per image side
+    channels: int  # Z
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor, views: int) -> Tensor: ...
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [0, 255] to float [-1, 1]."""
+    return images.float().div_(127.5).sub_(1.0)
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """float [-1, 1] to uint8, rounded."""
+    return images.clamp(-1, 1).add(1.0).mul_(127.5).round_().to(torch.uint8)
+
+
+class PatchTokenizer(nn.Module):
+    """Latents are the pixels of a `patch` x `patch` square, scaled to [-1, 1]. Lossless."""
+
+    def __init__(self, image_size: int, patch: int) -> None:
+        super().__init__()
+        self.patch, self.grid, self.channels = patch, image_size // patch, 3 * patch * patch
+
+    def encode(self, images: Tensor) -> Tensor:
+        *lead, views, _, _, _ = images.shape
+        g, p = self.grid, self.patch
+        x = to_unit(images).reshape(*lead, views, g, p, g, p, 3)
+        return x.transpose(-4, -3).reshape(*lead, views * g * g, self.channels)
+
+    def decode(self, latents: Tensor, views: int) -> Tensor:
+        lead = latents.shape[:-2]
+        g, p = self.grid, self.patch
+        x = latents.float().reshape(*lead, views, g, g, p, p, 3).transpose(-4, -3)
+        return to_bytes(x.reshape(*lead, views, g * p, g * p, 3))
+
+
+class AutoencoderTokenizer(nn.Module):
+    """A small convolutional autoencoder, one latent vector per `patch` x `patch` square.
+
+    Trained with an L1 + MSE reconstruction loss by `stages.simulator` and frozen afterwards.
+    """
+
+    def __init__(self, image_size: int, patch: int, channels: int, width: int = 48) -> None:
+        super().__init__()
+        self.patch, self.grid, self.channels = patch, image_size // patch, channels
+        halvings = patch.bit_length() - 1
+        if 2**halvings != patch:
+            raise ValueError(f"autoencoder tokenizer: patch must be a power of two, got {patch}")
+        down: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1)]
+        up: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1)]
+        for _ in range(halvings):
+            down += [nn.SiLU(), nn.Conv2d(width, width, 4, 2, 1)]
+            up += [nn.SiLU(), nn.ConvTranspose2d(width, width, 4, 2, 1)]
+        self.down = nn.Sequential(*down, nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.up = nn.Sequential(*up, nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        *lead, views, size, _, _ = images.shape
+        x = to_unit(images).reshape(-1, size, size, 3).permute(0, 3, 1, 2)
+        z = torch.tanh(self.down(x)).flatten(2).transpose(1, 2)
+        return z.reshape(*lead, views * self.grid**2, self.channels)
+
+    def reconstruct(self, latents: Tensor, views: int) -> Tensor:
+        """Latents to float images `[..., V, H, W, 3]` in about [-1, 1] (differentiable)."""
+        lead = latents.shape[:-2]
+        z = latents.reshape(-1, self.grid, self.grid, self.channels).permute(0, 3, 1, 2)
+        size = self.grid * self.patch
+        return self.up(z).permute(0, 2, 3, 1).reshape(*lead, views, size, size, 3)
+
+    def decode(self, latents: Tensor, views: int) -> Tensor:
+        return to_bytes(self.reconstruct(latents, views))
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Reconstruction loss of images `[B, V, H, W, 3]` uint8."""
+        recon = self.reconstruct(self.encode(images), images.shape[-4])
+        target = to_unit(images)
+        return F.l1_loss(recon, target) + F.mse_loss(recon, target)
+
+
+def build_tokenizer(config: SimulatorConfig, image_size: int) -> nn.Module:
+    """The tokenizer a config names."""
+    if config.tokenizer == "patch":
+        return PatchTokenizer(image_size, config.patch)
+    return AutoencoderTokenizer(image_size, config.patch, config.latent_channels)

@@ -1,0 +1,117 @@
+"""Named configurations, in one place.
+
+`default` fits a two-core laptop and half an hour; `smoke` shows in two minutes that every part
+works; the `libero-*` presets run all ten tasks of a suite with the official assets.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from worldenv.config import (
+    CollectConfig,
+    Config,
+    EnvConfig,
+    EvaluateConfig,
+    PosttrainConfig,
+    ReflectorConfig,
+    SFTConfig,
+    SimulatorConfig,
+)
+from worldenv.runtime.errors import unknown
+
+_MAX_STEPS = {
+    "libero_spatial": 220,
+    "libero_object": 280,
+    "libero_goal": 300,
+    "libero_10": 520,
+}
+
+
+def _smoke() -> Config:
+    """Every stage on real input, far too briefly to learn."""
+    return Config(
+        preset="smoke",
+        run_dir=Path("runs/smoke"),
+        env=EnvConfig(max_steps=48),
+        collect=CollectConfig(
+            demonstrations=2, episodes=4, refresh_episodes=2, held_out=0.25, fresh=0.5
+        ),
+        sft=SFTConfig(steps=10, batch=16),
+        simulator=SimulatorConfig(
+            width=64, layers=2, heads=2, steps=8, refresh_steps=4, batch=4, frames=2
+        ),
+        reflector=ReflectorConfig(steps=5, batch=12),
+        posttrain=PosttrainConfig(
+            iterations=2,
+            refresh_iterations=1,
+            contexts=2,
+            group=4,
+            rows=8,
+            reward="continuous",
+            real_check_every=0,
+            require_fidelity=False,
+        ),
+        evaluate=EvaluateConfig(starts=(20, 22), fixture_seeds=(1000,)),
+    )
+
+
+def _suite(suite: str) -> Config:
+    """All ten tasks of a suite. Sized for a GPU; needs the official assets but for libero_spatial."""
+    name = suite.replace("_", "-")
+    base = Config(
+        preset=name,
+        run_dir=Path("runs") / name,
+        env=EnvConfig(
+            suite=suite,
+            tasks=tuple(range(10)),
+            image_size=128,
+            max_steps=_MAX_STEPS[suite],
+            workers=8,
+        ),
+    )
+    return replace(
+        base,
+        sft=replace(base.sft, steps=20_000, batch=128),
+        simulator=SimulatorConfig(
+            tokenizer="autoencoder",
+            width=768,
+            layers=12,
+            heads=12,
+            mlp_ratio=4.0,
+            window=8,
+            steps=60_000,
+            refresh_steps=20_000,
+            batch=32,
+            frames=8,
+            lr=3e-4,
+        ),
+        reflector=replace(base.reflector, steps=10_000, batch=256),
+        posttrain=replace(
+            base.posttrain,
+            iterations=50,
+            refresh_iterations=50,
+            contexts=64,
+            rows=256,
+            sampling_steps=4,
+            refresh_sampling_steps=4,
+        ),
+        evaluate=EvaluateConfig(fixture_seeds=(1000,)),
+    )
+
+
+_PRESETS = {
+    "default": Config,
+    "smoke": _smoke,
+    "libero-spatial": lambda: _suite("libero_spatial"),
+    "libero-object": lambda: _suite("libero_object"),
+    "libero-goal": lambda: _suite("libero_goal"),
+    "libero-10": lambda: _suite("libero_10"),
+}
+NAMES = tuple(_PRESETS)
+
+
+def preset(name: str) -> Config:
+    """The configuration called `name`. UserError naming the nearest one if there is none."""
+    if name not in _PRESETS:
+        raise unknown("preset", name, NAMES)
+    return _PRESETS[name]()

@@ -1,0 +1,88 @@
+"""The post-training objective: advantages of whole episodes, and the clipped loss of a minibatch.
+
+LOOP (World-Env section 3.5): A_n = R_n - mean of the other rollouts of the context, the same for
+all steps of episode n; ratio per chunk step over the action's dimensions. GRPO normalises by the
+group's deviation; GAE uses a learned critic.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldenv.config import PosttrainConfig
+from worldenv.ops import action_loss, gae, group_normalized, leave_one_out
+from worldenv.rl.rollout import Trajectories
+
+
+def episode_rewards(trajectories: Trajectories, kind: str) -> Tensor:
+    """Reward `[M]`: R at the end, or 1 where the reflector ended the episode as a success."""
+    if kind == "continuous":
+        return trajectories.final_reward
+    return trajectories.terminated.float()
+
+
+def group_advantages(reward: Tensor, group: int, kind: str) -> tuple[Tensor, Tensor]:
+    """Advantages `[M]` of G consecutive rollouts per context, and which groups carry signal `[M]`.
+
+    Advantages are divided by their standard deviation over the groups with signal, so the
+    learning rate means the same at any success rate.
+    """
+    op = leave_one_out if kind == "loop" else group_normalized
+    advantage = op(reward, group)
+    live = (advantage.view(-1, group).abs().amax(1) > 1e-3).repeat_interleave(group)
+    if kind == "loop" and live.any():
+        advantage = advantage / (advantage[live].std() + 1e-6)
+    return advantage, live
+
+
+def gae_advantages(
+    trajectories: Trajectories, reward: Tensor, value: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Per-decision advantages and value targets `[N]`; the reward arrives at the last decision.
+
+    value `[N]`: the critic's estimates. A truncated episode is bootstrapped by its last value.
+    """
+    count, horizon = len(reward), int(trajectories.length.max())
+    e, t = trajectories.episode, trajectories.step
+    shape, device = (horizon, count), value.device
+    rewards, values = torch.zeros(shape, device=device), torch.zeros(horizon + 1, count)
+    values = values.to(device)
+    values[t, e] = value
+    last = trajectories.length - 1
+    episodes = torch.arange(count, device=device)
+    rewards[last, episodes] = reward
+    values[last + 1, episodes] = values[last, episodes]
+    over = torch.zeros(shape, dtype=torch.bool, device=device)
+    terminated, truncated = over.clone(), over.clone()
+    terminated[last, episodes] = trajectories.terminated
+    truncated[last, episodes] = ~trajectories.terminated
+    advantage, target = gae(rewards, values, terminated, truncated, gamma=gamma, lam=lam)
+    advantage = advantage[t, e]
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-6), target[t, e]
+
+
+def policy_loss(
+    policy: torch.nn.Module, batch: Mapping[str, Any], config: PosttrainConfig
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """Clipped loss of a minibatch of decisions: (loss, metrics, mu).
+
+    The scale is the behaviour's, frozen (sampled and scored with the same b).
+    """
+    mu, _ = policy(batch["observation"])
+    log_scale = batch["log_scale"]
+    loss, metrics = action_loss(
+        mu,
+        log_scale,
+        batch["action"],
+        batch["logprob"],
+        batch["advantage"],
+        torch.ones_like(batch["logprob"]),
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        reference_mu=batch["reference_mu"] if config.kl_weight else None,
+        kl_weight=config.kl_weight,
+        entropy_weight=config.entropy_weight,
+    )
+    return loss, metrics, mu

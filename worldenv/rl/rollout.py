@@ -1,0 +1,184 @@
+"""One rollout for both worlds: `rollout(env, actor, starts)` knows a VectorEnv and a policy only.
+
+Rows are refilled as they finish, so a batch stays full while episodes are left. An episode's
+action noise depends on its own seed alone, not on the row or the company it runs in.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from worldenv.ops import action_logprob
+from worldenv.runtime.seeds import counter_uniform
+
+Actor = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
+Stop = Callable[[Mapping[str, Any], Mapping[str, Any], np.ndarray], np.ndarray]
+
+
+@dataclass
+class Trajectories:
+    """M episodes as N flat decisions, in order of time; everything on one device."""
+
+    image: Tensor  # [N, V, H, W, 3] uint8, what the policy saw
+    proprio: Tensor  # [N, P]
+    action: Tensor  # [N, C, A]
+    mu: Tensor  # [N, C, A]
+    log_scale: Tensor  # [N, C, A]
+    logprob: Tensor  # [N, C] under the behaviour policy
+    episode: Tensor  # [N] int64, row of the per-episode fields
+    step: Tensor  # [N] int64, chunk within the episode
+    reward: Tensor  # [N] after the decision
+    instruction: list[str]  # [M]
+    final_reward: Tensor  # [M] reward of the last step
+    length: Tensor  # [M] int64, decisions
+    terminated: Tensor  # [M] bool
+    info: list[dict[str, Any]] = field(default_factory=list)  # [M] env's info at the end
+
+    def instructions(self, rows: Tensor) -> list[str]:
+        """Instruction of each decision in rows `[n]`."""
+        return [self.instruction[e] for e in self.episode[rows].tolist()]
+
+
+def sample_laplace(mu: Tensor, log_scale: Tensor, seeds: Tensor, step: Tensor) -> Tensor:
+    """Actions `[B, C, A]` from Laplace(mu, exp(log_scale)), noise seeded per row and step."""
+    u = counter_uniform(seeds, step, mu.shape[1:]) - 0.5
+    # |u| < 0.5 up to rounding: the floor keeps log finite.
+    return mu - log_scale.exp() * u.sign() * torch.log1p((-2 * u.abs()).clamp_min(-1 + 1e-7))
+
+
+def rollout(
+    env: VectorEnv,
+    actor: Actor,
+    starts: Sequence[Any],
+    *,
+    seeds: Sequence[int],
+    deterministic: bool = False,
+    stop: Stop | None = None,
+    on_finish: Callable[[int, dict[str, Any]], None] | None = None,
+    on_step: Callable[[np.ndarray, Mapping, Tensor, Mapping, Mapping], None] | None = None,
+) -> Trajectories:
+    """Run one episode from each of `starts` (any number) in the env's B rows.
+
+    seeds: of the episodes' action noise, one per start (see `runtime.seeds.derive`).
+    actor: observation -> (mu, log_scale) `[B, C, A]`; actions are mu if deterministic, else Laplace
+    samples. stop(observation, info, rows) may end further rows. on_finish(episode, info) and
+    on_step(episode of each row or -1, observation before, action, observation after, info) are
+    called as things happen. Decisions come back sorted by episode, then time.
+    """
+    recorder = _Recorder(len(starts))
+    noise_seeds = torch.tensor(seeds, dtype=torch.int64)
+    rows = np.full(env.num_envs, -1)  # episode of each row
+    rows[: len(starts)] = np.arange(min(len(starts), env.num_envs))
+    waiting = int(rows.max()) + 1
+    first = [starts[max(e, 0)] for e in rows]
+    observation, info = env.reset(options={"starts": first})
+    count = np.zeros(env.num_envs, np.int64)
+    while (rows >= 0).any():
+        view = _as_tensors(observation)
+        with torch.no_grad():
+            mu, log_scale = actor(view)
+            action = mu
+            if not deterministic:
+                noise = noise_seeds[np.maximum(rows, 0)].to(mu.device)
+                at = torch.as_tensor(count).to(mu.device)
+                action = sample_laplace(mu, log_scale, noise, at)
+            logprob = action_logprob(mu, log_scale, action)
+        given = action if isinstance(observation["image"], Tensor) else action.cpu().numpy()
+        after, reward, terminated, truncated, info = env.step(given)
+        live = rows >= 0
+        reward, terminated, truncated = (
+            torch.as_tensor(x).to(mu.device) for x in (reward, terminated, truncated)
+        )
+        recorder.add(rows, count, view, action, mu, log_scale, logprob, reward)
+        if on_step is not None:
+            on_step(rows, view, action, _as_tensors(after), info)
+        ended = (terminated | truncated).cpu().numpy()
+        done = ended.copy()
+        if stop is not None:
+            done |= stop(_as_tensors(after), info, live)
+        count += 1
+        refill = np.zeros(env.num_envs, bool)
+        begin: list[Any] = [None] * env.num_envs
+        for row in np.flatnonzero(live & done):
+            last = {k: v[row] for k, v in info.items()}
+            recorder.finish(rows[row], view["instruction"][row], terminated[row], reward[row], last)
+            if on_finish is not None:
+                on_finish(int(rows[row]), last)
+            rows[row] = -1
+            if waiting < len(starts):
+                rows[row], refill[row], begin[row], count[row] = waiting, True, starts[waiting], 0
+                waiting += 1
+        observation = after
+        if refill.any():
+            observation, info = env.reset(options={"reset_mask": refill, "starts": begin})
+    return recorder.result()
+
+
+def _as_tensors(observation: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: torch.as_tensor(value) if key != "instruction" else value
+        for key, value in observation.items()
+    }
+
+
+class _Recorder:
+    """Collects live rows step by step; sorts them by episode at the end."""
+
+    def __init__(self, episodes: int) -> None:
+        self.steps: list[dict[str, Tensor]] = []
+        self.ends: list[dict[str, Any]] = [{} for _ in range(episodes)]
+
+    def add(
+        self,
+        rows: np.ndarray,
+        count: np.ndarray,
+        view: Mapping[str, Any],
+        action: Tensor,
+        mu: Tensor,
+        log_scale: Tensor,
+        logprob: Tensor,
+        reward: Tensor,
+    ) -> None:
+        index = np.flatnonzero(rows >= 0)
+        at = torch.as_tensor(index).to(action.device)
+        values = {
+            "image": view["image"],
+            "proprio": view["proprio"],
+            "action": action,
+            "mu": mu,
+            "log_scale": log_scale,
+            "logprob": logprob,
+            "reward": reward.float(),
+        }
+        step = {name: value[at] for name, value in values.items()}
+        step["episode"] = torch.as_tensor(rows[index]).to(action.device)
+        step["step"] = torch.as_tensor(count[index]).to(action.device)
+        self.steps.append(step)
+
+    def finish(
+        self, episode: int, instruction: str, terminated: Tensor, reward: Tensor, info: dict
+    ) -> None:
+        self.ends[episode] = {
+            "instruction": instruction,
+            "terminated": terminated,
+            "reward": reward.float(),
+            "info": info,
+        }
+
+    def result(self) -> Trajectories:
+        flat = {name: torch.cat([s[name] for s in self.steps]) for name in self.steps[0]}
+        order = torch.argsort(flat["episode"], stable=True)
+        flat = {name: value[order] for name, value in flat.items()}
+        return Trajectories(
+            **flat,
+            instruction=[e["instruction"] for e in self.ends],
+            final_reward=torch.stack([e["reward"] for e in self.ends]),
+            length=torch.bincount(flat["episode"], minlength=len(self.ends)),
+            terminated=torch.stack([e["terminated"] for e in self.ends]),
+            info=[e["info"] for e in self.ends],
+        )

@@ -1,0 +1,253 @@
+"""Demonstrations and self-explored episodes from the real benchmark (World-Env section 3.2).
+
+Demonstrations: scripted, noise on what is executed, clean labels, images at every step. Policy
+episodes: sampled with a widened Laplace scale, images once per chunk, recorded a little past
+success so that the simulator and the reflector see what success looks like. Successes and failures
+are both kept. Episodes already on disk are not collected again.
+"""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldenv.config import Config
+from worldenv.data.episode import Episode
+from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.data.windows import NormalizationStats
+from worldenv.envs.libero import LiberoVectorEnv
+from worldenv.envs.start import Start
+from worldenv.models.policy import Policy
+from worldenv.rl.rollout import rollout
+from worldenv.runtime import progress
+from worldenv.runtime.seeds import derive
+from worldenv.stages import store
+from worldenv.stages.run import Run, use_cores
+
+TUNING_STARTS = 20  # benchmark init states 0-19 are for training and tuning
+
+
+def make_env(config: Config, rows: int | None = None, **arguments: object) -> LiberoVectorEnv:
+    """The real benchmark as a run's configuration describes it."""
+    env = config.env
+    return LiberoVectorEnv(
+        env.suite,
+        rows or env.workers,
+        workers=env.workers,
+        assets=env.assets,
+        image_size=env.image_size,
+        chunk=env.chunk,
+        max_steps=env.max_steps,
+        **arguments,
+    )
+
+
+def demonstrate(run: Run, mark: str) -> dict:
+    """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task."""
+    config = run.config
+    folder = run.path("data", "demonstrations")
+    return record_expert(config, config.collect.demonstrations, folder, mark)
+
+
+def explore(run: Run, mark: str, number: int, policy_path: Path) -> dict:
+    """Stage `explore-N`: episodes of the current policy, successes and failures."""
+    collect = run.config.collect
+    count = collect.refresh_episodes if number else collect.episodes
+    folder = run.path("data", f"explore-{number}")
+    policy = store.load("policy", policy_path)
+    return record_policy(run.config, policy, count, folder, mark, number)
+
+
+def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> dict:
+    """`count` scripted episodes of every task into folder; returns what it then holds."""
+    starts = [
+        Start(task, index, derive(config.seed, "fixture", task, index) % 2**31)
+        for task in config.env.tasks
+        for index in range(count)
+    ]
+    missing = _missing(folder, mark, starts)
+    env = make_env(config)
+    try:
+        with DatasetWriter(folder) as writer, progress.bar(len(starts), "demonstrations") as bar:
+            bar.update(len(starts) - len(missing))
+            for first in range(0, len(missing), config.env.workers):
+                for episode in env.demonstrate(
+                    missing[first : first + config.env.workers],
+                    noise=config.collect.demonstration_noise,
+                    seed=derive(config.seed, "demonstration"),
+                    attempts=4,
+                ):
+                    episode.meta["mark"] = mark
+                    writer.append(episode)
+                    bar.advance()
+    finally:
+        env.close()
+    return _counts(folder)
+
+
+def record_policy(
+    config: Config, policy: Policy, count: int, folder: Path, mark: str = "", number: int = 0
+) -> dict:
+    """`count` sampled policy episodes of every task into folder; returns what it then holds."""
+    starts = [
+        _exploration_start(config, task, number, k)
+        for task in config.env.tasks
+        for k in range(count)
+    ]
+    missing = _missing(folder, mark, starts)
+    if missing:
+        _roll_out(config, policy, missing, folder, mark, number)
+    return _counts(folder)
+
+
+def _roll_out(
+    config: Config, policy: Policy, starts: list[Start], folder: Path, mark: str, number: int
+) -> None:
+    wider = math.log(config.collect.scale)
+
+    def actor(observation: dict) -> tuple[Tensor, Tensor]:
+        mu, log_scale = policy(observation)
+        return mu, log_scale + wider
+
+    hold = config.collect.hold_chunks * config.env.chunk
+
+    def stop(observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
+        return info["success"] & (info["steps"] >= info["success_step"] + hold)
+
+    use_cores(1)  # the simulators need the cores
+    env = make_env(config, terminate="never", record_every=config.env.chunk)
+    recorder = EpisodeRecorder(config, starts, "policy")
+    won = 0
+    try:
+        with DatasetWriter(folder) as writer, progress.bar(len(starts), folder.name) as bar:
+
+            def keep(episode: int, info: dict) -> None:
+                nonlocal won
+                record = recorder.finish(episode, info)
+                record.meta["mark"] = mark
+                writer.append(record)
+                won += record.success
+                bar.advance(successes=won)
+
+            rollout(
+                env,
+                actor,
+                starts,
+                seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
+                stop=stop,
+                on_finish=keep,
+                on_step=recorder.step,
+            )
+    finally:
+        env.close()
+        use_cores()
+
+
+def _counts(folder: Path) -> dict:
+    episodes = read_episodes(folder)
+    return {
+        "episodes": len(episodes),
+        "successes": sum(e.success for e in episodes),
+        "steps": sum(len(e) for e in episodes),
+    }
+
+
+class EpisodeRecorder:
+    """Builds `Episode`s of a rollout's chunks, for `on_step` and `on_finish`."""
+
+    def __init__(self, config: Config, starts: list[Start], source: str) -> None:
+        self.config, self.starts, self.source = config, starts, source
+        self.open: dict[int, dict[str, list]] = {}
+
+    def step(self, rows: np.ndarray, before: dict, action: Tensor, after: dict, info: dict) -> None:
+        """One chunk of every live row."""
+        for row in np.flatnonzero(rows >= 0):
+            parts = self.open.setdefault(
+                int(rows[row]),
+                {
+                    "image": [before["image"][row].numpy().copy()],
+                    "proprio": [before["proprio"][row].numpy().copy()],
+                    "steps": [0],
+                    "action": [],
+                    "dones": [],
+                    "instruction": [before["instruction"][row]],
+                },
+            )
+            done = int(info["steps"][row]) - parts["steps"][-1]
+            parts["action"].append(action[row, :done].cpu().numpy())
+            parts["dones"].append(info["frames"][row]["dones"])
+            parts["image"].append(after["image"][row].numpy().copy())
+            parts["proprio"].append(after["proprio"][row].numpy().copy())
+            parts["steps"].append(int(info["steps"][row]))
+
+    def finish(self, episode: int, info: dict) -> Episode:
+        """The recorded episode; what was held of it is let go."""
+        parts, start = self.open.pop(episode), self.starts[episode]
+        return Episode(
+            suite=self.config.env.suite,
+            task=start.task,
+            instruction=parts["instruction"][0],
+            start=start.index,
+            seed=start.seed,
+            source=self.source,
+            actions=np.concatenate(parts["action"]).astype(np.float32),
+            dones=np.concatenate(parts["dones"]),
+            frame_steps=np.array(parts["steps"]),
+            images=np.stack(parts["image"]),
+            proprio=np.stack(parts["proprio"]),
+            success=bool(info["success"]),
+        )
+
+
+def _exploration_start(config: Config, task: int, number: int, k: int) -> Start:
+    """Benchmark starts 0-19 in turn, and fresh placements for a fraction of the episodes."""
+    seed = derive(config.seed, "exploration fixture", number, task, k) % 2**31
+    before, after = (int(n * config.collect.fresh) for n in (k, k + 1))
+    return Start(task, None if after > before else (k - before) % TUNING_STARTS, seed)
+
+
+def _missing(folder: Path, mark: str, starts: list[Start]) -> list[Start]:
+    """Starts without an episode of this configuration; episodes of another one are an error."""
+    if not any(folder.rglob("*.hdf5")):
+        return starts
+    have = read_episodes(folder)
+    stale = [e for e in have if e.meta.get("mark") != mark]
+    if stale:
+        print(f"{folder}: {len(stale)} episodes of another configuration are collected anew")
+        shutil.rmtree(folder)
+        return starts
+    done = {(e.task, e.start, e.seed) for e in have}
+    return [s for s in starts if (s.task, s.index, s.seed) not in done]
+
+
+def split_held_out(episodes: list[Episode], fraction: float) -> tuple[list[Episode], list[Episode]]:
+    """(training, held-out) episodes: every n-th is held out, whatever came of it."""
+    every = round(1 / fraction) if fraction else 0
+    held = [bool(every) and i % every == every - 1 for i in range(len(episodes))]
+    return (
+        [e for e, h in zip(episodes, held, strict=True) if not h],
+        [e for e, h in zip(episodes, held, strict=True) if h],
+    )
+
+
+def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], list[Episode]]:
+    """(demonstrations, policy episodes to train on, held-out policy episodes) up to a round."""
+    size = run.config.env.image_size
+    demonstrations = read_episodes(run.dir / "data" / "demonstrations", size)
+    train: list[Episode] = []
+    held_out: list[Episode] = []
+    for n in range(number + 1):
+        episodes = read_episodes(run.dir / "data" / f"explore-{n}", size)
+        episodes.sort(key=lambda e: (e.task, e.seed))  # whatever order they were finished in
+        a, b = split_held_out(episodes, run.config.collect.held_out)
+        train, held_out = train + a, held_out + b
+    return demonstrations, train, held_out
+
+
+def statistics(episodes: list[Episode]) -> tuple[Tensor, Tensor]:
+    """Proprio mean and standard deviation over frames."""
+    stats = NormalizationStats.from_episodes(episodes)
+    return torch.as_tensor(stats.proprio_mean), torch.as_tensor(stats.proprio_std)

@@ -1,0 +1,145 @@
+"""How far to trust the learned world, measured on held-out episodes before any RL in it.
+
+Per horizon: PSNR of replayed real actions against the real frames, beside copying the first frame,
+and the end-effector's error. Outcomes: does the reflector say of an imagined replay what happened
+in reality? Reflector on real frames: ROC, false stops. The run stops here if the simulator is no
+better than a still picture: RL in a poor world makes a policy worse (World-Env, table 4).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from worldenv.data.windows import FrameSequence, chunk_sequences
+from worldenv.models.reflector import Reflector
+from worldenv.models.simulator import Simulator
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.seeds import derive
+from worldenv.stages import store
+from worldenv.stages.collect import load_round
+from worldenv.stages.reflector import score
+from worldenv.stages.replay import replay
+from worldenv.stages.run import Run, use_cores
+from worldenv.statistics import area_under_curve, roc_curve
+
+HORIZONS = (1, 2, 4, 8, 12, 16)
+
+
+def run(run: Run, mark: str, number: int) -> dict:
+    """Stage `fidelity-N`: returns the measurements; UserError if the world is no use."""
+    config = run.config
+    use_cores()
+    _, _, held_out = load_round(run, number)
+    if not held_out:
+        raise UserError(
+            "fidelity: no held-out episodes. Raise collect.episodes or collect.held_out."
+        )
+    real = chunk_sequences(held_out, config.env.chunk)
+    checkpoints = run.path("checkpoints")
+    simulator: Simulator = store.load(
+        "simulator", checkpoints / f"simulator-{number}.safetensors", run.device
+    )
+    reflector: Reflector = store.load(
+        "reflector", checkpoints / f"reflector-{number}.safetensors", run.device
+    )
+    steps = config.sampling_steps(number)
+    imagined = replay(simulator, real, steps, derive(config.seed, "fidelity", number))
+    measured = {
+        "episodes": len(real),
+        "sampling_steps": steps,
+        **horizon_errors(real, imagined),
+        **outcome_agreement(reflector, real, imagined, config.reflector.threshold),
+        "reflector": reflector_quality(reflector, real, config.reflector.threshold),
+    }
+    for horizon, value in measured["psnr_per_horizon"].items():
+        run.logger.log(f"fidelity-{number}", int(horizon), psnr=value)
+    first = str(HORIZONS[0])
+    ours, copy = measured["psnr_per_horizon"][first], measured["psnr_copy_per_horizon"][first]
+    if config.posttrain.require_fidelity and ours <= copy:
+        raise UserError(
+            f"fidelity: one chunk ahead the simulator reaches {ours:.1f} dB, a still picture "
+            f"{copy:.1f} dB. Train it longer (simulator.steps), or set "
+            "posttrain.require_fidelity False to go on regardless."
+        )
+    return measured
+
+
+def horizon_errors(real: list[FrameSequence], imagined: list[FrameSequence]) -> dict:
+    """PSNR in dB over all views, the same for copying the first frame, eef error in cm."""
+    psnr: dict[str, float] = {}
+    copied: dict[str, float] = {}
+    effector: dict[str, float] = {}
+    for h in HORIZONS:
+        pairs = [(r, i) for r, i in zip(real, imagined, strict=True) if len(r) > h]
+        if not pairs:
+            continue
+        psnr[str(h)] = _psnr([_mse(i.images[h], r.images[h]) for r, i in pairs])
+        copied[str(h)] = _psnr([_mse(r.images[0], r.images[h]) for r, _ in pairs])
+        errors = [(i.proprio[h, :3] - r.proprio[h, :3]).norm() * 100 for r, i in pairs]
+        effector[str(h)] = round(float(torch.stack(errors).mean()), 3)
+    return {
+        "psnr_per_horizon": psnr,
+        "psnr_copy_per_horizon": copied,
+        "eef_error_cm_per_horizon": effector,
+    }
+
+
+def outcome_agreement(
+    reflector: Reflector,
+    real: list[FrameSequence],
+    imagined: list[FrameSequence],
+    threshold: float,
+) -> dict:
+    """Do imagined replays end as the real episodes did, by the reflector's word?
+
+    Flattering where later actions betray the outcome (a retry follows a miss): see closed_loop_gap.
+    """
+    top = [float(s.max()) for s in score(reflector, imagined)]
+    truth = [bool(r.success.any()) for r in real]
+    agreed = [(t > threshold) == y for t, y in zip(top, truth, strict=True)]
+    return {
+        "outcome_agreement": round(sum(agreed) / len(agreed), 4),
+        "outcome_auc": _auc(top, truth),
+    }
+
+
+def reflector_quality(reflector: Reflector, real: list[FrameSequence], threshold: float) -> dict:
+    """Frame-wise ROC on real frames, and how often an episode is stopped before it succeeded."""
+    scores = score(reflector, real)
+    frames = torch.cat(scores).tolist()
+    labels = torch.cat([r.success for r in real]).tolist()
+    false_stops = missed = successes = 0
+    for s, r in zip(scores, real, strict=True):
+        over = (s > threshold).nonzero()
+        stopped = bool(len(over))
+        false_stops += stopped and not bool(r.success[over[0, 0]])
+        successes += bool(r.success.any())
+        missed += bool(r.success.any()) and not stopped
+    curve = {}
+    if 0 < sum(labels) < len(labels):
+        fpr, tpr = roc_curve(frames, labels)
+        curve = {"fpr": fpr.round(5).tolist(), "tpr": tpr.round(5).tolist()}
+    return {
+        "auc": _auc(frames, labels),
+        "false_stop_rate": round(false_stops / len(real), 4),
+        "missed_success_rate": round(missed / successes, 4) if successes else None,
+        "episodes": len(real),
+        "frames": len(frames),
+        "roc": curve,
+    }
+
+
+def _auc(scores: list[float], labels: list[bool]) -> float | None:
+    """Area under the ROC curve, None where only one label occurs."""
+    if not 0 < sum(labels) < len(labels):
+        return None
+    return round(area_under_curve(scores, labels), 4)
+
+
+def _mse(a: Tensor, b: Tensor) -> float:
+    return float(((a.float() - b.float()) / 255).square().mean())
+
+
+def _psnr(errors: list[float]) -> float:
+    return round(-10 * math.log10(max(sum(errors) / len(errors), 1e-10)), 3)

@@ -1,0 +1,146 @@
+"""Videos of the same episode in both worlds: what happened, and what the simulator imagined.
+
+A policy (or recorded actions) acts in the real benchmark; the simulator is then driven from the
+first real frame, either by the very same actions or by the policy looking at its own imagination.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from worldenv.data.episode import Episode
+from worldenv.data.windows import FrameSequence, chunk_sequences
+from worldenv.envs.imagined import ImaginedVectorEnv, first_frames
+from worldenv.envs.start import Start
+from worldenv.models.policy import Policy
+from worldenv.models.reflector import Reflector
+from worldenv.models.simulator import Simulator
+from worldenv.rl.rollout import rollout
+from worldenv.runtime.seeds import derive
+from worldenv.stages.collect import EpisodeRecorder, make_env
+from worldenv.stages.reflector import score
+from worldenv.stages.replay import replay
+from worldenv.stages.run import Run, use_cores, write_json
+from worldenv.video import side_by_side, write_video
+
+FPS = 4.0
+
+
+def real_episodes(run: Run, policy: Policy, starts: list[Start]) -> list[Episode]:
+    """Deterministic real episodes of a policy, recorded once per chunk."""
+    config = run.config
+    use_cores(1)
+    env = make_env(config, terminate="never", record_every=config.env.chunk)
+    recorder = EpisodeRecorder(config, starts, "policy")
+    episodes: dict[int, Episode] = {}
+
+    def keep(episode: int, info: dict) -> None:
+        episodes[episode] = recorder.finish(episode, info)
+
+    def stop(observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
+        return info["success"]
+
+    try:
+        rollout(
+            env,
+            policy,
+            starts,
+            seeds=[0] * len(starts),
+            deterministic=True,
+            stop=stop,
+            on_finish=keep,
+            on_step=recorder.step,
+        )
+    finally:
+        env.close()
+        use_cores()
+    return [episodes[k] for k in range(len(starts))]
+
+
+def imagine(
+    run: Run,
+    episodes: list[Episode],
+    simulator: Simulator,
+    reflector: Reflector,
+    folder: Path,
+    label: str,
+    *,
+    drive: Literal["actions", "policy"] = "actions",
+    policy: Policy | None = None,
+    steps: int = 1,
+) -> list[Path]:
+    """Write one side-by-side video per episode to folder; returns their paths.
+
+    drive: "actions" replays the episode's own actions, "policy" lets the policy act on what it
+    sees imagined. steps: denoising steps per frame.
+    """
+    real = [_longest(chunk_sequences([e], run.config.env.chunk)) for e in episodes]
+    seed = derive(run.config.seed, "imagine", label)
+    if drive == "actions":
+        imagined = replay(simulator, real, steps, seed)
+    else:
+        imagined = [_act(run, s, simulator, reflector, policy, steps, seed) for s in real]
+    verdicts = score(reflector, real), score(reflector, imagined)
+    paths = []
+    for k, (episode, r, i) in enumerate(zip(episodes, real, imagined, strict=True)):
+        notes = tuple([f"R {float(v):.2f}" for v in verdict[k]] for verdict in verdicts)
+        frames = side_by_side(r.images.numpy(), i.images.numpy(), notes=notes)
+        path = write_video(folder / f"{label}-{k}.mp4", frames, FPS)
+        outcome = "success" if episode.success else "failure"
+        how = "the same actions" if drive == "actions" else "the policy acting in its imagination"
+        write_json(
+            path.with_suffix(".json"),
+            {
+                "title": f"{label}: start {episode.start}, {outcome} in reality",
+                "caption": f"{episode.instruction}. Imagined from the first frame by {how}; "
+                f"R is the reflector's reward.",
+            },
+        )
+        paths.append(path)
+    return paths
+
+
+def _longest(sequences: list[FrameSequence]) -> FrameSequence:
+    return max(sequences, key=len)
+
+
+@torch.no_grad()
+def _act(
+    run: Run,
+    sequence: FrameSequence,
+    simulator: Simulator,
+    reflector: Reflector,
+    policy: Policy,
+    steps: int,
+    seed: int,
+) -> FrameSequence:
+    """The policy's own imagined episode from a sequence's first frame."""
+    env = ImaginedVectorEnv(
+        simulator,
+        reflector,
+        first_frames([sequence]),
+        1,
+        max_chunks=run.config.max_chunks,
+        sampling_steps=steps,
+        threshold=run.config.reflector.threshold,
+    )
+    images, poses = [sequence.images[0]], [sequence.proprio[0]]
+
+    def note(rows, before, action, after, info) -> None:
+        images.append(after["image"][0].cpu().clone())
+        poses.append(after["proprio"][0].cpu().clone())
+
+    rollout(env, policy, [Start(0, 0, seed)], seeds=[0], deterministic=True, on_step=note)
+    count = len(images)
+    return FrameSequence(
+        torch.stack(images),
+        torch.stack(poses),
+        torch.zeros(count - 1, *sequence.actions.shape[1:]),
+        torch.zeros(count, dtype=torch.bool),
+        torch.arange(count) * run.config.env.chunk,
+        0,
+        sequence.task,
+        sequence.instruction,
+    )

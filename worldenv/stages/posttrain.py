@@ -1,0 +1,181 @@
+"""LOOP inside the learned world (World-Env section 3.5): the policy never touches the real one.
+
+Each iteration draws contexts, rolls out G imagined episodes from each, and makes one guarded update.
+Now and then the policy is checked in the real benchmark on tuning starts, to watch the gap between
+imagined and real success; the checks train nothing and choose nothing.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from worldenv.data.windows import chunk_sequences
+from worldenv.envs.imagined import Context, ImaginedVectorEnv, first_frames, middle_frames
+from worldenv.envs.start import Start
+from worldenv.models.policy import Critic, Policy
+from worldenv.rl.rollout import Trajectories, rollout
+from worldenv.rl.update import Learner, update
+from worldenv.runtime import checkpoint, progress
+from worldenv.runtime.seeds import derive, generator
+from worldenv.stages import store
+from worldenv.stages.collect import TUNING_STARTS, load_round
+from worldenv.stages.evaluate import evaluate_policy
+from worldenv.stages.run import Run, use_cores
+
+
+def run(run: Run, mark: str, number: int) -> dict:
+    """Stage `posttrain-N`: writes checkpoints/policy-N.safetensors."""
+    config, rl = run.config, run.config.posttrain
+    use_cores()
+    checkpoints = run.path("checkpoints")
+    reference: Policy = store.load("policy", checkpoints / "policy-sft.safetensors", run.device)
+    start = "policy-sft" if number == 0 else f"policy-{number - 1}"
+    policy: Policy = store.load("policy", checkpoints / f"{start}.safetensors", run.device)
+    learner = _learner(run, policy, reference, number)
+    env, firsts, middles = make_world(run, number)
+    iterations = rl.refresh_iterations if number else rl.iterations
+    name = f"posttrain-{number}"
+    partial = run.path("checkpoints", f"{name}.partial.safetensors")
+    begin, totals = _resume(partial, mark, learner)
+    run.logger.rewind(name, begin)
+    with progress.bar(iterations, name) as bar:
+        bar.update(begin)
+        for step in range(begin, iterations):
+            if rl.real_check_every and step % rl.real_check_every == 0:
+                _check_reality(run, policy, env, firsts, number, step)
+                totals["checks"] += 1
+            begun = time.perf_counter()
+            episodes = _imagine(run, learner, env, firsts, middles, number, step)
+            seconds = time.perf_counter() - begun
+            metrics = update(learner, episodes, derive(config.seed, "update", number), step)
+            frames = len(episodes.episode)
+            totals["frames"] += frames
+            totals["imagination_seconds"] += seconds
+            run.logger.log(name, step, frames_per_second=frames / seconds, **metrics)
+            bar.update(
+                step + 1,
+                imagined_success=metrics["imagined_success"],
+                clip=metrics.get("clip_fraction", 0.0),
+            )
+            _save(partial, mark, learner, step + 1, totals)
+    if rl.real_check_every:
+        _check_reality(run, policy, env, firsts, number, iterations)
+    store.save("policy", policy, config, checkpoints / f"policy-{number}.safetensors")
+    partial.unlink(missing_ok=True)
+    return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
+
+
+def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], list[int]]:
+    """The imagined environment of a round, with the indices of its first-frame and its
+    middle-of-episode contexts.
+    """
+    config = run.config
+    demonstrations, explored, _ = load_round(run, number)
+    own = chunk_sequences(explored, config.env.chunk)
+    shown = chunk_sequences(demonstrations, config.env.chunk)
+    firsts: list[Context] = first_frames([*shown, *own])
+    middles = middle_frames(own, config.env.chunk)
+    middles = [c for c in middles if c.elapsed < config.max_chunks - 2]
+    checkpoints = run.path("checkpoints")
+    env = ImaginedVectorEnv(
+        store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device),
+        store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),
+        [*firsts, *middles],
+        config.posttrain.rows,
+        max_chunks=config.max_chunks,
+        sampling_steps=config.sampling_steps(number),
+        threshold=config.reflector.threshold,
+    )
+    split = len(firsts)
+    return env, list(range(split)), list(range(split, split + len(middles)))
+
+
+def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learner:
+    config, rl = run.config, run.config.posttrain
+    reference.requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), rl.lr, betas=(0.9, 0.95), weight_decay=0)
+    if rl.advantage != "gae":
+        return Learner(policy, reference, optimizer, rl)
+    torch.manual_seed(derive(config.seed, "critic weights", number))
+    critic = Critic(config.policy, config.env.image_size).to(run.device)
+    critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
+    values = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)
+    return Learner(policy, reference, optimizer, rl, critic, values)
+
+
+@torch.no_grad()
+def _imagine(
+    run: Run,
+    learner: Learner,
+    env: ImaginedVectorEnv,
+    firsts: list[int],
+    middles: list[int],
+    number: int,
+    step: int,
+) -> Trajectories:
+    """G episodes from each of the iteration's contexts, G consecutive."""
+    config, rl = run.config, run.config.posttrain
+    g = generator(config.seed, "contexts", number, step)
+    chosen = []
+    for _ in range(rl.contexts):
+        draw = float(torch.rand((), generator=g))
+        pool = middles if middles and draw < rl.middle_contexts else firsts
+        chosen.append(pool[int(torch.randint(len(pool), (), generator=g))])
+    keys = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
+    starts = [
+        Start(0, chosen[c], derive(config.seed, "world", number, step, c, n)) for c, n in keys
+    ]
+    seeds = [derive(config.seed, "action", number, step, c, n) for c, n in keys]
+    return rollout(env, learner.behaviour, starts, seeds=seeds)
+
+
+def _check_reality(
+    run: Run, policy: Policy, env: ImaginedVectorEnv, firsts: list[int], number: int, step: int
+) -> None:
+    """Log deterministic success, imagined from known contexts and real on tuning starts."""
+    config = run.config
+    count = config.posttrain.real_check_episodes
+    picked = firsts[:: max(1, len(firsts) // count)][:count]
+    starts = [Start(0, c, derive(config.seed, "check world", c)) for c in picked]
+    imagined = rollout(env, policy, starts, seeds=[0] * len(starts), deterministic=True)
+    real = evaluate_policy(
+        run,
+        policy,
+        [
+            Start(task, k % TUNING_STARTS, derive(config.seed, "check fixture", k) % 2**31)
+            for task in config.env.tasks
+            for k in range(count)
+        ],
+        f"real check {number}.{step}",
+    )
+    run.logger.log(
+        f"posttrain-{number}",
+        step,
+        imagined_mean_action_success=float(imagined.terminated.float().mean()),
+        real_success=sum(e["success"] for e in real) / len(real),
+        real_episodes=len(real),
+    )
+
+
+def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
+    tensors = checkpoint.training_tensors(learner.policy, learner.optimizer)
+    if learner.critic is not None:
+        critic = checkpoint.training_tensors(learner.critic, learner.critic_optimizer)
+        tensors |= checkpoint.prefixed("critic/", critic)
+    checkpoint.save(path, tensors, {"mark": mark, "step": step, "totals": totals})
+
+
+def _resume(path, mark: str, learner: Learner) -> tuple[int, dict]:
+    fresh = {"frames": 0, "imagination_seconds": 0.0, "checks": 0}
+    if not path.exists():
+        return 0, fresh
+    tensors, metadata = checkpoint.load(path)
+    if metadata.get("mark") != mark:
+        return 0, fresh
+    critic: dict[str, Tensor] = checkpoint.selected("critic/", tensors)
+    own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
+    checkpoint.load_training(learner.policy, learner.optimizer, own, path)
+    if learner.critic is not None:
+        checkpoint.load_training(learner.critic, learner.critic_optimizer, critic, path)
+    return metadata["step"], metadata["totals"]

@@ -1,0 +1,120 @@
+"""Train the reflector on real frames and on imagined replays of them (World-Env section 3.4).
+
+The replays (the simulator driven by an episode's real actions) carry the real labels, so that the
+reflector learns to judge the frames it will be shown in post-training.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldenv.data.windows import FrameSequence, chunk_sequences
+from worldenv.models.layers import views_to_channels
+from worldenv.models.policy import augment
+from worldenv.models.reflector import Reflector
+from worldenv.models.simulator import Simulator
+from worldenv.runtime.seeds import derive, generator
+from worldenv.stages import store, training
+from worldenv.stages.collect import load_round, statistics
+from worldenv.stages.replay import padded, replay
+from worldenv.stages.run import Run, use_cores
+
+
+def run(run: Run, mark: str, number: int) -> dict:
+    """Stage `reflector-N`: writes checkpoints/reflector-N.safetensors."""
+    config, part = run.config, run.config.reflector
+    use_cores()
+    demonstrations, explored, _ = load_round(run, number)
+    sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
+    own = chunk_sequences(explored, config.env.chunk)
+    simulator: Simulator = store.load(
+        "simulator", run.path("checkpoints", f"simulator-{number}.safetensors"), run.device
+    )
+    steps = config.sampling_steps(number)
+    imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
+    data = padded([*sequences, *imagined], run.device)
+    del simulator
+    torch.manual_seed(derive(config.seed, "reflector weights", number))
+    reflector: Reflector = store.build("reflector", config)
+    reflector.set_statistics(*statistics([*demonstrations, *explored]))
+    reflector.to(run.device)
+    sampler = _BalancedFrames(data)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        g = generator(config.seed, "reflector", number, step)
+        torch.manual_seed(derive(config.seed, "reflector dropout", number, step))
+        rows, ends, labels = sampler.draw(part.batch, g)
+        logits = sampler.judge(reflector, rows, ends, g)
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        right = ((logits > 0) == (labels > 0.5)).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": right}
+
+    name = f"reflector-{number}"
+    tail = training.train(
+        run, name, mark, reflector, loss_at, steps=part.steps, lr=part.lr, weight_decay=0.05
+    )
+    store.save("reflector", reflector, config, run.path("checkpoints", f"{name}.safetensors"))
+    training.finish(run, name)
+    return {
+        "sequences": len(sequences),
+        "imagined_sequences": len(imagined),
+        "positives": int((data["success"] & data["valid"]).sum()),
+        "negatives": int((~data["success"] & data["valid"]).sum()),
+        **tail,
+    }
+
+
+HISTORY = 4  # earlier frames drawn to stand for the running mean over o_{1:t}
+
+
+class _BalancedFrames:
+    """Draws frames, a third of them successes, each with a few earlier frames of its episode."""
+
+    def __init__(self, data: dict) -> None:
+        self.data = data
+        self.positive = (data["success"] & data["valid"]).nonzero()
+        self.negative = (~data["success"] & data["valid"]).nonzero()
+
+    def draw(self, batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """(episode [B], frame [B], label [B])."""
+        count = batch // 3 if len(self.positive) else 0
+        picks = []
+        for pool, n in ((self.positive, count), (self.negative, batch - count)):
+            if n:
+                picks.append(pool[torch.randint(len(pool), (n,), generator=g)])
+        chosen = torch.cat(picks)
+        labels = torch.zeros(batch)
+        labels[:count] = 1.0
+        return chosen[:, 0], chosen[:, 1], labels.to(chosen.device)
+
+    def judge(self, reflector: Reflector, rows: Tensor, ends: Tensor, g: torch.Generator) -> Tensor:
+        """Logits `[B]`; the mean over o_{1:t} is estimated from HISTORY random frames and t."""
+        earlier = (torch.rand(len(rows), HISTORY, generator=g).to(ends.device)) * (
+            ends[:, None] + 1
+        )
+        frames = torch.cat([earlier.long().minimum(ends[:, None]), ends[:, None]], 1)  # [B, H+1]
+        image = self.data["images"][rows[:, None], frames].flatten(0, 1)
+        proprio = self.data["proprio"][rows[:, None], frames].flatten(0, 1)
+        views = augment(views_to_channels(image), 1, g)
+        noise = 0.1 * torch.rand(1, len(image), 1, 1, 1, generator=g)
+        views = views + noise.to(views.device) * torch.randn(views.shape, generator=g).to(
+            views.device
+        )
+        jitter = 0.05 * torch.randn(proprio.shape, generator=g).to(proprio.device)
+        proprio = proprio + jitter * reflector.proprio_std
+        features = reflector.features(views, proprio).unflatten(0, (len(rows), HISTORY + 1))
+        words = reflector.words([self.data["instruction"][r] for r in rows.tolist()])
+        return reflector.judge(features[:, -1], features[:, :-1].mean(1), words)
+
+
+def score(reflector: Reflector, sequences: list[FrameSequence]) -> list[Tensor]:
+    """R `[F]` in [0, 1] for every frame of every sequence."""
+    out = []
+    with torch.no_grad():
+        for s in sequences:
+            device = reflector.proprio_mean.device
+            logits = reflector(
+                s.images[None].to(device), s.proprio[None].to(device), [s.instruction]
+            )
+            out.append(torch.sigmoid(logits[0]).cpu())
+    return out

@@ -1,0 +1,83 @@
+"""Drive the simulator with recorded actions: what would it have shown?"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldenv.data.windows import FrameSequence
+from worldenv.models.simulator import Simulator
+from worldenv.runtime import progress
+from worldenv.runtime.seeds import derive
+
+
+def replay(
+    simulator: Simulator,
+    sequences: list[FrameSequence],
+    steps: int,
+    seed: int,
+    batch: int = 32,
+) -> list[FrameSequence]:
+    """Imagined versions of sequences: same first frame and actions, generated frames and proprio.
+
+    steps: denoising steps per frame. Sequences of like length run together.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    imagined: dict[int, FrameSequence] = {}
+    with progress.bar(len(sequences), "imagined replays") as bar:
+        for begin in range(0, len(order), batch):
+            group = order[begin : begin + batch]
+            for i, s in zip(group, _replay(simulator, sequences, group, steps, seed), strict=True):
+                imagined[i] = s
+            bar.advance(len(group))
+    return [imagined[i] for i in range(len(sequences))]
+
+
+def _replay(
+    simulator: Simulator, sequences: list[FrameSequence], group: list[int], steps: int, seed: int
+) -> list[FrameSequence]:
+    device = simulator.position.device
+    chosen = [sequences[i] for i in group]
+    state = simulator.start(len(group))
+    everyone = np.ones(len(group), bool)
+    image = torch.stack([s.images[:1] for s in chosen]).to(device)
+    proprio = torch.stack([s.proprio[:1] for s in chosen]).to(device)
+    still = torch.zeros(len(group), 1, *chosen[0].actions.shape[1:], device=device)
+    seeds = torch.tensor([derive(seed, i) for i in group], device=device)
+    simulator.prefill(state, everyone, image, proprio, still, seeds)
+    frames, states = [image[:, 0].cpu()], [proprio[:, 0].cpu()]
+    for t in range(max(len(s) for s in chosen) - 1):
+        action = torch.stack([s.actions[min(t, len(s) - 2)] for s in chosen]).to(device)
+        live = np.array([t < len(s) - 1 for s in chosen])
+        picture, after = simulator.step(state, action, steps, live)
+        frames.append(picture.cpu())
+        states.append(after.cpu())
+    pictures, poses = torch.stack(frames, 1), torch.stack(states, 1)
+    return [
+        dataclasses.replace(s, images=pictures[k, : len(s)], proprio=poses[k, : len(s)])
+        for k, s in enumerate(chosen)
+    ]
+
+
+def padded(sequences: list[FrameSequence], device: torch.device) -> dict:
+    """Sequences as one batch: images `[N, F, ...]`, proprio, success, valid `[N, F]`, padded at
+    the end.
+    """
+    count, longest = len(sequences), max(len(s) for s in sequences)
+    first = sequences[0]
+    images = torch.zeros(count, longest, *first.images.shape[1:], dtype=torch.uint8)
+    proprio = torch.zeros(count, longest, *first.proprio.shape[1:])
+    success = torch.zeros(count, longest, dtype=torch.bool)
+    valid = torch.zeros(count, longest, dtype=torch.bool)
+    for i, s in enumerate(sequences):
+        n = len(s)
+        images[i, :n], proprio[i, :n] = s.images, s.proprio
+        success[i, :n], valid[i, :n] = s.success, True
+    batch: dict[str, Tensor | list[str]] = {
+        "images": images.to(device),
+        "proprio": proprio.to(device),
+        "success": success.to(device),
+        "valid": valid.to(device),
+    }
+    return {**batch, "instruction": [s.instruction for s in sequences]}

@@ -1,0 +1,67 @@
+"""Train the world simulator on demonstrations and policy episodes (World-Env section 3.3)."""
+
+import torch
+from torch import Tensor
+
+from worldenv.data.windows import FrameWindows, chunk_sequences
+from worldenv.models.simulator import Simulator
+from worldenv.models.tokenizer import AutoencoderTokenizer
+from worldenv.runtime.seeds import derive, generator
+from worldenv.stages import store, training
+from worldenv.stages.collect import load_round, statistics
+from worldenv.stages.run import Run, use_cores
+
+
+def run(run: Run, mark: str, number: int) -> dict:
+    """Stage `simulator-N`: writes checkpoints/simulator-N.safetensors.
+
+    Later rounds continue from the weights of the round before, on all episodes so far.
+    """
+    config, part = run.config, run.config.simulator
+    use_cores()
+    demonstrations, explored, _ = load_round(run, number)
+    sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
+    windows = FrameWindows(sequences, part.frames + 1, padded=False).to(run.device)
+    torch.manual_seed(derive(config.seed, "simulator weights"))
+    if number:
+        previous = run.path("checkpoints", f"simulator-{number - 1}.safetensors")
+        simulator: Simulator = store.load("simulator", previous, run.device)
+    else:
+        simulator = store.build("simulator", config)
+        simulator.set_statistics(*statistics([*demonstrations, *explored]))
+        simulator.to(run.device)
+        _train_tokenizer(run, mark, simulator, windows)
+    steps = part.refresh_steps if number else part.steps
+    begin_self_history = 0 if number else int(part.self_history_start * steps)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        g = generator(config.seed, "simulator", number, step)
+        batch = windows.sample(g, part.batch)
+        draw = float(torch.rand((), generator=g))
+        own = step >= begin_self_history and draw < part.self_history
+        return simulator.loss(batch, g, own)
+
+    name = f"simulator-{number}"
+    tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
+    store.save("simulator", simulator, config, run.path("checkpoints", f"{name}.safetensors"))
+    training.finish(run, name)
+    parameters = sum(p.numel() for p in simulator.parameters())
+    return {"windows": len(windows), "parameters": parameters, **tail}
+
+
+def _train_tokenizer(run: Run, mark: str, simulator: Simulator, windows: FrameWindows) -> None:
+    """Fit the autoencoder tokenizer, if the configuration names it, and freeze it."""
+    tokenizer, config = simulator.tokenizer, run.config
+    if not isinstance(tokenizer, AutoencoderTokenizer):
+        return
+    tokenizer.requires_grad_(True)
+
+    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = windows.sample(generator(config.seed, "tokenizer", step), config.simulator.batch)
+        loss = tokenizer.loss(batch["image"][:, -1])
+        return loss, {"loss": loss.detach()}
+
+    steps = config.simulator.tokenizer_steps
+    training.train(run, "tokenizer", mark, tokenizer, loss_at, steps=steps, lr=2e-3)
+    training.finish(run, "tokenizer")
+    tokenizer.requires_grad_(False)

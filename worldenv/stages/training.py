@@ -1,0 +1,131 @@
+"""The training loop that imitation, simulator and reflector share.
+
+Every step draws from generators named by (seed, stage, step), so a run killed and resumed from its
+last checkpoint does exactly what an uninterrupted one would (on a CPU, bit for bit).
+"""
+
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from worldenv.runtime import checkpoint, progress
+from worldenv.runtime.logging import check_finite
+from worldenv.stages.run import Run
+
+Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+CHECKPOINT_SECONDS = 60.0
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
+    """Linear warm-up, then a cosine down to zero."""
+    done = (step + 1) / steps
+    if done < warmup:
+        return peak * done / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def train(
+    run: Run,
+    name: str,
+    mark: str,
+    module: nn.Module,
+    loss_at: Loss,
+    *,
+    steps: int,
+    lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.98),
+    ema: bool = False,
+    log_every: int = 20,
+) -> dict[str, float]:
+    """Minimise `loss_at(step)` over the module's parameters; the module ends up trained.
+
+    ema: end with the exponential moving average of the weights. Returns the metrics averaged over
+    the last tenth of the steps. NonFiniteError (with step and name) if the loss is NaN; the last
+    checkpoint stays.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=weight_decay)
+    average = {k: v.clone() for k, v in module.state_dict().items()} if ema else {}
+    path = run.path("checkpoints", f"{name}.partial.safetensors")
+    begin, tail = _resume(path, mark, module, optimizer, average)
+    run.logger.rewind(name, begin)
+    saved = time.monotonic()
+    done = begin
+
+    def save() -> None:
+        tensors = checkpoint.training_tensors(module, optimizer)
+        tensors |= checkpoint.prefixed("ema/", average)
+        checkpoint.save(path, tensors, {"mark": mark, "step": done, "tail": tail})
+
+    module.train()
+    with progress.bar(steps, name) as bar:
+        bar.update(begin)
+        try:
+            for step in range(begin, steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, steps, lr)
+                loss, metrics = loss_at(step)
+                check_finite(f"{name} loss", loss, step)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+                _track_average(average, module, step)
+                done = step + 1
+                if step >= 0.9 * steps:
+                    for key, value in metrics.items():
+                        total, count = tail.get(key, (0.0, 0))
+                        tail[key] = (total + float(value), count + 1)
+                if step % log_every == 0 or done == steps:
+                    numbers = {k: float(v) for k, v in metrics.items()}
+                    run.logger.log(name, step, lr=optimizer.param_groups[0]["lr"], **numbers)
+                    bar.update(done, **numbers)
+                bar.advance(0) if done % 5 else bar.update(done)
+                if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                    save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            save()
+            raise
+    if ema:
+        module.load_state_dict(average)
+    module.eval()
+    return {key: total / count for key, (total, count) in tail.items()}
+
+
+def _resume(
+    path, mark: str, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict
+) -> tuple[int, dict]:
+    """Continue from a partial checkpoint of the same stage and configuration, if there is one."""
+    if not path.exists():
+        return 0, {}
+    tensors, metadata = checkpoint.load(path)
+    if metadata.get("mark") != mark:
+        return 0, {}
+    saved = checkpoint.selected("ema/", tensors)
+    training = {k: v for k, v in tensors.items() if not k.startswith("ema/")}
+    checkpoint.load_training(module, optimizer, training, path)
+    average.update(saved)
+    return metadata["step"], metadata["tail"]
+
+
+@torch.no_grad()
+def _track_average(average: dict[str, Tensor], module: nn.Module, step: int) -> None:
+    """Moving average with a horizon that grows to 200 steps."""
+    if not average:
+        return
+    weight = 1 - min(0.995, (step + 1) / (step + 20))
+    for name, value in module.state_dict().items():
+        if value.dtype.is_floating_point:
+            average[name].lerp_(value, weight)
+        else:
+            average[name].copy_(value)
+
+
+def finish(run: Run, name: str) -> None:
+    """Remove a stage's partial checkpoint once its artifact is written."""
+    run.path("checkpoints", f"{name}.partial.safetensors").unlink(missing_ok=True)
