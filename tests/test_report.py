@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from worldenv.report import write_report
+from worldenv.report_curves import group_metrics
 from worldenv.runtime.errors import UserError
 from worldenv.video import side_by_side, write_video
 
@@ -59,7 +60,7 @@ def build(folder: Path, tasks=(3,), videos=2) -> Path:
         "commit": "83e7016",
         "command": ["worldenv-train", "--preset", "default"],
         "suite": "libero_spatial",
-        "tasks": list(tasks),
+        "tasks": [{"id": t, "instruction": f"do task {t}"} for t in tasks],
         "evaluation": evaluation(rng, tasks),
         "fidelity": {
             "outcome_agreement": 0.94,
@@ -78,7 +79,7 @@ def build(folder: Path, tasks=(3,), videos=2) -> Path:
             for name, seconds, episodes in (
                 ("collect", 49.2, 85),
                 ("sft", 97.0, 5),
-                ("simulator", 570.0, 80),
+                ("simulator-0", 570.0, 80),
                 ("reflector", 44.0, 80),
                 ("fidelity", 21.5, 16),
                 ("posttrain", 240.8, 0),
@@ -111,11 +112,14 @@ def build(folder: Path, tasks=(3,), videos=2) -> Path:
                 "ratio_mean": 1 + 0.01 * rng.normal(),
                 "ratio_max": 1.5 + 0.1 * rng.normal(),
                 "mu_change": 0.01 + 0.002 * rng.random(),
+                "live_groups": float(rng.integers(8, 16)),
+                "frames_per_second": 1300 + 40 * rng.normal(),
                 "entropy": -9 + 0.05 * rng.normal(),
                 "policy_loss": -0.01 + 0.004 * rng.normal(),
             }
-            if step % 5 == 4:
-                values["real_success"] = 0.42 + 0.02 * t
+            if step % 5 == 0:
+                check = {"imagined": 0.46 + 0.02 * t, "real": 0.42 + 0.02 * t}
+                rows.append((f"check-{round_}", step, check))
             rows.append((f"posttrain-{round_}", step, values))
     with (folder / "metrics.jsonl").open("w") as file:
         for stage, step, values in rows:
@@ -169,7 +173,8 @@ def test_every_section_is_filled(page):
     assert "has not run" not in page
     text = words(page)
     for expected in (
-        "3. pick up the black bowl on the cookie box and place it on the plate",
+        "do task 3",
+        "exploring imagined real",
         "Outcome agreement 94%",
         "+6 points",
         "0.957",
@@ -177,9 +182,10 @@ def test_every_section_is_filled(page):
         "KL divergence",
         "Clip fraction",
         "Probability ratio",
+        "Groups with signal",
         "PSNR of predicted frames",
         "End-effector error, cm",
-        "simulator 9 min 30 s",
+        "simulator-0 9 min 30 s",
         "total 19 min 23 s",
         "Start 20, post-trained",
         "worldenv-train --preset default",
@@ -210,6 +216,24 @@ def test_totals_alone_make_a_headline(tmp_path):
     assert "33% → 30%" in text
     assert "−3 points (95% interval −12 to +5" in text
     assert "includes zero" in text
+
+
+def test_rounds_follow_one_another():
+    rows = [
+        {"stage": stage, "step": step}
+        for stage, step in (
+            ("posttrain-0", 0),
+            ("posttrain-0", 9),
+            ("check-1", 5),
+            ("posttrain-1", 0),
+            ("posttrain-1", 3),
+            ("sft", 7),
+        )
+    ]
+    grouped = group_metrics(rows)
+    assert [r["x"] for r in grouped["posttrain"]] == [0, 9, 10, 13]
+    assert [r["x"] for r in grouped["check"]] == [15]
+    assert [r["x"] for r in grouped["sft"]] == [7]
 
 
 def test_text_is_escaped(tmp_path):

@@ -38,6 +38,7 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     x_range: tuple[float, float] | None = None,
     percent: bool = False,
+    from_zero: bool = False,
     height: int = 220,
 ) -> str:
     """Lines over x with a legend when there are several; the y axis is logarithmic for wide
@@ -49,11 +50,10 @@ def line_chart(
         return '<p class="absent">No values were logged.</p>'
     every_x = np.concatenate([x for _, x, _ in drawn])
     every_y = np.concatenate([y for _, _, y in drawn])
-    log = (
-        y_range is None and not percent and every_y.min() > 0 and every_y.max() > 30 * every_y.min()
-    )
+    linear = percent or from_zero or y_range is not None
+    log = not linear and every_y.min() > 0 and every_y.max() > 30 * every_y.min()
     transform = np.log10 if log else np.asarray
-    low, high = (float(transform(v)) for v in (y_range or _padded(every_y, log)))
+    low, high = (float(transform(v)) for v in (y_range or _padded(every_y, log, from_zero)))
     left, right = x_range or (float(every_x.min()), float(every_x.max()))
     if right == left:
         left, right = left - 0.5, right + 0.5
@@ -155,7 +155,7 @@ def _points(series: Series, most: int = 240) -> tuple[np.ndarray, np.ndarray]:
     return np.array([x[b].mean() for b in buckets]), np.array([y[b].mean() for b in buckets])
 
 
-def _padded(values: np.ndarray, log: bool) -> tuple[float, float]:
+def _padded(values: np.ndarray, log: bool, from_zero: bool) -> tuple[float, float]:
     low, high = float(values.min()), float(values.max())
     if log:
         return low / 1.2, high * 1.2
@@ -163,7 +163,8 @@ def _padded(values: np.ndarray, log: bool) -> tuple[float, float]:
         low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
     margin = 0.06 * (high - low)
     # An axis that nearly reaches zero should show it.
-    floor = 0.0 if 0 <= low < 0.35 * high else low - margin
+    near = low >= 0 and (from_zero or low < 0.35 * high)
+    floor = 0.0 if near else low - margin
     return floor, high + margin
 
 

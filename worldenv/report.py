@@ -10,31 +10,24 @@ fetched from anywhere.
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worldenv.charts import Series, bar, interval_chart, line_chart
+from worldenv import report_curves as curves
+from worldenv.charts import bar, interval_chart
 from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.report_parts import (
     PAGE,
     absent,
-    decimal,
     duration,
     embedded,
-    figure,
-    grid,
     is_number,
     p_value,
-    percent,
     plain,
     points,
-    signed_percent,
     span,
     text,
-    tiles,
 )
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
@@ -50,25 +43,21 @@ from worldenv.video import side_by_side, write_video
 __all__ = ["side_by_side", "write_report", "write_video"]
 
 _LARGEST_MEDIUM = 24 * 2**20
-_BEFORE, _AFTER, _OTHER = "var(--before)", "var(--accent)", "var(--second)"
-Metrics = dict[str, list[dict[str, Any]]]
+_BEFORE, _AFTER = "var(--before)", "var(--accent)"
 
 
 def write_report(run_dir: Path | str) -> Path:
     """Build `<run_dir>/report.html` and return its path. UserError without a results.json."""
     run_dir = Path(run_dir)
     results = _read_json(run_dir / "results.json")
-    metrics: Metrics = {}
-    for row in read_metrics(run_dir):
-        # "posttrain", "posttrain-2" and "posttrain/round2" are rounds of one stage.
-        metrics.setdefault(re.split(r"[^a-z]", str(row["stage"]))[0], []).append(row)
+    metrics = curves.group_metrics(read_metrics(run_dir))
     sections: list[tuple[str, str]] = [
         ("Imagined and real", _media(run_dir / "media")),
         ("Task by task", _tasks(results)),
-        ("Post-training inside the world", _posttraining(metrics)),
-        ("The learned world", _world(results)),
-        ("The reflector", _reflector(results)),
-        ("Losses", _losses(metrics)),
+        ("Post-training inside the world", curves.posttraining(metrics)),
+        ("The learned world", curves.world(results)),
+        ("The reflector", curves.reflector(results)),
+        ("Losses", curves.losses(metrics)),
         ("Time and machine", _machine(results)),
     ]
     body = [_headline(results)]
@@ -245,132 +234,8 @@ def _task_name(results: dict[str, Any], task: int) -> str:
     names = SUITES.get(str(results.get("suite", "")), ())
     for entry in results.get("tasks") or []:
         if isinstance(entry, dict) and entry.get("id", entry.get("task")) == task:
-            return str(entry.get("instruction", f"task {task}"))
+            return str(entry.get("instruction") or f"task {task}")
     return f"{task}. {instruction_of(names[task])}" if 0 <= task < len(names) else f"task {task}"
-
-
-# --- curves
-
-
-def _series(rows: list[dict], key: str, name: str | None = None, **style: Any) -> Series:
-    """One metric of a stage's rows; rounds that restart their steps follow one another."""
-    x, y, offset, last = [], [], 0, -math.inf
-    for row in rows:
-        if row["step"] < last:
-            offset += int(last) + 1
-        last = row["step"]
-        if is_number(row.get(key)):
-            x.append(row["step"] + offset)
-            y.append(row[key])
-    return Series(name or key.replace("_", " "), x, y, **style)
-
-
-def _keys(rows: list[dict], matches: Callable[[str], Any]) -> list[str]:
-    """Names of numeric metrics that satisfy `matches`, in the order they first appear."""
-    keys = {k: None for row in rows for k, v in row.items() if is_number(v)}
-    return [k for k in keys if k not in ("step", "time") and matches(k)]
-
-
-_RL_CHARTS = (
-    ("Success, imagined against real", r"^(imagined_success|real_success)$", True),
-    ("Reward", r"^(reward|reward_mean|mean_reward)$", False),
-    ("KL divergence", r"(^|_)kl(_|$)", False),
-    ("Clip fraction", r"^clip_fraction$", True),
-    ("Probability ratio", r"^ratio", False),
-    ("Change of the mean action", r"(^|_)mu(_|$)", False),
-    ("Entropy", r"^entropy$", False),
-    ("Groups with signal", r"^(groups|signal_groups|group_fraction|kept_groups)$", False),
-)
-
-
-def _posttraining(metrics: Metrics) -> str:
-    rows = metrics.get("posttrain", [])
-    if not rows:
-        return absent("post-training")
-    figures = []
-    for title, pattern, as_share in _RL_CHARTS:
-        keys = _keys(rows, re.compile(pattern).search)
-        # A constant zero, such as the KL to a reference that is not used, says nothing.
-        series = [s for s in (_series(rows, k) for k in keys) if any(s.y)]
-        if series:
-            limits = (0.0, 1.0) if title.startswith("Success") else None
-            chart = line_chart(series, x_label="iteration", percent=as_share, y_range=limits)
-            figures.append(figure(title, chart))
-    return grid(figures)
-
-
-def _losses(metrics: Metrics) -> str:
-    figures = []
-    for stage, rows in metrics.items():
-        keys = _keys(rows, lambda key: "loss" in key)
-        groups = [keys] if len(keys) <= 4 else [keys[i : i + 4] for i in range(0, len(keys), 4)]
-        for group in groups if keys else []:
-            chart = line_chart([_series(rows, key) for key in group])
-            figures.append(figure(stage, chart))
-    if not figures:
-        return absent("training")
-    return grid(figures)
-
-
-def _world(results: dict[str, Any]) -> str:
-    fidelity = results.get("fidelity") or {}
-    if not fidelity:
-        return absent("fidelity check of the world")
-    numbers = tiles(
-        (
-            ("Outcome agreement", percent(fidelity.get("outcome_agreement")), "replayed actions"),
-            (
-                "Closed-loop gap",
-                signed_percent(fidelity.get("closed_loop_gap")),
-                "imagined minus real success",
-            ),
-        )
-    )
-    label = "chunks ahead"
-    figures = []
-    psnr = [
-        _horizon(fidelity, "psnr_per_horizon", "world model", _AFTER),
-        _horizon(fidelity, "psnr_copy_per_horizon", "copying a frame", _BEFORE, dashed=True),
-    ]
-    if any(s.x for s in psnr):
-        chart = line_chart([s for s in psnr if s.x], x_label=label, y_label="PSNR in dB")
-        figures.append(figure("PSNR of predicted frames, dB", chart))
-    error = _horizon(fidelity, "eef_error_cm_per_horizon", "end effector", _AFTER)
-    if error.x:
-        figures.append(figure("End-effector error, cm", line_chart([error], x_label=label)))
-    return numbers + grid(figures)
-
-
-def _horizon(values: dict, key: str, name: str, colour: str, dashed: bool = False) -> Series:
-    """A {"1": number, "4": number, ...} entry as a line over the horizon."""
-    found = sorted((int(k), v) for k, v in (values.get(key) or {}).items() if is_number(v))
-    return Series(name, [k for k, _ in found], [v for _, v in found], colour, dashed)
-
-
-def _reflector(results: dict[str, Any]) -> str:
-    reflector = results.get("reflector") or {}
-    if not reflector:
-        return absent("check of the reflector")
-    numbers = tiles(
-        (
-            ("AUC", decimal(reflector.get("auc")), "success against failure, real frames"),
-            ("False stops", percent(reflector.get("false_stop_rate")), "episodes ended too early"),
-        )
-    )
-    roc = reflector.get("roc") or {}
-    if not roc.get("fpr"):
-        return numbers
-    chart = line_chart(
-        [
-            Series("reflector", roc["fpr"], roc["tpr"], _AFTER),
-            Series("chance", [0, 1], [0, 1], _BEFORE, dashed=True),
-        ],
-        x_label="false positive rate",
-        y_range=(0.0, 1.0),
-        x_range=(0.0, 1.0),
-        height=300,
-    )
-    return numbers + grid([figure("True against false positive rate", chart)])
 
 
 # --- media and machine
@@ -409,8 +274,9 @@ def _machine(results: dict[str, Any]) -> str:
     if stages:
         total = sum(v.get("seconds", 0) for v in stages.values()) or 1
         rows = [
-            f"<tr><td>{text(name)}</td><td>{duration(v.get('seconds', 0))}"
-            f"{bar(v.get('seconds', 0) / total)}</td><td><small>{_details(v)}</small></td></tr>"
+            f"<tr><td>{text(name)}</td>"
+            f"<td>{duration(v.get('seconds', 0))}{bar(v.get('seconds', 0) / total)}</td>"
+            f'<td class="details"><small>{_details(v)}</small></td></tr>'
             for name, v in stages.items()
         ]
         rows.append(f"<tr><th>total</th><th>{duration(total)}</th><th></th></tr>")

@@ -90,6 +90,7 @@ th, td {
   vertical-align: top;
 }
 tr:last-child > * { border-bottom: 0; }
+td.details { white-space: normal; min-width: 16em; }
 td.name { white-space: normal; min-width: 13em; }
 small { color: var(--muted); font-size: 12.5px; }
 .bar {

@@ -102,6 +102,18 @@ def test_frame_windows_never_cross_episodes(make_episode):
         assert len(windows) == expected, trial
 
 
+def test_unpadded_windows_lie_wholly_inside(make_episode):
+    sequences = chunk_sequences([make_episode(40, 8), make_episode(16, 8)])
+    windows = FrameWindows(sequences, 4, padded=False)
+    assert len(windows) == 3
+    assert windows.batch(torch.arange(3))["valid"].all()
+    assert (
+        FrameWindows(sequences, 6, [1.0, 0.0], padded=False).batch(torch.tensor([0]))["valid"].all()
+    )
+    with pytest.raises(UserError, match="at least 7 frames, got none longer than 6"):
+        FrameWindows(sequences, 7, padded=False)
+
+
 def test_action_windows_stay_inside_and_pad_the_tail(make_episode):
     episodes = [marked(make_episode, i, 11 + i, every, seed=i) for i, every in enumerate((1, 8, 3))]
     windows = ActionWindows(episodes, chunk=8)

@@ -1,0 +1,174 @@
+"""The curves of a report: post-training, the learned world, the reflector and the losses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from worldenv.charts import Series, line_chart
+from worldenv.report_parts import (
+    absent,
+    decimal,
+    figure,
+    grid,
+    is_number,
+    percent,
+    signed_percent,
+    tiles,
+)
+
+_BEFORE, _AFTER, _OTHER = "var(--before)", "var(--accent)", "var(--second)"
+Metrics = dict[str, list[dict[str, Any]]]
+
+
+def group_metrics(rows: list[dict[str, Any]]) -> Metrics:
+    """Rows by stage, "posttrain-0" and "posttrain-1" being rounds of one stage.
+
+    Each row gains `x`, its step counted on through the rounds. Checks in the real benchmark
+    ("check-0") are placed on the iterations of post-training.
+    """
+    named = [re.fullmatch(r"(.*?)[-/. ]?(\d*)", str(row["stage"])).groups() for row in rows]
+    lengths: dict[tuple[str, int], int] = {}
+    for (stage, round_), row in zip(named, rows, strict=True):
+        key = (stage, int(round_ or 0))
+        lengths[key] = max(lengths.get(key, 0), int(row["step"]) + 1)
+    grouped: Metrics = {}
+    for (stage, round_), row in zip(named, rows, strict=True):
+        clock = "posttrain" if stage == "check" else stage
+        before = sum(n for (s, r), n in lengths.items() if s == clock and r < int(round_ or 0))
+        grouped.setdefault(stage, []).append({**row, "x": row["step"] + before})
+    return grouped
+
+
+def _series(rows: list[dict], key: str, name: str | None = None, **style: Any) -> Series:
+    """One metric of a stage's rows, in the order of their x."""
+    points = sorted((row["x"], row[key]) for row in rows if is_number(row.get(key)))
+    label = name or key.replace("_", " ")
+    return Series(label, [x for x, _ in points], [y for _, y in points], **style)
+
+
+def _keys(rows: list[dict], matches: Callable[[str], Any]) -> list[str]:
+    """Names of numeric metrics that satisfy `matches`, in the order they first appear."""
+    keys = {k: None for row in rows for k, v in row.items() if is_number(v)}
+    return [k for k in keys if k not in ("step", "time", "x") and matches(k)]
+
+
+_RL_CHARTS = (
+    ("Reward", r"^(reward|reward_mean|mean_reward)$", False),
+    ("KL divergence", r"(^|_)kl(_|$)", False),
+    ("Clip fraction", r"^clip_fraction$", True),
+    ("Probability ratio", r"^ratio", False),
+    ("Change of the mean action", r"(^|_)mu(_|$)", False),
+    ("Entropy", r"^entropy$", False),
+    ("Groups with signal", r"^live_groups$", False),
+    ("Imagined frames per second", r"^frames_per_second$", False),
+)
+_FROM_ZERO = ("KL divergence", "Clip fraction", "Change of the mean action", "Groups with signal")
+_LOSS = re.compile(r"loss|accuracy|^l1$|mse|error")
+
+
+def posttraining(metrics: Metrics) -> str:
+    """Reward, success, KL, ratios and the rest over the iterations of post-training."""
+    rows = metrics.get("posttrain", [])
+    if not rows:
+        return absent("post-training")
+    figures = [_success_chart(rows, metrics.get("check", []))]
+    for title, pattern, as_share in _RL_CHARTS:
+        keys = _keys(rows, re.compile(pattern).search)
+        # A constant zero, such as the KL to a reference that is not used, says nothing.
+        series = [s for s in (_series(rows, k) for k in keys) if any(s.y)]
+        if series:
+            chart = line_chart(
+                series, x_label="iteration", percent=as_share, from_zero=title in _FROM_ZERO
+            )
+            figures.append(figure(title, chart))
+    return grid(figures)
+
+
+def _success_chart(rows: list[dict], checks: list[dict]) -> str:
+    """Imagined success while exploring, and deterministic checks in both worlds."""
+    series = [
+        _series(rows, "imagined_success", "exploring", colour=_BEFORE),
+        _series(checks, "imagined", "imagined", colour=_AFTER),
+        _series(checks, "real", "real", colour=_OTHER),
+    ]
+    chart = line_chart(series, x_label="iteration", percent=True, y_range=(0.0, 1.0))
+    return figure("Success, imagined against real", chart)
+
+
+def losses(metrics: Metrics) -> str:
+    """Losses of every trained model."""
+    figures = []
+    for stage, rows in metrics.items():
+        keys = _keys(rows, _LOSS.search)
+        groups = [keys] if len(keys) <= 4 else [keys[i : i + 4] for i in range(0, len(keys), 4)]
+        for group in groups if keys else []:
+            chart = line_chart([_series(rows, key) for key in group])
+            figures.append(figure(stage, chart))
+    if not figures:
+        return absent("training of models")
+    return grid(figures)
+
+
+def world(results: dict[str, Any]) -> str:
+    """Error of predicted frames over the horizon, against copying a frame."""
+    fidelity = results.get("fidelity") or {}
+    if not fidelity:
+        return absent("fidelity check of the world")
+    numbers = tiles(
+        (
+            ("Outcome agreement", percent(fidelity.get("outcome_agreement")), "replayed actions"),
+            (
+                "Closed-loop gap",
+                signed_percent(fidelity.get("closed_loop_gap")),
+                "imagined minus real success",
+            ),
+        )
+    )
+    label = "chunks ahead"
+    figures = []
+    psnr = [
+        _horizon(fidelity, "psnr_per_horizon", "world model", _AFTER),
+        _horizon(fidelity, "psnr_copy_per_horizon", "copying a frame", _BEFORE, dashed=True),
+    ]
+    if any(s.x for s in psnr):
+        chart = line_chart([s for s in psnr if s.x], x_label=label, y_label="PSNR in dB")
+        figures.append(figure("PSNR of predicted frames, dB", chart))
+    error = _horizon(fidelity, "eef_error_cm_per_horizon", "end effector", _AFTER)
+    if error.x:
+        figures.append(figure("End-effector error, cm", line_chart([error], x_label=label)))
+    return numbers + grid(figures)
+
+
+def _horizon(values: dict, key: str, name: str, colour: str, dashed: bool = False) -> Series:
+    """A {"1": number, "4": number, ...} entry as a line over the horizon."""
+    found = sorted((int(k), v) for k, v in (values.get(key) or {}).items() if is_number(v))
+    return Series(name, [k for k, _ in found], [v for _, v in found], colour, dashed)
+
+
+def reflector(results: dict[str, Any]) -> str:
+    """How well the reflector tells success from failure."""
+    reflector = results.get("reflector") or {}
+    if not reflector:
+        return absent("check of the reflector")
+    numbers = tiles(
+        (
+            ("AUC", decimal(reflector.get("auc")), "success against failure, real frames"),
+            ("False stops", percent(reflector.get("false_stop_rate")), "episodes ended too early"),
+        )
+    )
+    roc = reflector.get("roc") or {}
+    if not roc.get("fpr"):
+        return numbers
+    chart = line_chart(
+        [
+            Series("reflector", roc["fpr"], roc["tpr"], _AFTER),
+            Series("chance", [0, 1], [0, 1], _BEFORE, dashed=True),
+        ],
+        x_label="false positive rate",
+        y_range=(0.0, 1.0),
+        x_range=(0.0, 1.0),
+        height=300,
+    )
+    return numbers + grid([figure("True against false positive rate", chart)])
