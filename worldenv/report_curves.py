@@ -156,6 +156,7 @@ def reflector(results: dict[str, Any]) -> str:
         (
             ("AUC", decimal(reflector.get("auc")), "success against failure, real frames"),
             ("False stops", percent(reflector.get("false_stop_rate")), "episodes ended too early"),
+            ("Missed", percent(reflector.get("missed_success_rate")), "successes never noticed"),
         )
     )
     roc = reflector.get("roc") or {}
