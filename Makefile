@@ -90,7 +90,7 @@ define install_torch
 	@if [ -n '$(TORCH)' ]; then want='$(TORCH)'; \
 	elif command -v nvidia-smi >/dev/null; then want='$(GPU_TORCH)'; \
 	else want='$(CPU_TORCH)'; fi; \
-	index=$${TORCH_INDEX:-$(TORCH_INDEX)}; \
+	index='$(TORCH_INDEX)'; \
 	install() { echo "installing $$1"; $(PIP) install -q $${index:+--extra-index-url "$$index"} "$$1"; }; \
 	if [ -z '$(TORCH)' ] && [ "$$want" = '$(CPU_TORCH)' ] && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
 		install "$$want+cpu" || { echo "No configured package index has a CPU build of torch, so the" \

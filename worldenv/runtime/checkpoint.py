@@ -35,7 +35,8 @@ def save(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     """
     path = Path(path)
     header = {_HEADER_KEY: json.dumps(dict(metadata), allow_nan=False)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name for all attempts, so that what a killed process left behind is written over.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(_unshared(tensors), temporary, metadata=header)
