@@ -114,6 +114,8 @@ def _lighten(root: ElementTree.Element) -> None:
             ElementTree.SubElement(
                 body, "geom", _LOOK | {"mesh": mesh, "quat": quat, "rgba": colour}
             )
+    for site in root.iter("site"):  # robosuite hides its markers, but they would be drawn unseen
+        site.set("rgba", "0 0 0 0")
     used = {geom.get("mesh") for geom in root.iter("geom")}
     for mesh in asset.findall("mesh"):
         if mesh.get("name") not in used:
