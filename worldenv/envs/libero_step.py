@@ -1,10 +1,10 @@
-"""One control step of LIBERO's robosuite environment, bit-identical to the original and several times cheaper.
+"""One control step of LIBERO's robosuite environment: bit-identical to the original, and cheaper.
 
-robosuite 1.4.0 runs 25 physics substeps per control step and in each of them evaluates the whole
-forward dynamics three times (before the controller, inside it, inside mj_step), four Jacobians of the
-same site and every observable. The controller only needs what depends on position and velocity, so
-mj_step1, controller, mj_step2 gives the same numbers from one evaluation. Nothing else is changed:
-the controller's own arithmetic is called as it is, on arrays of the same values and layout, and
+robosuite 1.4.0 runs 25 physics substeps per control step. In each it evaluates the whole forward
+dynamics three times (before the controller, inside it, inside mj_step), four Jacobians of the same
+site and every observable. The controller only needs what depends on position and velocity, so
+mj_step1, controller, mj_step2 gives the same numbers from one evaluation. The controller's
+arithmetic is robosuite's, operation by operation and on arrays of the same layout;
 tests/envs/test_libero.py compares whole trajectories bit for bit.
 
 Liberties: observables, rewards, the step counter and the horizon of the original are not kept up;
@@ -15,6 +15,11 @@ from typing import Any
 
 import mujoco
 import numpy as np
+from robosuite.utils.control_utils import (
+    nullspace_torques,
+    opspace_matrices,
+    orientation_error,
+)
 
 
 class ControlStep:
@@ -30,7 +35,6 @@ class ControlStep:
         self.model = env.sim.model._model
         self.data = env.sim.data._data
         self.substeps = int(env.control_timestep / env.model_timestep)
-        gripper = self.robot.gripper
         self._site = self.robot.eef_site_id
         self._arm = np.array(self.robot._ref_joint_actuator_indexes)
         self._fingers = np.array(self.robot._ref_joint_gripper_actuator_indexes)
@@ -38,34 +42,54 @@ class ControlStep:
         finger_range = self.model.actuator_ctrlrange[self._fingers]
         self._finger_bias = 0.5 * (finger_range[:, 1] + finger_range[:, 0])
         self._finger_weight = 0.5 * (finger_range[:, 1] - finger_range[:, 0])
-        self._initial_finger_action = np.zeros(gripper.dof)
         nv = self.model.nv
         self._jacp, self._jacr = np.zeros((3, nv)), np.zeros((3, nv))
         self._mass = np.zeros((nv, nv))
-        self._geoms: dict[str, frozenset[int]] = {}
+        self._geoms: dict[str, np.ndarray] = {}
         env.check_contact = self.in_contact
 
     def begin_episode(self) -> None:
-        """Takes over the new controller; clears the gripper's ramp, which a soft reset leaves behind."""
-        self.robot.gripper.current_action = self._initial_finger_action.copy()
+        """Takes over the new controller; clears the gripper ramp that soft resets leave behind."""
+        gripper = self.robot.gripper
+        gripper.current_action = np.zeros(gripper.dof)
         self.controller = self.robot.controller
         self.controller.update = self._update_controller
-        self._joints = self.controller.qvel_index
-        self._joint_positions = self.controller.qpos_index
+        self._joints = np.array(self.controller.qvel_index)
+        self._joint_positions = np.array(self.controller.qpos_index)
 
     def __call__(self, action: np.ndarray) -> None:
-        """Applies `action` [7] (OSC_POSE delta 6, gripper 1; clipped by robosuite to [-1, 1])."""
-        gripper, ctrl = self.robot.gripper, self.data.ctrl
-        arm_action, finger_action = action[:6], action[6:]
+        """Applies `action` [7] (OSC_POSE delta 6, gripper 1), whose entries lie in [-1, 1]."""
+        model, data, ctrl = self.model, self.data, self.data.ctrl
+        gripper = self.robot.gripper
+        ramp = np.array([-1.0, 1.0]) * gripper.speed * np.sign(action[6:])
         for substep in range(self.substeps):
-            mujoco.mj_step1(self.model, self.data)
+            mujoco.mj_step1(model, data)
             if substep == 0:
-                self.controller.set_goal(arm_action)
-            torques = self.controller.run_controller()
-            fingers = gripper.format_action(finger_action)
-            ctrl[self._fingers] = self._finger_bias + self._finger_weight * fingers
-            ctrl[self._arm] = np.clip(torques, self._torque_low, self._torque_high)
-            mujoco.mj_step2(self.model, self.data)
+                self.controller.set_goal(action[:6])
+            torques = self._torques()
+            moved = np.minimum(np.maximum(gripper.current_action + ramp, -1.0), 1.0)
+            gripper.current_action = moved
+            ctrl[self._fingers] = self._finger_bias + self._finger_weight * moved
+            ctrl[self._arm] = np.minimum(np.maximum(torques, self._torque_low), self._torque_high)
+            mujoco.mj_step2(model, data)
+
+    def _torques(self) -> np.ndarray:
+        """robosuite's `run_controller` of OSC_POSE: fixed impedance, no interpolators."""
+        c = self.controller
+        c.update()
+        force = (c.goal_pos - c.ee_pos) * c.kp[:3] + -c.ee_pos_vel * c.kd[:3]
+        turn = orientation_error(c.goal_ori, c.ee_ori_mat)
+        torque = turn * c.kp[3:6] + -c.ee_ori_vel * c.kd[3:6]
+        _, lambda_pos, lambda_ori, nullspace = opspace_matrices(
+            c.mass_matrix, c.J_full, c.J_pos, c.J_ori
+        )
+        wrench = np.concatenate([np.dot(lambda_pos, force), np.dot(lambda_ori, torque)])
+        torques = np.dot(c.J_full.T, wrench) + self.data.qfrc_bias[self._joints]
+        torques += nullspace_torques(
+            c.mass_matrix, nullspace, c.initial_joint, c.joint_pos, c.joint_vel
+        )
+        c.new_update = True
+        return torques
 
     def refresh(self) -> None:
         """Brings body, site, camera and light poses up to the present qpos; the physics is unmoved.
@@ -77,24 +101,24 @@ class ControlStep:
         mujoco.mj_camlight(self.model, self.data)
 
     def _update_controller(self, force: bool = False) -> None:
-        """`Controller.update` without its forward pass; each Jacobian is computed once, not twice."""
-        controller, data = self.controller, self.data
-        if not (controller.new_update or force):
+        """`Controller.update` without its forward pass, and with each Jacobian computed once."""
+        c, data, joints = self.controller, self.data, self._joints
+        if not (c.new_update or force):
             return
-        joints = self._joints
-        controller.ee_pos = np.array(data.site_xpos[self._site])
-        controller.ee_ori_mat = np.array(data.site_xmat[self._site].reshape(3, 3))
+        qvel = data.qvel
+        c.ee_pos = data.site_xpos[self._site].copy()
+        c.ee_ori_mat = data.site_xmat[self._site].reshape(3, 3).copy()
         mujoco.mj_jacSite(self.model, data, self._jacp, self._jacr, self._site)
-        controller.ee_pos_vel = np.dot(self._jacp, data.qvel)
-        controller.ee_ori_vel = np.dot(self._jacr, data.qvel)
-        controller.joint_pos = data.qpos[self._joint_positions]
-        controller.joint_vel = data.qvel[joints]
-        controller.J_pos = np.array(self._jacp[:, joints])
-        controller.J_ori = np.array(self._jacr[:, joints])
-        controller.J_full = np.vstack([controller.J_pos, controller.J_ori])
+        c.ee_pos_vel = np.dot(self._jacp, qvel)
+        c.ee_ori_vel = np.dot(self._jacr, qvel)
+        c.joint_pos = data.qpos[self._joint_positions]
+        c.joint_vel = qvel[joints]
+        c.J_pos = self._jacp[:, joints]
+        c.J_ori = self._jacr[:, joints]
+        c.J_full = np.concatenate([c.J_pos, c.J_ori])
         mujoco.mj_fullM(self.model, self._mass, data.qM)
-        controller.mass_matrix = self._mass[joints, :][:, joints]
-        controller.new_update = False
+        c.mass_matrix = self._mass[joints, :][:, joints]
+        c.new_update = False
 
     def in_contact(self, geoms_1: Any, geoms_2: Any = None) -> bool:
         """`MujocoEnv.check_contact` on arrays: True if any of `geoms_1` touches any of `geoms_2`.

@@ -1,20 +1,21 @@
-"""Real LIBERO inside one process: `LiberoSimulator`, one robosuite environment that is cheap to step.
+"""Real LIBERO inside one process: `LiberoSimulator`, a robosuite environment that is cheap to step.
 
-The policy looks once per action chunk, so nothing is rendered or observed until asked for. Resets are
-soft (the model is compiled once); what a soft reset of robosuite leaves behind is put back by hand,
-so that the same `Start` and actions give the same bits whatever ran before.
+The policy looks once per action chunk, so nothing is rendered or observed until asked for. Resets
+are soft (the model is compiled once); what a soft reset of robosuite leaves behind is put back by
+hand, so that the same `Start` and actions give the same bits whatever ran before.
 
 Liberties against LIBERO's own wrapper:
 - observations show the present state; robosuite's lag up to one control step, for it samples its
   sensors in the first substep;
 - reflections are not drawn (half the rendering time; pixels change by 0.9/255 on average);
-- fresh placements put objects relative to fixtures as a hard reset does. robosuite's soft reset adds
-  the previous episode's fixture pose to them, which throws objects off the table.
+- fresh placements put objects relative to fixtures as a hard reset does; robosuite's soft reset
+  adds the previous episode's fixture pose to them, which throws objects off the table.
 """
 
 import atexit
 import logging
 import weakref
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from worldenv.data.episode import area_resize, continuous_axis_angle
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.envs.assets import configure_libero, libero_root
+from worldenv.envs.assets import configure_libero, is_primitive, libero_root, robot_for
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError, unknown
 
@@ -51,7 +52,8 @@ class LiberoSimulator:
             raise unknown("LIBERO suite", suite, SUITES)
         if not 0 <= task < len(SUITES[suite]):
             raise UserError(
-                f"{suite} has tasks 0 to {len(SUITES[suite]) - 1}, got task {task}. Name one of these."
+                f"{suite} has tasks 0 to {len(SUITES[suite]) - 1}, got task {task}. "
+                "Name one of these."
             )
         if image_size < 1 or render_size % image_size:
             raise UserError(
@@ -66,7 +68,7 @@ class LiberoSimulator:
 
     @property
     def env(self) -> Any:
-        """The raw LIBERO environment (what LIBERO's own wrapper calls `.env`): objects, ids, model."""
+        """The raw LIBERO environment (what LIBERO's own wrapper calls `.env`)."""
         if self._env is None:
             self._build()
         return self._env
@@ -81,39 +83,38 @@ class LiberoSimulator:
         """The goal as predicates, such as `[["on", "akita_black_bowl_1", "plate_1"]]`."""
         return self.env.parsed_problem["goal_state"]
 
-    def reset(self, start: Start) -> None:
+    def reset(self, start: Start, init_state: np.ndarray | None = None) -> None:
         """Begins the episode `start`: fixture poses from its seed, init state or sampled placement.
 
-        Then lets the scene settle for 10 steps. Raises UserError for another task's start or an init
-        state that does not exist.
+        Then lets the scene settle for 10 steps. `init_state` [1 + nq + nv]: that of `start.index`,
+        if the caller has read it (`read_init_state`, which imports torch). Raises UserError for
+        another task's start or an init state that does not exist.
         """
         if start.task != self.task:
-            raise UserError(f"This simulator holds task {self.task}, got a start of task {start.task}.")
-        env = self.env
-        states = self._init_states
-        if start.index is not None and not 0 <= start.index < len(states):
             raise UserError(
-                f"{self.suite} task {self.task} has init states 0 to {len(states) - 1}, "
-                f"got {start.index}. Use one of these, or None for a sampled placement."
+                f"This simulator holds task {self.task}, got a start of task {start.task}."
             )
+        if init_state is None:
+            init_state = read_init_state(self.suite, start)
+        env = self.env
         self._reset_scene(start.seed)
-        if start.index is not None:
-            env.sim.set_state_from_flattened(states[start.index])
+        if init_state is not None:
+            env.sim.set_state_from_flattened(init_state)
         env.sim.forward()
-        env._check_success()  # LIBERO reads switches (the stove's) here, which decides what is drawn
+        env._check_success()  # reads switches (the stove's) here, which decide what is drawn
         env._post_process()
         for _ in range(SETTLING_STEPS):
             self.step(SETTLING_ACTION)
 
     def step(self, action: np.ndarray) -> bool:
-        """One control step (50 ms) of `action` [7], clipped to [-1, 1]; True if the goal holds now."""
+        """One control step (50 ms) of `action` [7], clipped to [-1, 1]; True if the goal holds."""
         self._step(np.clip(np.asarray(action, dtype=np.float64), -1.0, 1.0))
         success = bool(self._env._check_success())
         self._env._post_process()
         return success
 
     def proprio(self) -> np.ndarray:
-        """[8] float32: end-effector position (m), axis-angle (rad, continuous), gripper qpos (m)."""
+        """[8] float32: end-effector position (m), axis-angle (rad, no jump), gripper qpos (m)."""
         self._step.refresh()
         robot, data = self._env.robots[0], self._env.sim.data
         w, *xyz = data.get_body_xquat(robot.robot_model.eef_name)
@@ -150,7 +151,7 @@ class LiberoSimulator:
         return state
 
     def close(self) -> None:
-        """Frees the simulator and its GL context. Safe to call twice; a later use builds it again."""
+        """Frees the simulator and its GL context. Safe to call twice; a later use rebuilds."""
         env, self._env = self._env, None
         if env is not None:
             self._context = self._step = None
@@ -169,11 +170,10 @@ class LiberoSimulator:
 
         name = SUITES[self.suite][self.task]
         file = libero_root() / "bddl_files" / self.suite / f"{name}.bddl"
-        self._init_states = _load_init_states(self.suite, name)
         np.random.seed(0)  # noqa: NPY002 - robosuite draws from the global generator
         env = _pristine(TASK_MAPPING[get_problem_info(str(file))["problem_name"]])(
             str(file),
-            robots=["Panda"],
+            robots=[robot_for(self._assets)],
             controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
             gripper_types="default",
             initialization_noise=None,
@@ -188,7 +188,12 @@ class LiberoSimulator:
         self._env, self._step = env, ControlStep(env)
         self._context = env.sim._render_context_offscreen
         self._context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        # Freed before EGL's own exit handler, which was registered earlier: later would only print noise.
+        if is_primitive(self._assets) and self.render_size > self.image_size:
+            # The image is averaged afterwards; four samples per pixel would triple the cost.
+            env.sim.model.vis.quality.offsamples = 0
+            self._context.con.free()
+            self._context._set_mujoco_context_and_buffers()
+        # Runs before EGL's own exit handler, registered earlier; freeing after it prints noise.
         alive = weakref.ref(self)
         atexit.register(lambda: alive() and alive().close())
 
@@ -221,11 +226,28 @@ def _pristine(problem: type) -> type:
     return type(problem)(problem.__name__, (problem,), {"_initialize_sim": initialize})
 
 
-def _load_init_states(suite: str, name: str) -> np.ndarray:
-    """The benchmark's init states [50, 1 + nq + nv], read without running pickled code."""
+def read_init_state(suite: str, start: Start) -> np.ndarray | None:
+    """The benchmark's init state [1 + nq + nv] of a start, None for a sampled placement.
+
+    Raises UserError if the benchmark has no such state.
+    """
+    if start.index is None:
+        return None
+    states = _init_states(suite, start.task)
+    if not 0 <= start.index < len(states):
+        raise UserError(
+            f"{suite} task {start.task} has init states 0 to {len(states) - 1}, got {start.index}. "
+            "Use one of these, or None for a sampled placement."
+        )
+    return states[start.index]
+
+
+@cache
+def _init_states(suite: str, task: int) -> np.ndarray:
+    """All init states [50, 1 + nq + nv] of a task, read without running pickled code."""
     import torch
 
-    path = libero_root() / "init_files" / suite / f"{name}.pruned_init"
+    path = libero_root() / "init_files" / suite / f"{SUITES[suite][task]}.pruned_init"
     rebuild = np.zeros(0).__reduce__()[0]
     allowed = [
         (rebuild, "numpy.core.multiarray._reconstruct"),

@@ -1,0 +1,449 @@
+"""The real benchmark as a gymnasium vector environment: rows of LIBERO episodes in workers.
+
+One step executes one action chunk [C, 7] in each row and looks once, at its end. A finished row
+freezes: its observation and flags stay, further actions for it are ignored, until `reset` with its
+bit of `reset_mask` set. Rows of a worker run in turn, workers in parallel. A worker that
+dies or hangs is replaced and its rows are redone from their starts and actions: the same bits.
+
+Liberties: `reset` takes starts and a mask through `options`, gymnasium's place for such things; a
+call without starts draws init states at random and keeps each row's task. `info` is a plain dict of
+arrays, without gymnasium's `_key` masks: every row reports every time.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from worldenv.data.episode import Episode
+from worldenv.data.libero_tasks import SUITES, instruction_of
+from worldenv.envs.assets import resolve_assets
+from worldenv.envs.libero_pool import Command, WorkerPool
+from worldenv.envs.libero_server import Chunk, Demonstration
+from worldenv.envs.libero_worker import ACTION_DIMS, CAMERAS, PROPRIO_DIMS, read_init_state
+from worldenv.envs.start import Start
+from worldenv.runtime.errors import UserError, unknown
+from worldenv.runtime.seeds import derive
+
+INIT_STATES = 50
+RENDER_SIZE = 128
+_LETTERS = "abcdefghijklmnopqrstuvwxyz "
+
+
+class LiberoVectorEnv(VectorEnv):
+    """B rows of a LIBERO suite, any task in any row. See the module's text for its conduct.
+
+    Observation: image [B, V=2, H, W, 3] uint8 upright, proprio [B, 8] float32, instruction (B str).
+    Action: [B, C, 7] float, OSC_POSE delta and gripper (-1 open, +1 close), clipped to [-1, 1].
+    Reward: 1 in the step in which success first holds. `info`: success [B] (ever), steps [B],
+    success_step [B] (1-based, -1 for none), and frames if recording.
+    """
+
+    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(
+        self,
+        suite: str,
+        num_envs: int,
+        *,
+        workers: int | None = None,
+        assets: Path | None = None,
+        image_size: int = 64,
+        chunk: int = 8,
+        max_steps: int = 220,
+        terminate: Literal["success", "never"] = "success",
+        record_every: int | None = None,
+        timeout_s: float = 120.0,
+    ) -> None:
+        """Starts nothing yet: processes and simulators come with the first reset.
+
+        workers: processes, default one per row up to the number of cores. terminate: "never" runs
+        every row to `max_steps` and only reports success. record_every: also render every k-th step
+        of the episode into `info["frames"]`. timeout_s: a worker silent for longer is replaced.
+        Raises UserError for values that cannot work and for assets the suite lacks.
+        """
+        if suite not in SUITES:
+            raise unknown("LIBERO suite", suite, SUITES)
+        cores = len(os.sched_getaffinity(0))
+        workers = min(num_envs, cores) if workers is None else workers
+        for name, value in {
+            "num_envs": num_envs,
+            "workers": workers,
+            "image_size": image_size,
+            "chunk": chunk,
+            "max_steps": max_steps,
+            "record_every": 1 if record_every is None else record_every,
+            "timeout_s": timeout_s,
+        }.items():
+            if value <= 0:
+                raise UserError(f"{name} must be positive, got {value}.")
+        if RENDER_SIZE % image_size:
+            raise UserError(f"image_size must divide {RENDER_SIZE}, got {image_size}.")
+        if terminate not in ("success", "never"):
+            raise unknown("termination", terminate, ("success", "never"))
+        self.suite, self.num_envs, self.chunk = suite, num_envs, chunk
+        self.max_steps, self.terminate, self.record_every = max_steps, terminate, record_every
+        self.assets = resolve_assets(assets, suite, None)
+        self.single_observation_space, self.single_action_space = _spaces(image_size, chunk)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._workers = min(workers, num_envs)
+        settings = {
+            "suite": suite,
+            "assets": str(self.assets.path),
+            "image_size": image_size,
+            "render_size": RENDER_SIZE,
+        }
+        self._pool = WorkerPool(
+            self._workers, settings, timeout_s=timeout_s, recover=self._recovery
+        )
+        self._rows = [_Row() for _ in range(num_envs)]
+        self._generators = _row_generators(None, num_envs)
+        self._image = np.zeros(self.observation_space["image"].shape, np.uint8)
+        self._proprio = np.zeros(self.observation_space["proprio"].shape, np.float32)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begins new episodes in the rows of options["reset_mask"] [B] (default all).
+
+        options["starts"]: B entries, a `Start` for each row to reset; None there draws one from
+        `seed`'s generator: the row's last task (first: 0), a random init state, a random seed.
+        """
+        if self.closed:
+            raise gymnasium.error.ClosedEnvironmentError("reset of a closed LiberoVectorEnv")
+        options = options or {}
+        surplus = set(options) - {"reset_mask", "starts"}
+        if surplus:
+            raise unknown("reset option", min(surplus), ("reset_mask", "starts"))
+        if seed is not None:
+            super().reset(seed=seed if isinstance(seed, int) else None)
+            self._generators = _row_generators(seed, self.num_envs)
+        mask = self._mask(options.get("reset_mask"))
+        starts = options.get("starts") or [None] * self.num_envs
+        if len(starts) != self.num_envs:
+            raise UserError(
+                f"starts must hold one entry for each of {self.num_envs} rows, got {len(starts)}."
+            )
+        chosen = {i: starts[i] or self._draw_start(i) for i in np.flatnonzero(mask).tolist()}
+        self._check_starts(chosen)
+        requests = {}
+        for i, start in chosen.items():
+            state = read_init_state(self.suite, start)
+            requests[i] = (start, state, np.zeros((0, ACTION_DIMS)), True)
+        for i in chosen:
+            self._rows[i] = _Row(task=chosen[i].task)  # not to be redone if this is interrupted
+        for i, view in self._ask("reset", requests).items():
+            self._rows[i] = _Row(chosen[i], chosen[i].task)
+            self._image[i], self._proprio[i] = view["image"], view["proprio"]
+        return self._observation(), self._info()
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Executes actions [B, C, 7]: observation, reward, terminated, truncated [B] and info.
+
+        Raises UserError for a wrong shape, a dtype that is not floating, or NaN in a live row.
+        """
+        if self.closed:
+            raise gymnasium.error.ClosedEnvironmentError("step of a closed LiberoVectorEnv")
+        waiting = [i for i, row in enumerate(self._rows) if row.start is None]
+        if waiting:
+            raise gymnasium.error.ResetNeeded(f"Rows {waiting} have no episode: reset them first.")
+        actions = np.asarray(actions)
+        live = [i for i, row in enumerate(self._rows) if not row.finished]
+        _check_actions(actions, self.action_space.shape, live)
+        requests = {}
+        for i in live:
+            row = self._rows[i]
+            planned = actions[i, : self.max_steps - row.steps].astype(np.float64)
+            requests[i] = (planned, self.terminate == "success", self._looks(row, len(planned)))
+        chunks = self._ask("step", requests)
+        reward = np.zeros(self.num_envs)
+        frames = [_no_frames(self._image) for _ in self._rows]
+        for i, chunk in chunks.items():
+            row = self._rows[i]
+            if self.record_every is not None:
+                frames[i] = row.frames(chunk)
+            reward[i] = row.advance(requests[i][0], chunk, self.max_steps, self.terminate)
+            view = chunk.views[-1][1]
+            self._image[i], self._proprio[i] = view["image"], view["proprio"]
+        terminated = np.array([row.terminated for row in self._rows])
+        truncated = np.array([row.truncated for row in self._rows])
+        info = self._info()
+        if self.record_every is not None:
+            info["frames"] = frames
+        return self._observation(), reward, terminated, truncated, info
+
+    def demonstrate(
+        self,
+        starts: Sequence[Start],
+        *,
+        noise: float,
+        seed: int,
+        record_every: int = 1,
+        attempts: int = 1,
+    ) -> list[Episode]:
+        """Scripted episodes from `starts`, in their order, run in the workers.
+
+        Frames before every `record_every`-th action and after the last. An episode depends on its
+        start, `noise` and `seed` alone. Ends the rows' episodes: reset before stepping.
+        """
+        self._check_starts(dict(enumerate(starts)))
+        self._rows = [_Row(task=row.task) for row in self._rows]
+        queue = list(range(len(starts)))
+        running: dict[int, int] = {}
+        episodes: dict[int, Episode] = {}
+
+        def give(worker: int) -> None:
+            held = self._rows[worker].task  # of the simulator that this worker demonstrates with
+            k = next((k for k in queue if starts[k].task == held), queue[0])
+            queue.remove(k)
+            running[worker] = k
+            self._rows[worker] = _Row(task=starts[k].task)
+            start = starts[k]
+            request = Demonstration(
+                row=worker,
+                start=start,
+                init_state=read_init_state(self.suite, start),
+                noise=noise,
+                seed=derive(seed, start.task, str(start.index), start.seed),
+                record_every=record_every,
+                max_steps=self.max_steps,
+                attempts=attempts,
+            )
+            self._pool.submit(worker, ("demonstrate", request))
+
+        for worker in range(min(self._workers, len(queue))):
+            give(worker)
+        failure: Exception | None = None
+        while running:
+            worker, answer = self._pool.next()
+            k = running.pop(worker)
+            if isinstance(answer, Exception):
+                failure = failure or answer
+            else:
+                episodes[k] = answer
+            if queue and failure is None:
+                give(worker)
+        if failure is not None:
+            raise failure
+        return [episodes[k] for k in range(len(starts))]
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Ends the worker processes."""
+        pool = getattr(self, "_pool", None)  # absent if the constructor refused its arguments
+        if pool is not None:
+            pool.close()
+
+    def _ask(self, kind: str, requests: dict[int, tuple]) -> dict[int, Any]:
+        """Sends each row's request to its worker, all at once, and gathers the answers by row."""
+        shares: dict[int, list[int]] = {}
+        for i in requests:
+            shares.setdefault(i % self._workers, []).append(i)
+        commands = {w: (kind, [(i, *requests[i]) for i in rows]) for w, rows in shares.items()}
+        answers = self._pool.exchange(commands)
+        return {
+            i: answer
+            for w, rows in shares.items()
+            for i, answer in zip(rows, answers[w], strict=True)
+        }
+
+    def _recovery(self, worker: int) -> list[Command]:
+        """The command that brings a fresh worker's live rows to where they stand."""
+        rows = [
+            (i, row.start, read_init_state(self.suite, row.start), row.past(), False)
+            for i, row in enumerate(self._rows)
+            if i % self._workers == worker and row.start is not None and not row.finished
+        ]
+        return [("reset", rows)] if rows else []
+
+    def _looks(self, row: "_Row", count: int) -> frozenset[int]:
+        """Steps 1..count of the coming chunk after which a frame is due."""
+        if self.record_every is None:
+            return frozenset()
+        return frozenset(k for k in range(1, count + 1) if (row.steps + k) % self.record_every == 0)
+
+    def _mask(self, mask: Any) -> np.ndarray:
+        if mask is None:
+            return np.ones(self.num_envs, dtype=bool)
+        mask = np.asarray(mask)
+        if mask.shape != (self.num_envs,) or mask.dtype != bool:
+            raise UserError(
+                f"reset_mask must be bool [{self.num_envs}], got {mask.dtype} {list(mask.shape)}."
+            )
+        return mask
+
+    def _draw_start(self, i: int) -> Start:
+        draw = self._generators[i]
+        index, seed = int(draw.integers(INIT_STATES)), int(draw.integers(2**31))
+        return Start(self._rows[i].task, index, seed)
+
+    def _check_starts(self, starts: dict[int, Start]) -> None:
+        count = len(SUITES[self.suite])
+        for i, start in starts.items():
+            if not 0 <= start.task < count:
+                raise UserError(
+                    f"Start {i} names task {start.task}; {self.suite} has tasks 0 to {count - 1}."
+                )
+
+    def _observation(self) -> dict[str, Any]:
+        names = SUITES[self.suite]
+        return {
+            "image": self._image.copy(),
+            "proprio": self._proprio.copy(),
+            "instruction": tuple(instruction_of(names[row.task]) for row in self._rows),
+        }
+
+    def _info(self) -> dict[str, Any]:
+        return {
+            "success": np.array([row.success_step > 0 for row in self._rows]),
+            "steps": np.array([row.steps for row in self._rows]),
+            "success_step": np.array([row.success_step for row in self._rows]),
+        }
+
+
+class _Row:
+    """One row's episode as the parent knows it; enough to redo it."""
+
+    def __init__(self, start: Start | None = None, task: int = 0) -> None:
+        self.start, self.task = start, task
+        self.actions: list[np.ndarray] = []
+        self.steps = 0
+        self.success_step = -1
+        self.terminated = self.truncated = False
+
+    @property
+    def finished(self) -> bool:
+        """True once terminated or truncated."""
+        return self.terminated or self.truncated
+
+    def past(self) -> np.ndarray:
+        """The actions executed so far [steps, 7]."""
+        return np.concatenate([np.zeros((0, ACTION_DIMS)), *self.actions])
+
+    def frames(self, chunk: Chunk) -> dict[str, np.ndarray]:
+        """The frames of a chunk about to be counted; `success`: it has held by then."""
+        steps = np.array([step for step, _ in chunk.views])
+        held = np.cumsum(chunk.dones) > 0
+        return {
+            "steps": self.steps + steps,
+            "image": np.stack([view["image"] for _, view in chunk.views]),
+            "proprio": np.stack([view["proprio"] for _, view in chunk.views]),
+            "success": held[steps - 1] | (self.success_step > 0),
+            "dones": chunk.dones,
+        }
+
+    def advance(self, actions: np.ndarray, chunk: Chunk, max_steps: int, terminate: str) -> float:
+        """Counts an executed chunk; the reward."""
+        executed = len(chunk.dones)
+        first = self.success_step < 0 and bool(chunk.dones.any())
+        if first:
+            self.success_step = self.steps + int(np.argmax(chunk.dones)) + 1
+        self.actions.append(actions[:executed])
+        self.steps += executed
+        self.terminated = terminate == "success" and self.success_step > 0
+        self.truncated = not self.terminated and self.steps >= max_steps
+        return float(first)
+
+
+class LiberoEnv(gymnasium.Env):
+    """One row of `LiberoVectorEnv` as a plain gymnasium environment; takes its arguments.
+
+    Observation: image [V, H, W, 3], proprio [8], instruction. Action: [C, 7]. `reset` takes
+    options={"start": Start}.
+    """
+
+    metadata = {"render_modes": []}  # noqa: RUF012
+
+    def __init__(self, suite: str, **arguments: Any) -> None:
+        self.rows = LiberoVectorEnv(suite, 1, **arguments)
+        self.observation_space = self.rows.single_observation_space
+        self.action_space = self.rows.single_action_space
+
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begins an episode: options["start"], or one drawn from `seed`."""
+        super().reset(seed=seed)
+        start = (options or {}).get("start")
+        return self._single(*self.rows.reset(seed=seed, options={"starts": [start]}))
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Executes one chunk [C, 7]."""
+        observation, reward, terminated, truncated, info = self.rows.step(np.asarray(action)[None])
+        view, info = self._single(observation, info)
+        return view, float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def close(self) -> None:
+        """Ends the worker process."""
+        self.rows.close()
+
+    @staticmethod
+    def _single(
+        observation: dict[str, Any], info: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return (
+            {name: value[0] for name, value in observation.items()},
+            {name: value[0] for name, value in info.items()},
+        )
+
+
+def _spaces(image_size: int, chunk: int) -> tuple[spaces.Dict, spaces.Box]:
+    """One row's observation and action spaces."""
+    shape = (len(CAMERAS), image_size, image_size, 3)
+    observation = spaces.Dict(
+        {
+            "image": spaces.Box(0, 255, shape, np.uint8),
+            "proprio": spaces.Box(-np.inf, np.inf, (PROPRIO_DIMS,), np.float32),
+            "instruction": spaces.Text(max_length=200, charset=_LETTERS),
+        }
+    )
+    return observation, spaces.Box(-1.0, 1.0, (chunk, ACTION_DIMS), np.float32)
+
+
+def _row_generators(
+    seed: int | Sequence[int | None] | None, count: int
+) -> list[np.random.Generator]:
+    """One generator per row: seed + row for an int (gymnasium's habit), else the row's own."""
+    if seed is None or isinstance(seed, int | np.integer):
+        seed = [None if seed is None else int(seed) + i for i in range(count)]
+    if len(seed) != count:
+        raise UserError(f"seed must be one int or {count} of them, got {len(seed)}.")
+    return [np.random.default_rng(value) for value in seed]
+
+
+def _check_actions(actions: np.ndarray, expected: tuple[int, ...], live: list[int]) -> None:
+    """Raises UserError unless actions are floating [B, C, 7] and finite in the live rows."""
+    if actions.shape != expected:
+        raise UserError(
+            f"Actions must have shape {list(expected)} [environments, chunk, action dims], "
+            f"got {list(actions.shape)}."
+        )
+    if not np.issubdtype(actions.dtype, np.floating):
+        raise UserError(f"Actions must be floating point, got {actions.dtype}. Cast to float32.")
+    for i in live:
+        finite = np.isfinite(actions[i])
+        if not finite.all():
+            step, dim = np.argwhere(~finite)[0]
+            raise UserError(
+                f"Actions must be finite, got {actions[i, step, dim]} in row {i}, chunk step "
+                f"{step}, dim {dim}. Check the policy's output."
+            )
+
+
+def _no_frames(image: np.ndarray) -> dict[str, np.ndarray]:
+    """The frames of a row that did not move."""
+    return {
+        "steps": np.zeros(0, dtype=np.int64),
+        "image": np.zeros((0, *image.shape[1:]), np.uint8),
+        "proprio": np.zeros((0, PROPRIO_DIMS), np.float32),
+        "success": np.zeros(0, dtype=bool),
+        "dones": np.zeros(0, dtype=bool),
+    }
