@@ -25,7 +25,7 @@ class EnvConfig:
     tasks: tuple[int, ...] = (3,)
     """Task ids within the suite (0-9)."""
     assets: Path | None = None
-    """Folder with LIBERO's asset files. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
+    """Folder with LIBERO's assets. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
     image_size: int = 64
     """Side of the square images the models see, in pixels (a divisor of 128)."""
     chunk: int = 8
@@ -53,7 +53,7 @@ class CollectConfig:
     fresh: float = 0.5
     """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19."""
     hold_chunks: int = 1
-    """Chunks recorded after success first fires, so that the world shows what success looks like."""
+    """Chunks recorded after success first fires: the world must see what success looks like."""
     held_out: float = 0.125
     """Fraction of policy episodes kept from training, to measure simulator and reflector on."""
 
@@ -193,7 +193,7 @@ class PosttrainConfig:
     max_clip_fraction: float = 0.5
     """Guard: an update beyond this is undone and the learning rate halved."""
     max_mu_change: float = 0.1
-    """Guard: mean absolute change of mu per iteration (normalised action) beyond which it is undone."""
+    """Guard: mean absolute change of mu per iteration beyond which the update is undone."""
     real_check_every: int = 5
     """Iterations between checks in the real benchmark on tuning starts (0: never)."""
     real_check_episodes: int = 20

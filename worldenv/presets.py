@@ -56,7 +56,7 @@ def _smoke() -> Config:
 
 
 def _suite(suite: str) -> Config:
-    """All ten tasks of a suite. Sized for a GPU; needs the official assets but for libero_spatial."""
+    """All ten tasks of a suite, sized for a GPU (official assets, libero_spatial apart)."""
     name = suite.replace("_", "-")
     base = Config(
         preset=name,

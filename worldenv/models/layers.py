@@ -20,7 +20,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sinusoidal(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Sinusoidal features `[..., dim]` of scalars x, cosines first (as Wan's timestep embedding)."""
+    """Sinusoidal features `[..., dim]` of scalars x, cosines first (Wan's timestep embedding)."""
     half = dim // 2
     freq = torch.exp(-math.log(max_period) * torch.arange(half, device=x.device) / half)
     angle = x[..., None].float() * freq

@@ -12,6 +12,7 @@ training the cached keys and values carry no gradient (as in Transformer-XL), so
 sees exactly what generation sees.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -295,7 +296,7 @@ class Simulator(nn.Module):
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
         z = counter_normal(state.seeds, state.step, last.shape[2:])[:, None]
-        for now, after in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for now, after in itertools.pairwise(sigmas):
             level = z.new_full(z.shape[:2], now)
             frame, refined = self.denoise(z, last, level, condition, rotary, attends)
             z = frame + (after / now) * (z - frame)

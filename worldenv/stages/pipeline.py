@@ -164,7 +164,7 @@ def _videos(run: Run, media: Path) -> None:
     )
     world, judge = load("simulator", f"simulator-{last}"), load("reflector", f"reflector-{last}")
     outcomes = run.record("evaluate")["outcomes"]
-    starts = [s for s in evaluate.held_out_starts(run)]
+    starts = evaluate.held_out_starts(run)
     changed = {
         (b["task"], b["start"], b["seed"])
         for b, a in zip(outcomes["sft"], outcomes["posttrained"], strict=True)
@@ -249,8 +249,8 @@ def _success(outcomes: dict[str, list[dict]], key: str) -> dict:
     }
     if len(set(clusters)) < 2:
         return {**summary, "paired_difference": None}
-    mean, low, high = paired_difference(*values, clusters)
-    rounded = {"mean": round(mean, 4), "low": round(low, 4), "high": round(high, 4)}
+    difference = paired_difference(*values, clusters)
+    rounded = {k: round(getattr(difference, k), 4) for k in ("mean", "low", "high")}
     return {**summary, "paired_difference": rounded}
 
 

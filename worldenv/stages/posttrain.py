@@ -1,8 +1,8 @@
 """LOOP inside the learned world (World-Env section 3.5): the policy never touches the real one.
 
-Each iteration draws contexts, rolls out G imagined episodes from each, and makes one guarded update.
-Now and then the policy is checked in the real benchmark on tuning starts, to watch the gap between
-imagined and real success; the checks train nothing and choose nothing.
+Each iteration draws contexts, rolls out G imagined episodes from each, and makes one guarded
+update. Now and then the policy is checked in the real benchmark on tuning starts, to watch the gap
+between imagined and real success; the checks train nothing and choose nothing.
 """
 
 import time
