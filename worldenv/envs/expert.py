@@ -38,9 +38,12 @@ _HAND_BOXES = (
 )
 _TIP = _FINGER[1, 2]
 _WIDEST = 0.068  # of what fits between the fingers
-_RIM_DEPTH, _SOLID_DEPTH = 0.013, 0.030  # of the grip site below the object's top
+_RIM_DEPTH, _SOLID_DEPTH = 0.013, 0.025  # of the grip site below the object's top
 _SPACING = 0.007  # of sampled points
 _MARGIN = 0.010  # clearance below which a grasp is penalised
+# The Panda's arm from shoulder to wrist, stretched as far as it still moves well; the wrist is above
+# a hand that points down and a little behind it.
+_ARM, _WRIST_ABOVE, _WRIST_BEHIND = 0.69, 0.21, 0.088
 _HIGH = 0.03  # clearance of a travelling hand or object above what it passes
 
 
@@ -92,7 +95,7 @@ def run_expert(
         the commanded motion (0.25 gives useful diversity); labels stay clean.
     attempts: how many grasps to try, each from a fresh reset of the same start, until one succeeds.
     record: called before each step with (observation, clean action [7], executed action [7]);
-        rendering is what makes it slow. Of several attempts, the last `steps` calls are the result's.
+        rendering makes it slow. Of several attempts, the last `steps` calls are the result's.
     The episode ends when the goal first holds, or after max_steps. Raises UserError for a suite or
     a goal the expert has no skill for.
     """
@@ -166,6 +169,10 @@ class Scene:
         self._hand_body = self._model.body(env.robots[0].robot_model.eef_name).id
         self._roots: dict[str, int] = dict(env.obj_body_id)
 
+    def shoulder(self) -> np.ndarray:
+        """Position [3] of the arm's shoulder, above the middle of the robot's base."""
+        return self._data.body("robot0_link2").xpos.copy()
+
     @property
     def objects(self) -> list[str]:
         """Names of the objects and fixtures that have a body (sites have none)."""
@@ -221,7 +228,9 @@ class Scene:
         return body == root
 
 
-def pick_and_place(scene: Scene, goal: tuple[str, str, str], candidate: int) -> Iterator[np.ndarray]:
+def pick_and_place(
+    scene: Scene, goal: tuple[str, str, str], candidate: int
+) -> Iterator[np.ndarray]:
     """The actions [7] that bring the goal's object on or into its target, by feedback from `scene`.
 
     candidate: 0 takes the best grasp, 1 the best that differs from it, and so on (modulo).
@@ -229,7 +238,8 @@ def pick_and_place(scene: Scene, goal: tuple[str, str, str], candidate: int) -> 
     relation, name, target = goal
     points = scene.points(name)
     obstacles = np.concatenate([scene.points(n) for n in scene.objects if n != name])
-    grasp = choose_grasp(points, obstacles, candidate)
+    journey = scene.position(target) - scene.position(name)
+    grasp = choose_grasp(points, obstacles, scene.shoulder(), journey, candidate)
     rotation = _hand_rotation(grasp.yaw)
 
     everything = np.concatenate([points, obstacles])
@@ -241,18 +251,19 @@ def pick_and_place(scene: Scene, goal: tuple[str, str, str], candidate: int) -> 
     position, _ = scene.hand()
     below = position[2] - points[:, 2].min()  # how far the object hangs below the grip site
     target_points = scene.points(scene.owner(target))
-    drop = _release_height(relation, scene.position(target), target_points) + below
+    drop = _release_height(relation, scene.position(target), target_points, below)
 
     def destination() -> np.ndarray:
-        # The object may have slipped in the hand, so the offset is measured anew each step.
-        offset = scene.hand()[0][:2] - scene.position(name)[:2]
+        # The object may have slipped in the hand, so the offset is measured anew each step; it is
+        # bounded so that the hand does not run from an object it has lost.
+        offset = np.clip(scene.hand()[0][:2] - scene.position(name)[:2], -0.08, 0.08)
         return np.append(scene.position(target)[:2] + offset, drop)
 
     height = _highest_between(obstacles, position, destination()) + below + _HIGH
     yield from travel(scene, destination, rotation, height, CLOSE)
     yield from set_gripper(scene, OPEN)
-    position, _ = scene.hand()
-    up = position + [0.0, 0.0, 0.10]
+    up, _ = scene.hand()
+    up[2] += 0.10
     yield from travel(scene, lambda: up, rotation, up[2], OPEN)
 
 
@@ -292,21 +303,29 @@ def set_gripper(scene: Scene, gripper: float, *, limit: int = 12) -> Iterator[np
         position, current = scene.hand()
         yield _action(hold - position, _axis_angle(rotation @ current.T), gripper)
         previous, opening = opening, scene.finger_opening()
-        if step >= 3 and abs(previous - opening) < 0.0005:
+        if step >= 6 and abs(previous - opening) < 0.0005:  # robosuite ramps the force for 8
             return
 
 
-def choose_grasp(points: np.ndarray, obstacles: np.ndarray, candidate: int = 0) -> Grasp:
+def choose_grasp(
+    points: np.ndarray,
+    obstacles: np.ndarray,
+    shoulder: np.ndarray,
+    journey: np.ndarray,
+    candidate: int = 0,
+) -> Grasp:
     """The candidate-th best of the grasps of an object, skipping those like a better one.
 
-    points [N, 3]: the object, filled; obstacles [M, 3]: everything else. Across starts of one task
-    the order hardly changes, for it prefers little turning of the wrist and clearance only counts
-    when it is scarce.
+    points [N, 3]: the object, filled; obstacles [M, 3]: everything else; shoulder [3]: the robot's;
+    journey [3]: the way the object is to be carried. Across starts of one task the order hardly
+    changes: little turning of the wrist is preferred, and the side of a rim nearer to the robot;
+    clearance and reach count only where they are scarce.
     """
     near = np.linalg.norm(obstacles[:, :2] - points[:, :2].mean(0), axis=1) < 0.25
     around = np.concatenate([points, obstacles[near]])
     distinct: list[Grasp] = []
-    for grasp in sorted(_grasps(points, around), key=lambda grasp: grasp.cost):
+    grasps = _grasps(points, around, shoulder, journey)
+    for grasp in sorted(grasps, key=lambda grasp: grasp.cost):
         if not any(grasp.resembles(better) for better in distinct):
             distinct.append(grasp)
     if not distinct:
@@ -317,7 +336,9 @@ def choose_grasp(points: np.ndarray, obstacles: np.ndarray, candidate: int = 0) 
     return distinct[candidate % len(distinct)]
 
 
-def _grasps(points: np.ndarray, around: np.ndarray) -> Iterator[Grasp]:
+def _grasps(
+    points: np.ndarray, around: np.ndarray, shoulder: np.ndarray, journey: np.ndarray
+) -> Iterator[Grasp]:
     """Every place where a part of the object fits between the fingers, hand pointing down."""
     low, top = points[:, 2].min(), points[:, 2].max()
     centre = (points[:, :2].min(0) + points[:, :2].max(0)) / 2
@@ -333,9 +354,11 @@ def _grasps(points: np.ndarray, around: np.ndarray) -> Iterator[Grasp]:
             axis = np.array([np.sin(yaw), -np.cos(yaw)])
             position = np.append(centre + middle * axis, height)
             lack = max(0.0, _MARGIN - _clearance(around, position, yaw))
-            # Narrow and straight is better; of two sides of a rim, the far one along y.
-            side = 0.002 if middle > 0.02 else 0.0
-            yield Grasp(position, yaw, 10.0 * lack + 0.01 * abs(yaw) + width + side)
+            places = (position - shoulder, position + journey - shoulder)
+            scarce = 10.0 * lack + 5.0 * sum(map(_overreach, places))
+            turn = 0.01 * yaw if yaw >= 0 else -0.02 * yaw  # two mirrored grasps are never equal
+            reach = 0.1 * max(np.linalg.norm(place[:2]) for place in places)
+            yield Grasp(position, yaw, scarce + turn + reach + width)
 
 
 _YAWS = np.deg2rad(np.arange(-75, 91, 15))
@@ -353,6 +376,13 @@ def _parts(
     return [((run[0] + run[-1]) / 2, run[-1] - run[0]) for run in runs if len(run)]
 
 
+def _overreach(place: np.ndarray) -> float:
+    """How far a hand 5 cm above `place` [3] (relative to the shoulder) would overstretch the arm."""
+    rise = place[2] + 0.05 + _WRIST_ABOVE
+    limit = _WRIST_BEHIND + np.sqrt(max(_ARM**2 - rise**2, 0.0))
+    return max(0.0, float(np.linalg.norm(place[:2]) - limit))
+
+
 def _clearance(points: np.ndarray, position: np.ndarray, yaw: float) -> float:
     """Least signed distance of points [N, 3] to the open hand at a pose and all way up from it."""
     local = (points - position) @ _hand_rotation(yaw)
@@ -364,12 +394,16 @@ def _clearance(points: np.ndarray, position: np.ndarray, yaw: float) -> float:
     return least
 
 
-def _release_height(relation: str, target: np.ndarray, points: np.ndarray) -> float:
-    """Height of the object's lowest point at which to let go."""
-    if relation == "in":  # just inside the rim: the hand is too wide to follow
-        return points[:, 2].max() - 0.03
+def _release_height(relation: str, target: np.ndarray, points: np.ndarray, below: float) -> float:
+    """Height of the grip site at which to let go of an object that hangs `below` it.
+
+    target [3], points [N, 3]: place and matter of what the object is put on or into.
+    """
     middle = np.linalg.norm(points[:, :2] - target[:2], axis=1) < 0.02
-    return points[middle, 2].max() - 0.003  # a light press makes contact certain
+    floor = points[middle, 2].max()
+    if relation == "in":  # near the floor, but the palm is wider than a basket and stays above it
+        return max(floor + 0.02 + below, points[:, 2].max() + _HAND_BOXES[2][1, 2] + 0.008)
+    return floor + below - 0.003  # a light press makes contact certain
 
 
 def _highest_between(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
