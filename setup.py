@@ -21,7 +21,7 @@ def sources(*patterns: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
 
 
-cxx = ["-O3", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+cxx = ["-O3", "-g0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 nvcc = ["-O3", "-lineinfo", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
 if WITH_CUDA:
