@@ -41,8 +41,8 @@ _WIDEST = 0.068  # of what fits between the fingers
 _RIM_DEPTH, _SOLID_DEPTH = 0.013, 0.025  # of the grip site below the object's top
 _SPACING = 0.007  # of sampled points
 _MARGIN = 0.010  # clearance below which a grasp is penalised
-# The Panda's arm from shoulder to wrist, stretched as far as it still moves well; the wrist is above
-# a hand that points down and a little behind it.
+# The Panda's arm from shoulder to wrist, stretched as far as it still moves well; the wrist is
+# above a hand that points down and a little behind it.
 _ARM, _WRIST_ABOVE, _WRIST_BEHIND = 0.69, 0.21, 0.088
 _HIGH = 0.03  # clearance of a travelling hand or object above what it passes
 
@@ -282,13 +282,16 @@ def travel(
     height: what the hand keeps while it is far from the goal sideways. It waits with the sideways
     motion until it is high enough, so leaving a place goes up first.
     """
+    previous = np.full(3, np.inf)
     for _ in range(limit):
         position, current = scene.hand()
         error = goal() - position
         turn = _axis_angle(rotation @ current.T)
-        aside = np.linalg.norm(error[:2])
-        if np.linalg.norm(error) < tolerance and np.linalg.norm(turn) < 0.1:
+        aside, distance = np.linalg.norm(error[:2]), np.linalg.norm(error)
+        blocked = np.linalg.norm(position - previous) < 0.0007 and distance < 0.015
+        if (distance < tolerance or blocked) and np.linalg.norm(turn) < 0.1:
             return
+        previous = position
         needed = min(max(height, goal()[2]), goal()[2] + 4.0 * max(aside - 0.008, 0.0))
         error[2] = needed - position[2]
         error[:2] *= np.clip((0.06 - error[2]) / 0.04, 0.0, 1.0)
@@ -377,7 +380,7 @@ def _parts(
 
 
 def _overreach(place: np.ndarray) -> float:
-    """How far a hand 5 cm above `place` [3] (relative to the shoulder) would overstretch the arm."""
+    """How far the arm would be overstretched 5 cm above `place` [3] (relative to the shoulder)."""
     rise = place[2] + 0.05 + _WRIST_ABOVE
     limit = _WRIST_BEHIND + np.sqrt(max(_ARM**2 - rise**2, 0.0))
     return max(0.0, float(np.linalg.norm(place[:2]) - limit))
