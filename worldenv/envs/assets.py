@@ -154,7 +154,7 @@ def missing_files(path: Path, suite: str) -> list[str]:
         if found:
             _check_xml(path, found[0], missing)
         else:
-            missing.add(f"{category}.xml (as {' or '.join(candidates)})")
+            missing.add(" or ".join(candidates))
     return sorted(missing)
 
 
