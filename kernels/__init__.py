@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, installed as `worldenv.kernels`; no modules, no configuration."""
+"""Triton kernels and their launchers, installed as `worldenv.kernels`; no modules, no config."""
