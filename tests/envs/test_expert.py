@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from worldenv.envs.assets import resolve_assets
-from worldenv.envs.expert import choose_grasp, run_expert
+from worldenv.envs.expert import run_expert
+from worldenv.envs.grasps import choose_grasp
 from worldenv.envs.libero_worker import LiberoSimulator
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError
