@@ -106,9 +106,14 @@ def action_loss_reference(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Plain torch with autograd, in float32 or wider. Shapes as `action_loss`."""
     wide = torch.promote_types(mu.dtype, torch.float32)
+    keep = mask.bool()
+    # A masked step may hold anything: chosen away here, it reaches no gradient (NaN * 0 is NaN).
+    mu, log_scale, action, reference_mu, reference_log_scale = (
+        None if x is None else torch.where(keep[(..., *[None] * (x.dim() - 2))], x, 0)
+        for x in (mu, log_scale, action, reference_mu, reference_log_scale)
+    )
     mu = mu.to(wide)
     log_scale = None if log_scale is None else log_scale.to(wide)
-    keep = mask.bool()
     steps = keep.sum()
     count = steps.clamp_min(1).to(wide)
 
@@ -116,8 +121,6 @@ def action_loss_reference(
         return torch.where(keep, x, torch.zeros_like(x)).sum() / count
 
     logprob = action_logprob_reference(mu, log_scale, action, distribution=distribution)
-    # A masked step may hold anything (an action of NaN, a ratio of inf): it must not reach the
-    # gradient either.
     log_ratio = torch.where(keep, logprob - behaviour_logprob.to(wide), torch.zeros_like(logprob))
     ratio = log_ratio.exp()
     a = advantage.to(wide).unsqueeze(-1)
@@ -185,15 +188,24 @@ def action_logprob(
         log_scale: [B, C, A], log of the Laplace b or the Gaussian sigma (categorical: None).
         action: [B, C, A] (categorical: integer ids).
         distribution: laplace | gaussian | categorical.
-        backend: auto | reference.
+        backend: auto | cpp | reference.
 
     Returns:
-        [B, C] in float32 (float64 for float64 inputs). Differentiable by the reference backend.
+        [B, C] in float32 (float64 for float64 inputs). Differentiable by the reference backend,
+        which `auto` takes when an input requires a gradient.
     """
     op = "action_logprob"
     _check(op, mu, log_scale, action, distribution)
-    backends.choose(op, backend, {"reference": None})
-    return action_logprob_reference(mu, log_scale, action, distribution=distribution)
+    why_not = {
+        "cpp": backends.no_cpp(mu) or _too_wide(mu) or _needs_gradient(mu, log_scale),
+        "reference": None,
+    }
+    if backends.choose(op, backend, why_not) == "reference":
+        return action_logprob_reference(mu, log_scale, action, distribution=distribution)
+    if distribution == "categorical":
+        return torch.ops.worldenv.token_logprob(_ready(mu), _ids(action))
+    inputs = (_ready(x) for x in (mu, log_scale, action))
+    return torch.ops.worldenv.action_logprob(*inputs, DISTRIBUTIONS.index(distribution))
 
 
 def action_loss(
@@ -227,7 +239,7 @@ def action_loss(
         reference_mu, reference_log_scale: reference policy of the KL term, shaped like mu; without
             a scale the policy's own, held fixed, is used.
         kl_weight, entropy_weight: >= 0; kl_weight > 0 needs reference_mu.
-        backend: auto | reference.
+        backend: auto | cpp | reference.
 
     Returns:
         (loss, metrics): a 0-d tensor and a dict of detached 0-d tensors named by `METRICS`. NaN in
@@ -258,19 +270,81 @@ def action_loss(
     ):
         if other is not None:
             check_shape(op, name, other, tuple(mu.shape), "B,C,A")
-    backends.choose(op, backend, {"reference": None})
-    return action_loss_reference(
-        mu,
-        log_scale,
-        action,
-        behaviour_logprob,
-        advantage,
-        mask,
-        distribution=distribution,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        reference_mu=reference_mu,
-        reference_log_scale=reference_log_scale,
-        kl_weight=kl_weight,
-        entropy_weight=entropy_weight,
+    why_not = {"cpp": backends.no_cpp(mu) or _too_wide(mu), "reference": None}
+    if backends.choose(op, backend, why_not) == "reference":
+        return action_loss_reference(
+            mu,
+            log_scale,
+            action,
+            behaviour_logprob,
+            advantage,
+            mask,
+            distribution=distribution,
+            reference_mu=reference_mu,
+            reference_log_scale=reference_log_scale,
+            **numbers,
+        )
+    rows = (_ready(behaviour_logprob), _ready(advantage), _bool(mask))
+    reference = None if reference_mu is None else _ready(reference_mu)
+    constants = (clip_low, clip_high, kl_weight, entropy_weight)
+    if distribution == "categorical":
+        out = torch.ops.worldenv.token_loss(_ready(mu), _ids(action), *rows, reference, *constants)
+    else:
+        scale = None if reference_log_scale is None else _ready(reference_log_scale)
+        index = DISTRIBUTIONS.index(distribution)
+        inputs = (_ready(mu), _ready(log_scale), _ready(action), *rows, reference, scale)
+        out = torch.ops.worldenv.action_loss(*inputs, index, *constants)
+    return out[0], dict(zip(METRICS, out[1].unbind(), strict=True))
+
+
+def _ready(x: Tensor) -> Tensor:
+    return x.float().contiguous()
+
+
+def _ids(x: Tensor) -> Tensor:
+    return x.long().contiguous()
+
+
+def _bool(x: Tensor) -> Tensor:
+    return (x if x.dtype == torch.bool else x != 0).contiguous()
+
+
+def _too_wide(x: Tensor) -> str | None:
+    return "it computes in float32, got float64" if x.dtype == torch.float64 else None
+
+
+def _needs_gradient(*tensors: Tensor | None) -> str | None:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "it has no gradient (call it under torch.no_grad(), or use backend='reference')"
+    return None
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.arguments = len(inputs)
+
+
+def _scale_gradients(ctx, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = [g * grad_loss for g in ctx.saved_tensors]
+    return (*gradients, *([None] * (ctx.arguments - len(gradients))))
+
+
+def _register(op: str) -> None:
+    """Shapes for tracing, and the gradient, which the forward pass has already computed."""
+    gradients = 1 if op.startswith("token") else 2
+
+    def fake(mu: Tensor, *_) -> tuple[Tensor, ...]:
+        return mu.new_empty(()), mu.new_empty(8), *(torch.empty_like(mu) for _ in range(gradients))
+
+    torch.library.register_fake(f"worldenv::{op}", fake)
+    torch.library.register_autograd(
+        f"worldenv::{op}", _scale_gradients, setup_context=_save_gradients
     )
+
+
+if backends.NO_CPP is None:
+    _register("action_loss")
+    _register("token_loss")
+    for _name in ("action_logprob", "token_logprob"):
+        torch.library.register_fake(f"worldenv::{_name}", lambda mu, *_: mu.new_empty(mu.shape[:2]))

@@ -147,6 +147,33 @@ def gae(
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{op}: {name} must lie in [0, 1], got {number}")
-    backends.choose(op, backend, {"reference": None})
+    narrow = (
+        None if reward.dtype in (torch.float32, torch.float64) else "it takes float32 or float64"
+    )
+    if value.dtype != reward.dtype:
+        narrow = "reward and value must share a dtype"
+    why_not = {
+        "cpp": backends.no_cpp(reward) or narrow,
+        "cuda": backends.no_cuda(reward, op) or narrow,
+        "reference": None,
+    }
+    name = backends.choose(op, backend, why_not)
     with torch.no_grad():
+        if name != "reference":
+            inputs = (x.contiguous() for x in (reward, value, terminated, truncated))
+            return torch.ops.worldenv.gae(*inputs, gamma, lam)
         return gae_reference(reward, value, terminated, truncated, gamma=gamma, lam=lam)
+
+
+if backends.NO_CPP is None:
+
+    @torch.library.register_fake("worldenv::gae")
+    def _(
+        reward: Tensor,
+        value: Tensor,
+        terminated: Tensor,
+        truncated: Tensor,
+        gamma: float,
+        lam: float,
+    ) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(reward), torch.empty_like(reward)

@@ -38,7 +38,6 @@ def frame_mask(frames: int, window: int | None, sinks: int, causal: bool) -> Ten
     return allowed
 
 
-@lru_cache(maxsize=32)
 def _additive_mask(
     frames: int,
     tokens: int,
@@ -51,6 +50,9 @@ def _additive_mask(
     mask = torch.zeros(frames, frames, dtype=dtype).masked_fill_(~allowed, float("-inf"))
     mask = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     return mask.to(device)
+
+
+_cached_mask = lru_cache(maxsize=32)(_additive_mask)
 
 
 def spatiotemporal_attention_reference(
@@ -80,7 +82,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causa
     frames, tokens, heads = q.shape[1], q.shape[2], q.shape[3]
     mask = None
     if causal and frames > 1:
-        mask = _additive_mask(frames, tokens, window, sinks, q.dtype, q.device)
+        build = _additive_mask if torch.compiler.is_compiling() else _cached_mask
+        mask = build(frames, tokens, window, sinks, q.dtype, q.device)
     qt, kt, vt = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, enable_gqa=heads != k.shape[3])
     return out.transpose(1, 2).reshape(q.shape)

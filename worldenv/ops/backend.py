@@ -35,12 +35,21 @@ def _find(module: str) -> bool:
         return False
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether worldenv::`op` has a kernel for a dispatch key such as CPU or CUDA."""
+    return hasattr(torch.ops.worldenv, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"worldenv::{op}", key
+    )
+
+
 def _load_extension() -> str | None:
     """Import the compiled extension; returns why it is absent, or None when its ops are
     registered."""
     if not _find("worldenv._C"):
         return "worldenv._C is not built (pip install --no-build-isolation -e .)"
     importlib.import_module("worldenv._C")
+    if not has_kernel("gae", "CPU"):
+        return "worldenv._C is older than its sources (pip install --no-build-isolation -e .)"
     return None
 
 
@@ -83,7 +92,7 @@ def no_cuda(tensor: torch.Tensor, op: str) -> str | None:
         return f"CUDA kernels take CUDA tensors, got {tensor.device} (move them with .cuda())"
     if NO_CPP is not None:
         return NO_CPP
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"worldenv::{op}", "CUDA"):
+    if not has_kernel(op, "CUDA"):
         return "worldenv._C was built without CUDA (install nvcc and a CUDA torch, then rebuild)"
     return None
 

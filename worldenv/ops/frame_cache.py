@@ -79,14 +79,20 @@ class FrameCache:
                 f"FrameCache: need batch >= 0 and 0 <= sinks <= frames, got batch={batch}, "
                 f"sinks={sinks}, frames={frames}"
             )
-        if layout not in ("auto", "plain"):
-            raise ValueError(f"FrameCache: layout must be auto or plain, got {layout!r}")
+        if layout not in ("auto", "plain", "packed"):
+            raise ValueError(f"FrameCache: layout must be auto, plain or packed, got {layout!r}")
+        why_not = _no_packed(dtype, torch.device(device))
+        if layout == "packed" and why_not is not None:
+            raise backends.BackendUnavailable(
+                f"FrameCache: layout 'packed' cannot be used: {why_not}"
+            )
         self.layers, self.batch, self.frames, self.tokens = layers, batch, frames, tokens
         self.heads, self.head_dim, self.sinks = heads, head_dim, sinks
         self.dtype, self.device = dtype, torch.device(device)
-        self.layout = "plain"
+        self.layout = "plain" if layout == "plain" or why_not is not None else "packed"
         self.slots = frames + 1
-        shape = (batch, heads, self.slots, tokens, head_dim)
+        frame = (tokens, head_dim) if self.layout == "plain" else (_up16(tokens) * _up16(head_dim),)
+        shape = (batch, heads, self.slots, *frame)
         self.k = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=self.device) for _ in range(layers)]
         self.positions = np.zeros(batch, dtype=np.int64)
@@ -131,9 +137,20 @@ class FrameCache:
         n = int(self.lengths.max()) if self.batch else 0
         rows = torch.arange(self.batch, device=self.device).unsqueeze(1)
         slots = self.table[:, :n].long()
-        k, v = (x[layer][rows, :, slots].transpose(2, 3) for x in (self.k, self.v))
+        k, v = (x[layer][rows, :, slots] for x in (self.k, self.v))  # [B, n, H, tile]
+        if self.layout == "packed":
+            k, v = self._unpack(k, self.head_dim).transpose(3, 4), self._unpack(v, self.tokens)
+            k, v = (x[:, :, :, : self.tokens, : self.head_dim] for x in (k, v))
+        k, v = k.transpose(2, 3), v.transpose(2, 3)
         valid = torch.arange(n, device=self.device) < self.cached.unsqueeze(1)
         return k, v, valid
+
+    def _unpack(self, tiles: Tensor, inner: int) -> Tensor:
+        """Tiles [B, n, H, tile] as matrices of `inner` rows, rounded up; splits bf16 pairs."""
+        rows = _up16(inner)
+        if tiles.dtype == torch.bfloat16:
+            return tiles.unflatten(3, (rows // 2, -1, 2)).transpose(4, 5).flatten(3, 4)
+        return tiles.unflatten(3, (rows, -1))
 
     def _rows(self, name: str, mask: np.ndarray | Tensor | None) -> np.ndarray:
         if mask is None:
@@ -166,6 +183,12 @@ class FrameCache:
         return self._host_table[np.arange(self.batch), self.lengths]
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if self.layout == "packed":
+            k, v = _last_contiguous(k), _last_contiguous(v)
+            torch.ops.worldenv.frame_cache_append(
+                self.k[layer], self.v[layer], k, v, self.table, self.cached
+            )
+            return
         pending = self._pending()
         kt, vt = k.transpose(1, 2), v.transpose(1, 2)  # [B, H, S, D]
         if (pending == pending[0]).all():
@@ -219,6 +242,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cache: FrameCache, layer: int) -> Ten
     Slots 0..length are exactly a row's visible ones (before wrap-around a prefix, after it all of
     them), so rows of equal length need no mask, and no frame is ever copied.
     """
+    if cache.layout != "plain":
+        past_k, past_v, valid = cache.gather(layer)
+        keys, values = (
+            torch.cat((past.flatten(1, 2), now.to(cache.dtype)), 1).transpose(1, 2)
+            for past, now in ((past_k, k), (past_v, v))
+        )
+        seen = F.pad(valid, (0, 1), value=True).repeat_interleave(cache.tokens, 1)[:, None, None, :]
+        return _attend(q, keys, values, seen)
     cache._write(layer, k.to(cache.dtype), v.to(cache.dtype))
     lengths = cache.lengths
     n = int(lengths.max()) + 1
@@ -227,14 +258,25 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cache: FrameCache, layer: int) -> Ten
     if (lengths != lengths[0]).any():
         seen = torch.arange(n, device=q.device) <= cache.cached.unsqueeze(1)
         mask = seen.repeat_interleave(cache.tokens, 1)[:, None, None, :]
+    return _attend(q, keys, values, mask)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2).to(cache.dtype),
+        q.transpose(1, 2).to(keys.dtype),
         keys,
         values,
         attn_mask=mask,
-        enable_gqa=q.shape[2] != cache.heads,
+        enable_gqa=q.shape[2] != keys.shape[1],
     )
     return out.transpose(1, 2).to(q.dtype)
+
+
+def _cpp(q: Tensor, k: Tensor, v: Tensor, cache: FrameCache, layer: int) -> Tensor:
+    q, k, v = (_last_contiguous(x.detach().to(cache.dtype)) for x in (q, k, v))
+    return torch.ops.worldenv.frame_attention(
+        q, k, v, cache.k[layer], cache.v[layer], cache.table, cache.cached
+    )
 
 
 def frame_attention(
@@ -249,7 +291,7 @@ def frame_attention(
         cache: rows may have different lengths; a row with no cached frame attends to its own tokens
             only.
         layer: 0 .. L-1.
-        backend: auto | sdpa | reference.
+        backend: auto | cpp (packed cache) | sdpa (copies a packed cache first) | reference.
 
     Returns:
         [B, S, H, D] in the dtype of q. For inference: gradients do not flow into cached frames.
@@ -271,16 +313,52 @@ def frame_attention(
         _OP,
         backend,
         {
+            "cpp": _no_packed(cache.dtype, q.device) or _not_packed(cache) or _no_gradient(q, k, v),
             "sdpa": _no_gradient(q, k, v),
             "reference": None,
         },
     )
+    if name == "cpp":
+        return _cpp(q, k, v, cache, layer).to(q.dtype)
     if name == "sdpa":
         return _sdpa(q, k, v, cache, layer)
     return frame_attention_reference(q, k, v, cache, layer)
+
+
+def _up16(n: int) -> int:
+    return -(-n // 16) * 16
+
+
+def _last_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _no_packed(dtype: torch.dtype, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ kernels take CPU tensors, got {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ kernels take float32 or bfloat16, got {dtype}"
+    return backends.NO_CPP
+
+
+def _not_packed(cache: FrameCache) -> str | None:
+    return (
+        None if cache.layout == "packed" else "the cache has layout 'plain' (build it as 'packed')"
+    )
 
 
 def _no_gradient(*tensors: Tensor) -> str | None:
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "it has no gradient (call it under torch.no_grad(), or use backend='reference')"
     return None
+
+
+if backends.NO_CPP is None:
+
+    @torch.library.register_fake("worldenv::frame_attention")
+    def _(q: Tensor, *_: object) -> Tensor:
+        return q.new_empty(q.shape)
+
+    @torch.library.register_fake("worldenv::frame_cache_append")
+    def _(*_: object) -> None:
+        return None

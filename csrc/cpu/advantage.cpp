@@ -1,0 +1,73 @@
+// Generalised advantage estimation: one backward scan over T, vectorised over B by the compiler. CPU, f32 and f64.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <tuple>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace worldenv {
+namespace {
+
+template <class T>
+void scan(const T* reward, const T* value, const uint8_t* terminated, const uint8_t* truncated, T gamma, T lam,
+          int64_t steps, int64_t batch, int64_t begin, int64_t end, T* advantage, T* target) {
+  std::vector<T> storage(end - begin);
+  T* carry = storage.data();
+  for (int64_t t = steps - 1; t >= 0; --t) {
+    const int64_t at = t * batch + begin;
+    const T *r = reward + at, *v = value + at, *next = value + at + batch;
+    const uint8_t *over = terminated + at, *cut = truncated + at;
+    T *a = advantage + at, *to = target + at;
+    for (int64_t i = 0; i < end - begin; ++i) {
+      // Selected, not multiplied: what follows an episode's end may hold NaN.
+      const T bootstrap = over[i] ? T(0) : next[i];
+      const T trace = (over[i] | cut[i]) ? T(0) : carry[i];
+      a[i] = (r[i] + gamma * bootstrap - v[i]) + gamma * lam * trace;
+      to[i] = a[i] + v[i];
+      carry[i] = a[i];
+    }
+  }
+}
+
+std::tuple<Tensor, Tensor> gae(const Tensor reward, const Tensor value, const Tensor terminated,
+                               const Tensor truncated, double gamma, double lam) {
+  STD_TORCH_CHECK(reward.dim() == 2, "gae: reward must be [T,B]");
+  const int64_t steps = reward.size(0), batch = reward.size(1);
+  const auto dtype = reward.scalar_type();
+  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) && value.scalar_type() == dtype,
+                  "gae: reward and value must both be f32 or f64");
+  STD_TORCH_CHECK(value.numel() == (steps + 1) * batch && terminated.numel() == steps * batch &&
+                      truncated.numel() == steps * batch,
+                  "gae: value must be [T+1,B] and the masks [T,B]");
+  STD_TORCH_CHECK(terminated.scalar_type() == ScalarType::Bool && truncated.scalar_type() == ScalarType::Bool,
+                  "gae: masks must be bool");
+  STD_TORCH_CHECK(
+      reward.is_contiguous() && value.is_contiguous() && terminated.is_contiguous() && truncated.is_contiguous(),
+      "gae: tensors must be contiguous");
+  Tensor advantage = torch::stable::empty_like(reward), target = torch::stable::empty_like(reward);
+  if (reward.numel() == 0) return {advantage, target};
+  const auto* over = static_cast<const uint8_t*>(terminated.const_data_ptr());
+  const auto* cut = static_cast<const uint8_t*>(truncated.const_data_ptr());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, batch, 1 + (1 << 15) / steps, [&](int64_t begin, int64_t end) {
+      scan(static_cast<const T*>(reward.const_data_ptr()), static_cast<const T*>(value.const_data_ptr()), over, cut,
+           static_cast<T>(gamma), static_cast<T>(lam), steps, batch, begin, end,
+           static_cast<T*>(advantage.mutable_data_ptr()), static_cast<T*>(target.mutable_data_ptr()));
+    });
+  };
+  if (dtype == ScalarType::Float) run(float{});
+  else run(double{});
+  return {advantage, target};
+}
+
+}  // namespace
+}  // namespace worldenv
+
+STABLE_TORCH_LIBRARY_IMPL(worldenv, CPU, m) { m.impl("gae", TORCH_BOX(&worldenv::gae)); }

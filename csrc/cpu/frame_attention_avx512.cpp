@@ -1,0 +1,24 @@
+// Frame attention compiled for AVX-512; see frame_attention_kernel.h.
+#if defined(__x86_64__)
+#define WORLDENV_TARGET "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"
+#define WORLDENV_LANES 16
+#define WORLDENV_NV 4
+#include "target.h"
+
+#include "frame_attention_kernel.h"
+
+namespace worldenv {
+
+void frame_attention_avx512_f32(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
+  attend<Single, float>(a, b, h, scratch);
+}
+void frame_attention_avx512_bf16(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
+  attend<Single, uint16_t>(a, b, h, scratch);
+}
+void frame_attention_avx512_pairs_emulated(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
+  attend<EmulatedPair, uint16_t>(a, b, h, scratch);
+}
+
+}  // namespace worldenv
+
+#endif

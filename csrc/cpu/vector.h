@@ -1,0 +1,80 @@
+// Vectors of WORLDENV_LANES floats in the compiler's own vector extension: one source for AVX-512, AVX2, SSE and
+// NEON. Included after WORLDENV_LANES is set and the target switched; everything is internal to the including file.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int kLanes = WORLDENV_LANES;
+
+typedef float Vec __attribute__((vector_size(4 * WORLDENV_LANES)));
+typedef int32_t Int __attribute__((vector_size(4 * WORLDENV_LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * WORLDENV_LANES)));
+typedef uint16_t Half __attribute__((vector_size(2 * WORLDENV_LANES)));
+
+#define WORLDENV_INLINE inline __attribute__((always_inline))
+
+template <class V, class T>
+WORLDENV_INLINE V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+WORLDENV_INLINE Vec load(const float* p) { return load_as<Vec>(p); }
+template <class V, class T>
+WORLDENV_INLINE void store(T* p, V v) { std::memcpy(p, &v, sizeof(V)); }
+
+WORLDENV_INLINE Vec splat(float x) { return x - Vec{}; }
+WORLDENV_INLINE Vec pick(Int condition, Vec yes, Vec no) { return condition ? yes : no; }
+WORLDENV_INLINE Vec absolute(Vec x) { return (Vec)((Bits)x & 0x7fffffffu); }
+// Comparisons with NaN are false: vmax(a, b) ignores a NaN in b and keeps one in a.
+WORLDENV_INLINE Vec vmax(Vec a, Vec b) { return pick(b > a, b, a); }
+WORLDENV_INLINE Vec vmin(Vec a, Vec b) { return pick(b < a, b, a); }
+
+WORLDENV_INLINE float sum(Vec v) {
+  float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+}
+WORLDENV_INLINE float largest(Vec v) {
+  float s = v[0];
+  for (int i = 1; i < kLanes; ++i) s = v[i] > s ? v[i] : s;
+  return s;
+}
+WORLDENV_INLINE Int lane_index() {
+  Int v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
+
+// 2^x to 1e-7 relative for |x| <= 126, clamped outside; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
+WORLDENV_INLINE Vec exp2_unclamped(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec shifted = x + magic;
+  const Vec f = x - (shifted - magic);
+  Vec p = splat(1.3276471874e-03f);
+  p = p * f + 9.6755413335e-03f;
+  p = p * f + 5.5507132739e-02f;
+  p = p * f + 2.4022119724e-01f;
+  p = p * f + 6.9314696706e-01f;
+  p = p * f + 1.0f;
+  return (Vec)((Bits)p + ((Bits)shifted << 23));
+}
+WORLDENV_INLINE Vec exp2v(Vec x) {
+  const Vec low = splat(-126.0f), high = splat(126.0f);
+  Vec y = pick(x < low, low, x);
+  y = pick(y > high, high, y);
+  return pick(x == x, exp2_unclamped(y), x);
+}
+
+WORLDENV_INLINE Vec widen(Half h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
+WORLDENV_INLINE Half narrow(Vec x) {  // round to nearest even; NaN stays NaN
+  const Bits bits = (Bits)x;
+  const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Bits nan = (bits >> 16) | 0x40u;
+  return __builtin_convertvector((Bits)(x == x ? (Int)rounded : (Int)nan), Half);
+}
+
+}  // namespace
