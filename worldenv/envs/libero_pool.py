@@ -3,7 +3,7 @@
 A worker is a plain child process that runs `libero_server.main` and answers commands on a socket,
 one at a time. It is not started by `multiprocessing`, whose spawn would import the caller's main
 module (and torch with it) into each worker. Observations travel through the socket: pickling and
-copying the 24 KB of a look takes 0.05 ms beside the tens of ms that rendering it takes, so shared
+copying the 24 KB of a look takes 0.1 ms beside the tens of ms of the chunk itself, so shared
 memory would only add ways to leak.
 
 Liberty: a worker that stops in the middle of sending an answer blocks the parent; one that stops at
