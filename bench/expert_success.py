@@ -55,6 +55,9 @@ def measure_task(simulator: LiberoSimulator, task: int, arguments: argparse.Name
 
 def measure(arguments: argparse.Namespace) -> dict:
     """The whole suite, one task after another in this process."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     source = resolve_assets(None, arguments.suite)
     began, tasks = time.perf_counter(), []
     for task in range(len(SUITES[arguments.suite])):
@@ -66,9 +69,6 @@ def measure(arguments: argparse.Namespace) -> dict:
             f"  steps {row['steps']}  {row['instruction']}",
             flush=True,
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     return {
         "suite": arguments.suite,
         "assets": source.kind,
