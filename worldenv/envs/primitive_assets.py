@@ -173,8 +173,8 @@ def bowl() -> str:
     inside = (
         _mesh_look("akita_black_bowl_skin", "akita_black_bowl_dark")
         + _mesh_look("akita_black_bowl_lining", "akita_black_bowl_inside")
-        + _disc(0.030, 0.0016, 0.0095)
-        + _disc(0.0425, 0.0095, 0.0165)
+        + _disc(0.030, 0.0016, 0.0120)
+        + _disc(0.0425, 0.0120, 0.0165)
         + _ring((0.0434, 0.0155), (0.0525, 0.0515), 0.0028)
     )
     return _document("akita_black_bowl", assets, inside, _MOVABLE)
