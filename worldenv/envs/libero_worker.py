@@ -171,7 +171,10 @@ class LiberoSimulator:
         name = SUITES[self.suite][self.task]
         file = libero_root() / "bddl_files" / self.suite / f"{name}.bddl"
         np.random.seed(0)  # noqa: NPY002 - robosuite draws from the global generator
-        env = _pristine(TASK_MAPPING[get_problem_info(str(file))["problem_name"]])(
+        problem = TASK_MAPPING[get_problem_info(str(file))["problem_name"]]
+        # Our pack's images are averaged afterwards; four samples a pixel would triple their cost.
+        averaged = is_primitive(self._assets) and self.render_size > self.image_size
+        env = _pristine(problem, samples=0 if averaged else 4)(
             str(file),
             robots=[robot_for(self._assets)],
             controller_configs=robosuite.load_controller_config(default_controller="OSC_POSE"),
@@ -188,11 +191,6 @@ class LiberoSimulator:
         self._env, self._step = env, ControlStep(env)
         self._context = env.sim._render_context_offscreen
         self._context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        if is_primitive(self._assets) and self.render_size > self.image_size:
-            # The image is averaged afterwards; four samples per pixel would triple the cost.
-            env.sim.model.vis.quality.offsamples = 0
-            self._context.con.free()
-            self._context._set_mujoco_context_and_buffers()
         # Runs before EGL's own exit handler, registered earlier; freeing after it prints noise.
         alive = weakref.ref(self)
         atexit.register(lambda: alive() and alive().close())
@@ -214,12 +212,16 @@ class LiberoSimulator:
         self._step.begin_episode()
 
 
-def _pristine(problem: type) -> type:
-    """`problem` with an attribute `pristine`: the model fields a reset changes, as compiled."""
+def _pristine(problem: type, samples: int) -> type:
+    """`problem` with an attribute `pristine`: the model fields a reset changes, as compiled.
+
+    samples: per pixel when rendering, 4 is MuJoCo's default; fixed once its GL context exists.
+    """
 
     def initialize(self: Any, xml_string: str | None = None) -> None:
         problem._initialize_sim(self, xml_string)
         model = self.sim.model
+        model.vis.quality.offsamples = samples
         self.pristine = (model.body_pos.copy(), model.body_quat.copy(), model.site_rgba.copy())
 
     # LIBERO compares the class's name with the problem's, so it is kept.
