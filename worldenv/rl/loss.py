@@ -42,7 +42,8 @@ def gae_advantages(
 ) -> tuple[Tensor, Tensor]:
     """Per-decision advantages and value targets `[N]`; the reward arrives at the last decision.
 
-    value `[N]`: the critic's estimates. A truncated episode is bootstrapped by its last value.
+    value `[N]`: the critic's estimates. Running out of time is failing the task, so the last step
+    of a truncated episode is terminal too: bootstrapping there would hide the failure.
     """
     count, horizon = len(reward), int(trajectories.length.max())
     e, t = trajectories.episode, trajectories.step
@@ -53,12 +54,10 @@ def gae_advantages(
     last = trajectories.length - 1
     episodes = torch.arange(count, device=device)
     rewards[last, episodes] = reward
-    values[last + 1, episodes] = values[last, episodes]
-    over = torch.zeros(shape, dtype=torch.bool, device=device)
-    terminated, truncated = over.clone(), over.clone()
-    terminated[last, episodes] = trajectories.terminated
-    truncated[last, episodes] = ~trajectories.terminated
-    advantage, target = gae(rewards, values, terminated, truncated, gamma=gamma, lam=lam)
+    terminated = torch.zeros(shape, dtype=torch.bool, device=device)
+    terminated[last, episodes] = True
+    never = torch.zeros_like(terminated)
+    advantage, target = gae(rewards, values, terminated, never, gamma=gamma, lam=lam)
     advantage = advantage[t, e]
     return (advantage - advantage.mean()) / (advantage.std() + 1e-6), target[t, e]
 

@@ -43,7 +43,11 @@ def run(run: Run, mark: str) -> dict:
         likelihood = action_logprob(mu.detach(), log_scale, batch["action"]).mean()
         likelihood = likelihood / mu.shape[-1]
         loss = l1 - sft.scale_weight * likelihood
-        return loss, {"loss": loss.detach(), "l1": l1.detach(), "scale": log_scale.exp().mean()}
+        return loss, {
+            "loss": loss.detach(),
+            "l1": l1.detach(),
+            "scale": log_scale.detach().exp().mean(),
+        }
 
     tail = training.train(
         run,

@@ -1,0 +1,101 @@
+"""The imagined environment keeps the real one's interface and manners."""
+
+import numpy as np
+import pytest
+import torch
+
+from worldenv.config import ReflectorConfig, SimulatorConfig
+from worldenv.data.windows import FrameSequence
+from worldenv.envs.imagined import ImaginedVectorEnv, first_frames, middle_frames
+from worldenv.envs.start import Start
+from worldenv.models.reflector import Reflector
+from worldenv.models.simulator import Simulator
+from worldenv.rl.rollout import rollout
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.seeds import generator
+
+
+def sequence(frames: int = 5, success_from: int = 4) -> FrameSequence:
+    g = generator("sequence")
+    return FrameSequence(
+        images=torch.randint(0, 255, (frames, 2, 16, 16, 3), dtype=torch.uint8, generator=g),
+        proprio=torch.randn(frames, 8, generator=g),
+        actions=torch.randn(frames - 1, 8, 7, generator=g),
+        success=torch.arange(frames) >= success_from,
+        steps=torch.arange(frames) * 8,
+        episode=0,
+        task=0,
+        instruction="lift the cup",
+    )
+
+
+def make(rows: int, threshold: float = 2.0, **changes) -> ImaginedVectorEnv:
+    torch.manual_seed(0)
+    config = SimulatorConfig(width=48, layers=1, heads=2, window=2)
+    simulator = Simulator(config, image_size=16)
+    reflector = Reflector(ReflectorConfig(width=16, encoder_channels=8), 16)
+    contexts = [*first_frames([sequence()]), *middle_frames([sequence()], 8)]
+    options = {"max_chunks": 4, "sampling_steps": 1, "threshold": threshold, **changes}
+    return ImaginedVectorEnv(simulator, reflector, contexts, rows, **options)
+
+
+def actor(observation):
+    n = len(observation["proprio"])
+    return torch.zeros(n, 8, 7), torch.full((n, 8, 7), -1.0)
+
+
+def test_contexts_come_from_the_start_and_the_middle():
+    first, middle = first_frames([sequence()]), middle_frames([sequence()], 8)
+    assert [c.elapsed for c in first] == [0] and [c.elapsed for c in middle] == [1, 2, 3]
+    s = sequence()
+    assert torch.equal(middle[1].image, s.images[1:3])
+    assert torch.equal(middle[1].action[1], s.actions[1]) and not middle[1].action[0].any()
+
+
+def test_interface_and_truncation():
+    env = make(3)
+    starts = [Start(0, 0, 1), Start(0, 1, 2), Start(0, 3, 3)]
+    observation, _ = env.reset(options={"starts": starts})
+    assert observation["image"].shape == env.observation_space["image"].shape
+    assert torch.equal(observation["image"][0], sequence().images[0])
+    assert torch.equal(observation["image"][2], sequence().images[3])
+    lasted = np.zeros(3, int)
+    for _ in range(4):
+        live = ~(env._terminated | env._truncated)
+        observation, reward, terminated, truncated, info = env.step(torch.randn(3, 8, 7))
+        lasted += live
+        assert ((reward > 0).numpy() == live).all() and not terminated.any()
+    assert lasted.tolist() == [4, 3, 1]  # chunks before the context count
+    assert truncated.all() and info["steps"].tolist() == [32, 24, 8]
+    frozen = observation["image"].clone()
+    assert torch.equal(env.step(torch.randn(3, 8, 7))[0]["image"], frozen)
+
+
+def test_the_reflector_ends_episodes():
+    env = make(2, threshold=0.0)
+    env.reset(seed=0)
+    _, reward, terminated, truncated, info = env.step(torch.zeros(2, 8, 7))
+    assert terminated.all() and not truncated.any() and info["success"].all()
+    assert (reward > 0).all() and info["success_step"].tolist() == [8, 8]
+
+
+def test_imagined_episodes_do_not_depend_on_rows():
+    starts = [Start(0, k % 4, 100 + k) for k in range(6)]
+    many = rollout(make(4), actor, starts, seeds=list(range(6)))
+    lone = rollout(make(1), actor, starts, seeds=list(range(6)))
+    assert torch.equal(many.length, lone.length)
+    torch.testing.assert_close(many.final_reward, lone.final_reward, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(many.proprio, lone.proprio, rtol=1e-4, atol=1e-4)
+
+
+def test_bad_input_is_named():
+    env = make(2)
+    with pytest.raises(UserError, match="context index"):
+        env.reset(options={"starts": [Start(0, 99, 0), Start(0, 0, 0)]})
+    env.reset(seed=0)
+    with pytest.raises(UserError, match=r"\(2, 8, 7\)"):
+        env.step(torch.zeros(2, 7))
+    with pytest.raises(UserError, match="at least one context"):
+        ImaginedVectorEnv(
+            env.simulator, env.reflector, [], 2, max_chunks=4, sampling_steps=1, threshold=0.5
+        )

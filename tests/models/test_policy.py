@@ -1,0 +1,58 @@
+"""Policy, critic and augmentation."""
+
+import torch
+
+from worldenv.config import PolicyConfig
+from worldenv.models.policy import Critic, Policy, augment, random_shift
+from worldenv.runtime.seeds import generator
+
+SMALL = PolicyConfig(width=32, layers=1, heads=2, encoder_channels=8)
+
+
+def observation(n: int = 3) -> dict:
+    image = torch.randint(0, 255, (n, 2, 32, 32, 3), dtype=torch.uint8, generator=generator("o"))
+    words = ("lift the cup", "open the drawer", "lift the cup")[:n]
+    return {"image": image, "proprio": torch.randn(n, 8), "instruction": words}
+
+
+def test_a_chunk_comes_out_and_the_scale_stays_in_its_range():
+    torch.manual_seed(0)
+    mu, log_scale = Policy(SMALL, 32)(observation())
+    assert mu.shape == log_scale.shape == (3, 8, 7)
+    assert log_scale.min() >= SMALL.min_log_scale and log_scale.max() <= 0
+
+
+def test_the_scale_head_never_trains_the_trunk():
+    policy = Policy(SMALL, 32)
+    policy(observation())[1].sum().backward()
+    touched = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
+    assert touched == {"log_scale.weight", "log_scale.bias"}
+
+
+def test_the_instruction_and_each_view_matter():
+    torch.manual_seed(0)
+    policy, view = Policy(SMALL, 32).eval(), observation()
+    mu, _ = policy(view)
+    other = {**view, "instruction": ("open the drawer",) * 3}
+    assert not torch.allclose(policy(other)[0][0], mu[0])
+    assert torch.allclose(policy(other)[0][1], mu[1], atol=1e-6)
+    for v in range(2):
+        image = view["image"].clone()
+        image[:, v] = 0
+        assert not torch.allclose(policy({**view, "image": image})[0], mu)
+
+
+def test_critic_gives_one_value_per_row():
+    assert Critic(SMALL, 32)(observation()).shape == (3,)
+
+
+def test_shift_moves_pixels_by_at_most_pad_and_is_reproducible():
+    image = torch.zeros(16, 3, 9, 9)
+    image[:, :, 4, 4] = 1
+    moved = random_shift(image, 1, generator("shift"))
+    assert torch.equal(moved, random_shift(image, 1, generator("shift")))
+    spots = moved[:, 0].flatten(1).argmax(1)
+    assert ((spots // 9 - 4).abs() <= 1).all() and ((spots % 9 - 4).abs() <= 1).all()
+    assert len(spots.unique()) > 3
+    views = torch.rand(2, 5, 3, 9, 9)
+    assert augment(views, 1, generator("a")).shape == views.shape

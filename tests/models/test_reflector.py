@@ -1,0 +1,27 @@
+"""The reflector frame by frame equals the reflector on the whole sequence."""
+
+import torch
+
+from worldenv.config import ReflectorConfig
+from worldenv.models.reflector import Judge, Reflector
+from worldenv.runtime.seeds import generator
+
+SMALL = ReflectorConfig(width=16, encoder_channels=8)
+WORDS = ("lift the cup", "open the drawer")
+
+
+def test_watching_frame_by_frame_equals_the_whole_sequence():
+    torch.manual_seed(0)
+    reflector = Reflector(SMALL, 16).eval()
+    g = generator("frames")
+    image = torch.randint(0, 255, (2, 5, 2, 16, 16, 3), dtype=torch.uint8, generator=g)
+    proprio = torch.randn(2, 5, 8, generator=g)
+    with torch.no_grad():
+        expected = torch.sigmoid(reflector(image, proprio, WORDS))
+    judge, everyone = Judge(reflector, 2), torch.ones(2, dtype=torch.bool)
+    got = [judge.watch(image[:, f], proprio[:, f], WORDS, everyone) for f in range(5)]
+    torch.testing.assert_close(torch.stack(got, 1), expected, rtol=1e-5, atol=1e-6)
+    judge.reset(torch.tensor([True, False]))
+    again = judge.watch(image[:, 0], proprio[:, 0], WORDS, torch.tensor([True, False]))
+    torch.testing.assert_close(again[0], expected[0, 0], rtol=1e-5, atol=1e-6)
+    assert judge.count[:, 0].tolist() == [1, 5]

@@ -1,0 +1,127 @@
+"""The simulator's generation against recomputation, its noise, and its training."""
+
+import numpy as np
+import pytest
+import torch
+
+from worldenv.config import SimulatorConfig
+from worldenv.models.simulator import Simulator, executed
+from worldenv.runtime.seeds import generator
+
+TINY = SimulatorConfig(width=48, layers=2, heads=2, patch=8, window=2, frames=2)
+ALL = np.ones(3, bool)
+
+
+def simulator(**changes) -> Simulator:
+    torch.manual_seed(0)
+    config = SimulatorConfig(**{**TINY.__dict__, **changes})
+    model = Simulator(config, image_size=16, views=2).eval()
+    with torch.no_grad():  # zero-initialised layers would hide mistakes
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def contexts(n: int, frames: int = 1):
+    g = generator("contexts")
+    image = torch.randint(0, 255, (n, frames, 2, 16, 16, 3), dtype=torch.uint8, generator=g)
+    action = torch.randn(n, frames, 8, 7, generator=g)
+    action[:, 0] = 0
+    return image, torch.randn(n, frames, 8, generator=g), action
+
+
+def generate(model, state, actions, steps=2, active=ALL):
+    """Step through actions [T, B, C, A]; the frames and proprio after each."""
+    seen = []
+    for a in actions:
+        model.step(state, a, steps, active)
+        seen.append((state.latents.clone(), state.proprio.clone()))
+    return seen
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_cache_holds_what_recomputing_the_window_gives(frames):
+    model = simulator()
+    image, proprio, action = contexts(3, frames)
+    state = model.start(3)
+    model.prefill(state, ALL, image, proprio, action, torch.arange(3))
+    actions = torch.randn(5, 3, 8, 7, generator=generator("actions"))
+    seen = generate(model, state, actions)  # five frames wrap the ring of two
+    latents = torch.cat([model.tokenizer.encode(image), torch.stack([f for f, _ in seen], 1)], 1)
+    states = torch.cat([proprio, torch.stack([q for _, q in seen], 1)], 1)
+    led = torch.cat([action, actions.transpose(0, 1)], 1)
+    position = torch.arange(latents.shape[1]).expand(3, -1)
+    with torch.no_grad():
+        stored = model._history(latents, states, led, position)
+    for layer, (k, v) in enumerate(stored):
+        keys, values, valid = state.cache.gather(layer)
+        assert valid.all()
+        torch.testing.assert_close(keys, k[:, -2:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(values, v[:, -2:], rtol=1e-4, atol=1e-5)
+
+
+def test_a_row_does_not_depend_on_its_company_or_history():
+    model = simulator()
+    image, proprio, action = contexts(3)
+    actions = torch.randn(4, 3, 8, 7, generator=generator("actions"))
+    alone = model.start(1)
+    model.prefill(alone, ALL[:1], image[1:2], proprio[1:2], action[1:2], torch.tensor([7]))
+    expected = generate(model, alone, actions[:2, 1:2], active=ALL[:1])
+    state = model.start(3)
+    model.prefill(state, ALL, image, proprio, action, torch.tensor([1, 2, 3]))
+    generate(model, state, actions[2:])
+    kept = state.latents.clone()
+    refilled = np.array([False, True, False])
+    model.prefill(state, refilled, image[1:2], proprio[1:2], action[1:2], torch.tensor([7]))
+    assert torch.equal(state.latents[[0, 2]], kept[[0, 2]])
+    got = generate(model, state, actions[:2])
+    for (a, p), (b, q) in zip(expected, got, strict=True):
+        torch.testing.assert_close(a[0], b[1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(p[0], q[1], rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_rows_keep_their_frame_and_their_memory():
+    model = simulator()
+    image, proprio, action = contexts(3)
+    state = model.start(3)
+    model.prefill(state, ALL, image, proprio, action, torch.arange(3))
+    before = state.latents.clone(), state.cache.positions.copy()
+    active = np.array([True, False, True])
+    generate(model, state, torch.randn(2, 3, 8, 7), active=active)
+    assert torch.equal(state.latents[1], before[0][1])
+    assert state.cache.positions.tolist() == [3, 1, 3]
+    assert not torch.equal(state.latents[0], before[0][0])
+
+
+def test_without_a_window_nothing_is_cached():
+    model = simulator(window=0)
+    image, proprio, action = contexts(3)
+    state = model.start(3)
+    model.prefill(state, ALL, image, proprio, action, torch.arange(3))
+    assert state.cache is None
+    picture, _ = model.step(state, torch.randn(3, 8, 7), 1, ALL)
+    assert picture.shape == (3, 2, 16, 16, 3) and picture.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("prediction", ["sample", "velocity"])
+def test_training_lowers_the_loss_and_reaches_every_parameter(prediction):
+    model = simulator(prediction=prediction).train()
+    image, proprio, action = contexts(4, 3)
+    batch = {"image": image, "proprio": proprio, "action": action}
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for step in range(60):
+        loss, metrics = model.loss(batch, generator("loss", step), self_history=step % 2 == 1)
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            dead = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+            assert not dead
+        optimizer.step()
+        losses.append(float(metrics["loss"]))
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_executed_actions_are_clipped_and_the_gripper_is_binary():
+    command = torch.tensor([[2.0, -3.0, 0.5, 0.0, 0.0, 0.0, 0.1]])
+    assert executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]

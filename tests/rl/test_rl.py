@@ -1,0 +1,191 @@
+"""Rollout, advantages and update on a toy world whose best action is known."""
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch import nn
+
+from worldenv.config import PosttrainConfig
+from worldenv.envs.start import Start
+from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages
+from worldenv.rl.rollout import rollout, sample_laplace
+from worldenv.rl.update import Learner, update
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.seeds import derive
+
+
+class ToyEnv(VectorEnv):
+    """Success when the first action dimension exceeds the start's index / 10; three chunks."""
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
+
+    def __init__(self, rows: int) -> None:
+        self.num_envs = rows
+        self.limit, self.count = np.zeros(rows), np.zeros(rows, int)
+        self.over, self.won = np.ones(rows, bool), np.zeros(rows, bool)
+
+    def reset(self, *, seed=None, options=None):
+        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        for row in np.flatnonzero(mask):
+            self.limit[row] = options["starts"][row].index / 10
+            self.count[row], self.over[row], self.won[row] = 0, False, False
+        return self.observe(), {}
+
+    def observe(self):
+        proprio = np.stack([self.limit, self.count], 1).astype(np.float32)
+        image = np.zeros((self.num_envs, 1, 2, 2, 3), np.uint8)
+        return {"image": image, "proprio": proprio, "instruction": ("go",) * self.num_envs}
+
+    def step(self, actions):
+        live = ~self.over
+        self.count += live
+        self.won |= live & (actions[:, 0, 0] > self.limit)
+        self.over |= self.won | (self.count >= 3)
+        truncated = self.over & ~self.won
+        info = {"success": self.won.copy(), "steps": self.count.copy()}
+        return self.observe(), self.won * live * 1.0, self.won.copy(), truncated, info
+
+
+class ToyPolicy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 4)
+        nn.init.zeros_(self.net.weight)
+        nn.init.zeros_(self.net.bias)
+
+    def forward(self, observation):
+        mu = self.net(observation["proprio"]).view(-1, 2, 2)
+        return mu, torch.full_like(mu, -1.0)
+
+
+def seeds(n: int, salt: int = 0) -> list[int]:
+    return [derive("toy", salt, k) for k in range(n)]
+
+
+def starts(n: int, index: int = 3) -> list[Start]:
+    return [Start(0, index, k) for k in range(n)]
+
+
+def test_an_episode_is_the_same_in_any_row_and_company():
+    policy = ToyPolicy()
+    many = rollout(ToyEnv(3), policy, starts(8), seeds=seeds(8))
+    lone = rollout(ToyEnv(1), policy, starts(8), seeds=seeds(8))
+    for name in ("action", "episode", "step", "final_reward", "length", "terminated", "logprob"):
+        assert torch.equal(getattr(many, name), getattr(lone, name)), name
+    assert many.length.sum() == len(many.episode) and many.length.max() <= 3
+    assert (many.final_reward > 0).equal(many.terminated)
+    few = rollout(ToyEnv(5), policy, starts(2), seeds=seeds(2))
+    assert torch.equal(few.action, many.action[many.episode < 2])
+
+
+def test_stop_ends_a_row_and_callbacks_see_every_episode():
+    ended, looked = [], []
+    trajectories = rollout(
+        ToyEnv(2),
+        ToyPolicy(),
+        starts(5, index=100),
+        seeds=seeds(5),
+        stop=lambda observation, info, live: info["steps"] >= 2,
+        on_finish=lambda episode, info: ended.append((episode, int(info["steps"]))),
+        on_step=lambda rows, before, action, after, info: looked.append((rows >= 0).sum()),
+    )
+    assert sorted(ended) == [(k, 2) for k in range(5)]
+    assert sum(looked) == 10 and trajectories.length.tolist() == [2] * 5
+
+
+def test_samples_have_the_laplace_scale():
+    mu, log_scale = torch.zeros(4000, 1, 2), torch.full((4000, 1, 2), -1.0)
+    x = sample_laplace(mu, log_scale, torch.arange(4000), torch.zeros(4000, dtype=torch.int64))
+    assert x.abs().mean() == pytest.approx(np.exp(-1), rel=0.05)  # E|x - mu| = b
+    assert abs(float(x.mean())) < 0.02
+
+
+def test_group_advantages():
+    reward = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
+    advantage, live = group_advantages(reward, 4, "loop")
+    assert live.tolist() == [True] * 4 + [False] * 4 and not advantage[4:].any()
+    assert advantage[0] / advantage[1] == pytest.approx(-3)  # 1 - 0 against 0 - 1/3
+    advantage, _ = group_advantages(reward, 4, "grpo")
+    assert float(advantage[:4].sum()) == pytest.approx(0, abs=1e-5)
+
+
+def test_gae_carries_the_final_reward_back_and_never_bootstraps_a_failure():
+    t = rollout(ToyEnv(2), ToyPolicy(), starts(6), seeds=seeds(6))
+    reward = episode_rewards(t, "binary")
+    value = torch.zeros(len(t.episode))
+    _, target = gae_advantages(t, reward, value, gamma=1.0, lam=1.0)
+    assert torch.equal(target, reward[t.episode])
+    _, target = gae_advantages(t, torch.zeros(6), value + 0.5, gamma=1.0, lam=1.0)
+    assert not target.any()
+
+
+def learner(**changes) -> Learner:
+    torch.manual_seed(0)
+    policy, reference = ToyPolicy(), ToyPolicy()
+    changes = {"group": 4, "lr": 0.05, "max_mu_change": 10.0, "max_clip_fraction": 1.0, **changes}
+    config = PosttrainConfig(scale=1.0, **changes)
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0)
+    return Learner(policy, reference, optimizer, config)
+
+
+@pytest.mark.parametrize("advantage", ["loop", "grpo"])
+def test_updates_raise_success_and_the_first_ratio_is_one(advantage):
+    agent, rates = learner(advantage=advantage), []
+    for step in range(15):
+        episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32, step))
+        metrics = update(agent, episodes, 0, step)
+        rates.append(metrics["imagined_success"])
+        if "first_ratio" in metrics:
+            assert metrics["first_ratio"] == pytest.approx(1.0, abs=1e-6)
+    assert np.mean(rates[-3:]) > np.mean(rates[:3]) + 0.2
+
+
+def test_a_runaway_update_is_undone_and_the_rate_halved():
+    agent = learner(lr=50.0, max_mu_change=0.1)
+    episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32))
+    metrics = update(agent, episodes, 0, 0)
+    assert metrics["undone"] == 1 and metrics["lr"] == 25.0
+    assert not any(p.any() for p in agent.policy.parameters())
+
+
+def test_groups_without_signal_change_nothing():
+    agent = learner()
+    episodes = rollout(ToyEnv(8), agent.behaviour, starts(16, 1000), seeds=seeds(16))
+    metrics = update(agent, episodes, 0, 0)
+    assert metrics["skipped"] == 1 and metrics["groups"] == 0
+    assert not any(p.any() for p in agent.policy.parameters())
+
+
+def test_gae_trains_policy_and_critic():
+    class Value(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(2, 1)
+
+        def forward(self, observation):
+            return self.net(observation["proprio"])[:, 0]
+
+    agent = learner(advantage="gae")
+    agent.critic = Value()
+    agent.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), 0.05)
+    before = agent.critic.net.bias.item()
+    rates = []
+    for step in range(15):
+        episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32, step))
+        rates.append(update(agent, episodes, 0, step)["imagined_success"])
+    assert np.mean(rates[-3:]) > np.mean(rates[:3]) + 0.2
+    assert agent.critic.net.bias.item() != before
+
+
+def test_a_nan_loss_names_the_step():
+    agent = learner()
+    episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32))
+    episodes.logprob[:] = float("nan")
+    with pytest.raises(UserError, match=r"posttrain loss.*7|7.*posttrain loss"):
+        update(agent, episodes, 0, 7)
+
+
+def test_the_toy_is_a_vector_env():
+    assert isinstance(ToyEnv(2), gymnasium.vector.VectorEnv)

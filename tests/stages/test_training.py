@@ -1,0 +1,84 @@
+"""Stage bookkeeping, and training that resumes to the same bits."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from worldenv.config import Config
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.logging import read_metrics
+from worldenv.runtime.seeds import generator
+from worldenv.stages import training
+from worldenv.stages.run import Run
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(Config(run_dir=tmp_path, device="cpu"))
+    yield run
+    run.close()
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(4, 2)
+
+
+def fit(run, module, stop_at: int | None = None, bad_at: int | None = None):
+    def loss_at(step: int):
+        if step == stop_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 4, generator=generator("x", step))
+        loss = (module(x) - x[:, :2]).square().mean()
+        if step == bad_at:
+            loss = loss * float("nan")
+        return loss, {"loss": loss.detach()}
+
+    return training.train(run, "toy", "mark", module, loss_at, steps=40, lr=0.05, ema=True)
+
+
+def test_resume_after_ctrl_c_gives_the_same_bits(run, tmp_path):
+    whole = model()
+    tail = fit(run, whole)
+    training.finish(run, "toy")
+    broken = model()
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, broken, stop_at=23)
+    resumed = model()
+    assert fit(run, resumed) == tail
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+    steps = [row["step"] for row in read_metrics(tmp_path, "toy")]
+    assert steps == sorted(set(steps))
+
+
+def test_a_nan_loss_stops_with_its_step(run):
+    with pytest.raises(UserError, match=r"toy loss.*11|11.*toy loss"):
+        fit(run, model(), bad_at=11)
+
+
+def test_stages_are_skipped_until_their_configuration_or_source_changes(run):
+    calls = []
+
+    def work(mark):
+        calls.append(mark)
+        return {"value": len(calls)}
+
+    run.stage("a", (run.config.sft,), (), work)
+    run.stage("b", (1,), ("a",), work)
+    run.stage("a", (run.config.sft,), (), work)
+    run.stage("b", (1,), ("a",), work)
+    assert len(calls) == 2
+    changed = replace(run.config.sft, steps=1)
+    run.stage("a", (changed,), (), work)
+    run.stage("b", (1,), ("a",), work)
+    assert len(calls) == 4
+    with pytest.raises(UserError, match="has not run"):
+        run.record("c")
+
+
+def test_the_schedule_warms_up_and_ends_at_zero():
+    rates = [training.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert rates[0] < rates[4] and max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates[-1] == pytest.approx(0.0, abs=1e-6)
