@@ -11,6 +11,7 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
 #include "isa.h"
 
 using torch::headeronly::ScalarType;
@@ -107,8 +108,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> action_loss(
   x.clip_high = static_cast<float>(clip_high);
   x.kl_weight = static_cast<float>(kl_weight);
   x.entropy_weight = static_cast<float>(entropy_weight);
-  Tensor loss = torch::stable::new_empty(mu, {}), metrics = torch::stable::new_empty(mu, {8});
-  Tensor grad_mu = torch::stable::empty_like(mu), grad_log_scale = torch::stable::empty_like(mu);
+  Tensor loss = empty_cpu({}, ScalarType::Float), metrics = empty_cpu({8}, ScalarType::Float);
+  Tensor grad_mu = empty_cpu_like(mu), grad_log_scale = empty_cpu_like(mu);
   x.grad_mu = static_cast<float*>(grad_mu.mutable_data_ptr());
   x.grad_log_scale = static_cast<float*>(grad_log_scale.mutable_data_ptr());
   run(x, mask, kernels_for(resolve_isa(isa)).loss, loss, metrics);
@@ -127,15 +128,15 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Tensor logits, const Tensor 
   x.clip_high = static_cast<float>(clip_high);
   x.kl_weight = static_cast<float>(kl_weight);
   x.entropy_weight = static_cast<float>(entropy_weight);
-  Tensor loss = torch::stable::new_empty(logits, {}), metrics = torch::stable::new_empty(logits, {8});
-  Tensor grad = torch::stable::empty_like(logits);
+  Tensor loss = empty_cpu({}, ScalarType::Float), metrics = empty_cpu({8}, ScalarType::Float);
+  Tensor grad = empty_cpu_like(logits);
   x.grad_mu = static_cast<float*>(grad.mutable_data_ptr());
   run(x, mask, kernels_for(resolve_isa(isa)).token_loss, loss, metrics);
   return {loss, metrics, grad};
 }
 
 Tensor logprobs(ActionLoss& x, const Tensor& like, ActionLogprobKernel kernel) {
-  Tensor out = torch::stable::new_empty(like, {like.size(0), like.size(1)});
+  Tensor out = empty_cpu({like.size(0), like.size(1)}, ScalarType::Float);
   x.logprob = static_cast<float*>(out.mutable_data_ptr());
   const int64_t blocks = (x.rows + kRowBlock - 1) / kRowBlock;
   torch::stable::parallel_for(0, blocks, kBlocksPerTask, [&](int64_t first, int64_t last) {

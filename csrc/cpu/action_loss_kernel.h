@@ -110,9 +110,11 @@ WORLDENV_INLINE void surrogate(const ActionLoss& x, int64_t begin, int64_t rows,
 // Per-row inputs of a block, padded with zeros to whole vectors.
 WORLDENV_INLINE void prepare_rows(const ActionLoss& x, int64_t begin, int64_t rows, float* keep, float* advantage) {
   for (int64_t r = rows; r < kRowBlock + kLanes && r < rows + kLanes; ++r) keep[r] = advantage[r] = 0;
+  int64_t b = begin / x.chunk, next = (b + 1) * x.chunk - begin;
   for (int64_t r = 0; r < rows; ++r) {
+    if (r == next) ++b, next += x.chunk;
     keep[r] = x.mask[begin + r] ? 1.0f : 0.0f;
-    advantage[r] = x.advantage[(begin + r) / x.chunk];
+    advantage[r] = x.advantage[b];
   }
 }
 

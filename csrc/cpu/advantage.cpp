@@ -8,6 +8,8 @@
 #include <tuple>
 #include <vector>
 
+#include "allocate.h"
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -15,22 +17,22 @@ namespace worldenv {
 namespace {
 
 template <class T>
-void scan(const T* reward, const T* value, const uint8_t* terminated, const uint8_t* truncated, T gamma, T lam,
-          int64_t steps, int64_t batch, int64_t begin, int64_t end, T* advantage, T* target) {
+void scan(const T* __restrict reward, const T* __restrict value, const uint8_t* __restrict terminated,
+          const uint8_t* __restrict truncated, T gamma, T lam, int64_t steps, int64_t batch, int64_t begin,
+          int64_t end, T* __restrict advantage, T* __restrict target) {
   std::vector<T> storage(end - begin);
-  T* carry = storage.data();
+  T* __restrict carry = storage.data();
   for (int64_t t = steps - 1; t >= 0; --t) {
     const int64_t at = t * batch + begin;
-    const T *r = reward + at, *v = value + at, *next = value + at + batch;
-    const uint8_t *over = terminated + at, *cut = truncated + at;
-    T *a = advantage + at, *to = target + at;
     for (int64_t i = 0; i < end - begin; ++i) {
       // Selected, not multiplied: what follows an episode's end may hold NaN.
-      const T bootstrap = over[i] ? T(0) : next[i];
-      const T trace = (over[i] | cut[i]) ? T(0) : carry[i];
-      a[i] = (r[i] + gamma * bootstrap - v[i]) + gamma * lam * trace;
-      to[i] = a[i] + v[i];
-      carry[i] = a[i];
+      const T now = value[at + i], next = value[at + batch + i], carried = carry[i];
+      const T bootstrap = terminated[at + i] ? T(0) : next;
+      const T trace = (terminated[at + i] | truncated[at + i]) ? T(0) : carried;
+      const T a = (reward[at + i] + gamma * bootstrap - now) + gamma * lam * trace;
+      advantage[at + i] = a;
+      target[at + i] = a + now;
+      carry[i] = a;
     }
   }
 }
@@ -50,7 +52,7 @@ std::tuple<Tensor, Tensor> gae(const Tensor reward, const Tensor value, const Te
   STD_TORCH_CHECK(
       reward.is_contiguous() && value.is_contiguous() && terminated.is_contiguous() && truncated.is_contiguous(),
       "gae: tensors must be contiguous");
-  Tensor advantage = torch::stable::empty_like(reward), target = torch::stable::empty_like(reward);
+  Tensor advantage = empty_cpu_like(reward), target = empty_cpu_like(reward);
   if (reward.numel() == 0) return {advantage, target};
   const auto* over = static_cast<const uint8_t*>(terminated.const_data_ptr());
   const auto* cut = static_cast<const uint8_t*>(truncated.const_data_ptr());

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "allocate.h"
 #include "isa.h"
 
 using torch::headeronly::ScalarType;
@@ -164,7 +165,7 @@ Tensor frame_attention(const Tensor q, const Tensor k, const Tensor v, const Ten
   STD_TORCH_CHECK(q.size(0) == k.size(0) && q.size(1) == k.size(1) && q.size(3) == k.size(3) && k.size(2) > 0 &&
                       q.size(2) % k.size(2) == 0,
                   "frame_attention: q must match k, with a multiple of its heads");
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2), q.size(3)});
+  Tensor out = empty_cpu_like(q);
   if (q.numel() == 0) return out;
   STD_TORCH_CHECK(q.stride(3) == 1, "frame_attention: the last axis of q must be contiguous");
   FrameAttention a{};
