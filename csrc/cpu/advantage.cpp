@@ -5,7 +5,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstring>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "allocate.h"
@@ -16,6 +18,17 @@ using torch::stable::Tensor;
 namespace worldenv {
 namespace {
 
+// x or 0, by a bit mask: what follows an episode's end may hold NaN, and a branch would stop vectorisation.
+template <class T>
+inline T keep_if(bool condition, T x) {
+  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  Word bits;
+  std::memcpy(&bits, &x, sizeof(T));
+  bits &= Word{0} - static_cast<Word>(condition);
+  std::memcpy(&x, &bits, sizeof(T));
+  return x;
+}
+
 template <class T>
 void scan(const T* __restrict reward, const T* __restrict value, const uint8_t* __restrict terminated,
           const uint8_t* __restrict truncated, T gamma, T lam, int64_t steps, int64_t batch, int64_t begin,
@@ -25,10 +38,9 @@ void scan(const T* __restrict reward, const T* __restrict value, const uint8_t* 
   for (int64_t t = steps - 1; t >= 0; --t) {
     const int64_t at = t * batch + begin;
     for (int64_t i = 0; i < end - begin; ++i) {
-      // Selected, not multiplied: what follows an episode's end may hold NaN.
-      const T now = value[at + i], next = value[at + batch + i], carried = carry[i];
-      const T bootstrap = terminated[at + i] ? T(0) : next;
-      const T trace = (terminated[at + i] | truncated[at + i]) ? T(0) : carried;
+      const T now = value[at + i];
+      const T bootstrap = keep_if(!terminated[at + i], value[at + batch + i]);
+      const T trace = keep_if(!(terminated[at + i] | truncated[at + i]), carry[i]);
       const T a = (reward[at + i] + gamma * bootstrap - now) + gamma * lam * trace;
       advantage[at + i] = a;
       target[at + i] = a + now;
