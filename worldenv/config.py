@@ -68,8 +68,8 @@ class PolicyConfig:
     """Transformer layers (bidirectional)."""
     heads: int = 4
     """Attention heads."""
-    encoder_channels: int = 32
-    """Channels of the first convolution of each camera's encoder."""
+    encoder_channels: int = 24
+    """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
     min_log_scale: float = -4.5
     """Lower clamp of the Laplace log-scale (units: log of normalised action)."""
 
@@ -78,9 +78,9 @@ class PolicyConfig:
 class SFTConfig:
     """Imitation of the demonstrations."""
 
-    steps: int = 800
+    steps: int = 1000
     """Optimiser steps."""
-    batch: int = 64
+    batch: int = 32
     """Samples per step."""
     lr: float = 1e-3
     """Peak learning rate (one-cycle)."""
@@ -96,13 +96,13 @@ class SimulatorConfig:
 
     tokenizer: Literal["patch", "autoencoder"] = "patch"
     """Pixel patches (no training) or a small convolutional autoencoder."""
-    patch: int = 8
+    patch: int = 16
     """Pixels per token side."""
     latent_channels: int = 16
     """Channels of the autoencoder's latents (unused by the patch tokenizer)."""
-    width: int = 128
+    width: int = 256
     """Transformer width."""
-    layers: int = 6
+    layers: int = 4
     """Transformer blocks."""
     heads: int = 4
     """Attention heads."""
@@ -116,11 +116,11 @@ class SimulatorConfig:
     """Optimiser steps in the first round."""
     refresh_steps: int = 400
     """Optimiser steps in each later round, from the last weights."""
-    batch: int = 16
+    batch: int = 8
     """Windows per step."""
     frames: int = 3
     """Target frames per training window."""
-    lr: float = 1e-3
+    lr: float = 7e-4
     """Peak learning rate."""
     self_history_start: float = 0.4
     """Fraction of training after which predicted frames are used as history."""
@@ -138,8 +138,8 @@ class ReflectorConfig:
 
     width: int = 128
     """Hidden width of the head."""
-    encoder_channels: int = 24
-    """Channels of the first convolution of each camera's encoder."""
+    encoder_channels: int = 16
+    """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
     steps: int = 500
     """Optimiser steps in each round."""
     batch: int = 64
@@ -183,7 +183,7 @@ class PosttrainConfig:
     entropy_weight: float = 0.0
     """Weight of the entropy bonus (only with a trainable scale)."""
     scale: float = 2.0
-    """Behaviour scale: multiple of the SFT policy's Laplace scale, frozen."""
+    """Behaviour scale: multiple of the policy's Laplace scale, whose head is not trained here."""
     sampling_steps: int = 1
     """Denoising steps per imagined frame in the first round."""
     refresh_sampling_steps: int = 2

@@ -74,6 +74,7 @@ def _suite(suite: str) -> Config:
         sft=replace(base.sft, steps=20_000, batch=128),
         simulator=SimulatorConfig(
             tokenizer="autoencoder",
+            patch=8,
             width=768,
             layers=12,
             heads=12,

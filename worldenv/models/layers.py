@@ -43,23 +43,22 @@ class Rotary3D(nn.Module):
         self.register_buffer("space", space, persistent=False)  # [S, side]
         self.register_buffer("frame_freq", _freq(self.frame_dim), persistent=False)
 
-    def forward(self, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """Frame positions `[...]` to (cos, sin), each `[..., S, 1, D/2]`."""
+    def forward(self, frame: Tensor) -> Tensor:
+        """Frame positions `[...]` to unit complex numbers `[..., S, 1, D/2]`."""
         time = (frame[..., None].float() * self.frame_freq)[..., None, :]
         space = self.space.expand(*frame.shape, -1, -1)
         angle = torch.cat([time.expand(*space.shape[:-1], -1), space], -1)[..., None, :]
-        return angle.cos(), angle.sin()
+        return torch.polar(torch.ones_like(angle), angle)
 
 
 def _freq(dim: int) -> Tensor:
     return 1.0 / 10_000.0 ** (torch.arange(0, dim, 2).float() / dim)
 
 
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate interleaved pairs of x `[..., S, H, D]` by (cos, sin) `[..., S, 1, D/2]`."""
-    cos, sin = rotary
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate interleaved pairs of x `[..., S, H, D]` by unit complex numbers `[..., S, 1, D/2]`."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
 
 class DenoiserBlock(nn.Module):
@@ -86,7 +85,7 @@ class DenoiserBlock(nn.Module):
         x: Tensor,  # [B, F, S, E]
         time: Tensor,  # [B, F, 6, E] shared projection of the noise level
         action: Tensor,  # [B, F, E]
-        rotary: tuple[Tensor, Tensor],  # [B, F, S, 1, D/2]
+        rotary: Tensor,  # [B, F, S, 1, D/2] complex
         attend: Attend,  # (q, k, v) [B, F, S, H, D] -> [B, F, S, H, D]
         context: Tensor | None = None,  # [B, N, context_dim]
     ) -> Tensor:
@@ -174,10 +173,10 @@ class ConvEncoder(nn.Module):
             nn.Flatten(),
             nn.Linear(32 * grid * grid, out),
             nn.LayerNorm(out),
-        )
+        ).to(memory_format=torch.channels_last)  # a third faster to train on a CPU
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
+        return self.net(x.contiguous(memory_format=torch.channels_last))
 
 
 class WordEncoder(nn.Module):

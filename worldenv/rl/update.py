@@ -6,6 +6,7 @@ seen to destroy a policy in one iteration).
 """
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -31,10 +32,12 @@ class Learner:
     critic_optimizer: torch.optim.Optimizer | None = None
 
     def behaviour(self, observation: dict) -> tuple[Tensor, Tensor]:
-        """Mean of the policy, scale of the reference times config.scale: the sampling policy."""
-        mu, _ = self.policy(observation)
-        _, log_scale = self.reference(observation)
-        return mu, log_scale + torch.log(torch.tensor(self.config.scale)).to(log_scale)
+        """The sampling policy: the policy's mean, and its scale times config.scale.
+
+        The scale head is not trained here, so the scale stays what imitation made it.
+        """
+        mu, log_scale = self.policy(observation)
+        return mu, log_scale + math.log(self.config.scale)
 
 
 def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -> dict[str, float]:
