@@ -239,7 +239,7 @@ def action_loss(
         reference_mu, reference_log_scale: reference policy of the KL term, shaped like mu; without
             a scale the policy's own, held fixed, is used.
         kl_weight, entropy_weight: >= 0; kl_weight > 0 needs reference_mu.
-        backend: auto | cpp | reference.
+        backend: auto | triton | cpp | reference.
 
     Returns:
         (loss, metrics): a 0-d tensor and a dict of detached 0-d tensors named by `METRICS`. NaN in
@@ -270,8 +270,14 @@ def action_loss(
     ):
         if other is not None:
             check_shape(op, name, other, tuple(mu.shape), "B,C,A")
-    why_not = {"cpp": backends.no_cpp(mu) or _too_wide(mu), "reference": None}
-    if backends.choose(op, backend, why_not) == "reference":
+    categorical = distribution == "categorical"
+    why_not = {
+        "triton": backends.no_triton(mu) or _too_wide(mu) or _only_continuous(categorical),
+        "cpp": backends.no_cpp(mu) or _too_wide(mu),
+        "reference": None,
+    }
+    name = backends.choose(op, backend, why_not)
+    if name == "reference" or (name == "triton" and mu.numel() == 0):
         return action_loss_reference(
             mu,
             log_scale,
@@ -287,14 +293,16 @@ def action_loss(
     rows = (_ready(behaviour_logprob), _ready(advantage), _bool(mask))
     reference = None if reference_mu is None else _ready(reference_mu)
     constants = (clip_low, clip_high, kl_weight, entropy_weight)
-    if distribution == "categorical":
+    if categorical:
         inputs = (_ready(mu), _ids(action), *rows, reference, *constants)
         out = _call(torch.ops.worldenv.token_loss.default, inputs)
     else:
         scale = None if reference_log_scale is None else _ready(reference_log_scale)
         index = DISTRIBUTIONS.index(distribution)
         inputs = (_ready(mu), _ready(log_scale), _ready(action), *rows, reference, scale)
-        out = _call(torch.ops.worldenv.action_loss.default, (*inputs, index, *constants))
+        ops = torch.ops.worldenv
+        chosen = ops.action_loss_triton if name == "triton" else ops.action_loss
+        out = _call(chosen.default, (*inputs, index, *constants))
     return out[0], dict(zip(METRICS, out[1].unbind(), strict=True))
 
 
@@ -312,6 +320,10 @@ def _bool(x: Tensor) -> Tensor:
 
 def _too_wide(x: Tensor) -> str | None:
     return "it computes in float32, got float64" if x.dtype == torch.float64 else None
+
+
+def _only_continuous(categorical: bool) -> str | None:
+    return "it has no categorical kernel (use backend='reference')" if categorical else None
 
 
 def _needs_gradient(*tensors: Tensor | None) -> str | None:
@@ -338,7 +350,7 @@ class _OnePass(torch.autograd.Function):
 
 
 def _call(op: torch._ops.OpOverload, inputs: tuple) -> tuple[Tensor, Tensor]:
-    """Loss and metrics of a one-pass op; tracing takes the op itself, with its registered gradient."""
+    """Loss and metrics of a one-pass op; tracing takes the op and its registered gradient."""
     if torch.compiler.is_compiling():
         return op(*inputs)[:2]
     return _OnePass.apply(op, *inputs)
@@ -367,6 +379,11 @@ def _register(op: str) -> None:
         f"worldenv::{op}", _scale_gradients, setup_context=_save_gradients
     )
 
+
+if backends.NO_TRITON is None:
+    from worldenv.ops import triton_ops  # noqa: F401 (defines worldenv::action_loss_triton)
+
+    _register("action_loss_triton")
 
 if backends.NO_CPP is None:
     _register("action_loss")

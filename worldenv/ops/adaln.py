@@ -15,6 +15,9 @@ from torch import Tensor
 from worldenv.ops import backend as backends
 from worldenv.ops.checks import check_floating, shape_of
 
+if backends.NO_TRITON is None:
+    from worldenv.ops import triton_ops
+
 _OP = "modulated_norm"
 
 
@@ -57,5 +60,29 @@ def modulated_norm(
             raise ValueError(
                 f"{_OP}: {name} must be on the device of x ({x.device}), got {t.device}"
             )
-    backends.choose(_OP, backend, {"reference": None})
+    why_not = {"triton": backends.no_triton(x) or _too_wide(x), "reference": None}
+    if backends.choose(_OP, backend, why_not) == "triton" and x.numel():
+        return _triton(x, shift, scale, eps)
     return modulated_norm_reference(x, shift, scale, eps=eps)
+
+
+def _too_wide(x: Tensor) -> str | None:
+    if x.dtype == torch.float64 or x.shape[-1] > 16384:
+        return f"it takes up to float32 and E <= 16384, got {x.dtype} and E = {x.shape[-1]}"
+    return None
+
+
+def _triton(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Flatten to rows; modulation is kept unexpanded where it varies over leading axes only."""
+    lead = max(_leading_axes(t, x) for t in (shift, scale))
+    rows = (*x.shape[:lead], *[1] * (x.dim() - lead - 1), x.shape[-1])
+    shift, scale = (t.expand(rows).reshape(-1, x.shape[-1]).contiguous() for t in (shift, scale))
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return triton_ops.modulated_norm_fwd(flat, shift, scale, eps)[0].view(x.shape)
+
+
+def _leading_axes(t: Tensor, x: Tensor) -> int:
+    """How many leading axes of x (E aside) the modulation t varies over."""
+    shape = (1,) * (x.dim() - t.dim()) + tuple(t.shape)
+    varying = [i for i in range(x.dim() - 1) if shape[i] != 1]
+    return varying[-1] + 1 if varying else 0

@@ -23,6 +23,9 @@ from torch import Tensor
 from worldenv.ops import backend as backends
 from worldenv.ops.checks import check_floating, check_same, shape_of
 
+if backends.NO_TRITON is None:
+    from worldenv.ops import triton_ops
+
 _OP = "spatiotemporal_attention"
 
 
@@ -158,12 +161,15 @@ def spatiotemporal_attention(
         _OP,
         backend,
         {
+            "triton": backends.no_triton(q) or _too_wide(q),
             "sdpa": None,
             "flash_attn": backends.NO_FLASH_ATTN or only_full or _no_half_cuda(q),
             "xformers": backends.NO_XFORMERS or only_full or _no_half_cuda(q),
             "reference": None,
         },
     )
+    if name == "triton":
+        return triton_ops.attention_fwd(q, k, v, window, sinks, causal)[0]
     if name == "sdpa":
         return _sdpa(q, k, v, window, sinks, causal)
     if name == "reference":
@@ -171,6 +177,12 @@ def spatiotemporal_attention(
             q, k, v, window=window, sinks=sinks, causal=causal
         )
     return _library(name, q, k, v)
+
+
+def _too_wide(q: Tensor) -> str | None:
+    if q.dtype == torch.float64 or q.shape[-1] > 256:
+        return f"it takes up to float32 and D <= 256, got {q.dtype} and D = {q.shape[-1]}"
+    return None
 
 
 def _no_half_cuda(q: Tensor) -> str | None:

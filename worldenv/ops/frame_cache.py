@@ -26,6 +26,9 @@ from torch import Tensor
 from worldenv.ops import backend as backends
 from worldenv.ops.checks import check_floating, check_same, check_shape, shape_of
 
+if backends.NO_TRITON is None:
+    from worldenv.ops import triton_ops
+
 _OP = "frame_attention"
 
 
@@ -183,7 +186,8 @@ class FrameCache:
         return self._host_table[np.arange(self.batch), self.lengths]
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        if self.layout == "packed":
+        on_gpu = self.device.type == "cuda" and backends.has_kernel("frame_cache_append", "CUDA")
+        if self.layout == "packed" or on_gpu:
             k, v = _last_contiguous(k), _last_contiguous(v)
             torch.ops.worldenv.frame_cache_append(
                 self.k[layer], self.v[layer], k, v, self.table, self.cached
@@ -291,7 +295,8 @@ def frame_attention(
         cache: rows may have different lengths; a row with no cached frame attends to its own tokens
             only.
         layer: 0 .. L-1.
-        backend: auto | cpp (packed cache) | sdpa (copies a packed cache first) | reference.
+        backend: auto | triton (CUDA) | cpp (packed cache) | sdpa (copies a packed cache
+            first) | reference.
 
     Returns:
         [B, S, H, D] in the dtype of q. For inference: gradients do not flow into cached frames.
@@ -309,15 +314,21 @@ def frame_attention(
         raise ValueError(f"{_OP}: heads of q must be a multiple of {cache.heads}, got {q.shape[2]}")
     if q.numel() == 0:
         return torch.empty_like(q)
+    out_dtype = q.dtype
     name = backends.choose(
         _OP,
         backend,
         {
+            "triton": backends.no_triton(q) or _not_plain(cache) or _no_gradient(q, k, v),
             "cpp": _no_packed(cache.dtype, q.device) or _not_packed(cache) or _no_gradient(q, k, v),
             "sdpa": _no_gradient(q, k, v),
             "reference": None,
         },
     )
+    if name == "triton":
+        q, k, v = (_last_contiguous(x.to(cache.dtype)) for x in (q, k, v))
+        state = (cache.k[layer], cache.v[layer], cache.table, cache.cached)
+        return triton_ops.frame_attention(q, k, v, *state).to(out_dtype)
     if name == "cpp":
         return _cpp(q, k, v, cache, layer).to(q.dtype)
     if name == "sdpa":
@@ -345,6 +356,12 @@ def _not_packed(cache: FrameCache) -> str | None:
     return (
         None if cache.layout == "packed" else "the cache has layout 'plain' (build it as 'packed')"
     )
+
+
+def _not_plain(cache: FrameCache) -> str | None:
+    if cache.layout != "plain" or cache.dtype == torch.float64:
+        return f"it takes a plain cache of up to float32, got {cache.layout} {cache.dtype}"
+    return None
 
 
 def _no_gradient(*tensors: Tensor) -> str | None:

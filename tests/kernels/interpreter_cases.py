@@ -1,0 +1,167 @@
+"""Triton kernels in the interpreter; run by test_triton_interpreter.py in a process of its own.
+
+float32 only: the interpreter is silently wrong in bf16. Outputs of torch.empty are poisoned with
+NaN.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from worldenv.ops import (
+    FrameCache,
+    action_loss,
+    frame_attention,
+    modulated_norm,
+    spatiotemporal_attention,
+)
+from worldenv.ops import backend as backends
+
+assert backends.INTERPRETED, "run through test_triton_interpreter.py"
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch):
+    """Whatever a kernel leaves unwritten reads as NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(t):
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+def compare(function, leaves: dict, weight):
+    """Value and gradients by name of backend=triton against backend=reference."""
+    results = []
+    for backend in ("triton", "reference"):
+        inputs = {n: t.detach().clone().requires_grad_() for n, t in leaves.items()}
+        out = function(**inputs, backend=backend)
+        (out * weight).sum().backward()
+        results.append({"out": out.detach(), **{n: t.grad for n, t in inputs.items()}})
+    for name, want in results[1].items():
+        torch.testing.assert_close(
+            results[0][name], want, atol=3e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "options"),
+    [
+        ((1, 5, 7, 2, 32), 1, {"window": 2, "sinks": 1}),
+        ((2, 1, 1, 1, 64), 1, {}),
+        ((1, 2, 63, 1, 32), 1, {}),
+        ((1, 3, 40, 3, 24), 3, {"window": 1}),
+        ((1, 6, 20, 1, 16), 1, {"window": 2, "sinks": 2}),
+        ((1, 2, 20, 2, 128), 2, {"causal": False}),
+    ],
+)
+def test_spatiotemporal_attention(shape, kv_heads, options):
+    torch.manual_seed(0)
+    b, f, s, h, d = shape
+    leaves = {
+        n: torch.randn(b, f, s, heads, d)
+        for n, heads in zip("qkv", (h, kv_heads, kv_heads), strict=True)
+    }
+
+    def attend(**x):
+        return spatiotemporal_attention(**x, **options)
+
+    compare(attend, leaves, torch.randn(shape))
+
+
+def test_attention_takes_views_of_one_projection():
+    qkv = torch.randn(1, 2, 5, 3, 2, 32)
+    q, k, v = qkv.unbind(3)
+    got = spatiotemporal_attention(q, k, v, backend="triton")
+    torch.testing.assert_close(got, spatiotemporal_attention(q, k, v), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "dim"), [(5, 2, 1, 32), (33, 1, 1, 24), (1, 1, 1, 64)]
+)
+def test_frame_attention_over_ragged_rows(tokens, heads, kv_heads, dim):
+    torch.manual_seed(0)
+    cache = FrameCache(1, 3, 3, tokens, kv_heads, dim, sinks=1, layout="plain")
+    rng = np.random.default_rng(1)
+    for step in range(9):
+        q = torch.randn(3, tokens, heads, dim)
+        k, v = torch.randn(2, 3, tokens, kv_heads, dim)
+        got = frame_attention(q, k, v, cache, 0, backend="triton")
+        want = frame_attention(q, k, v, cache, 0, backend="reference")
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+        cache.append(0, k, v)
+        cache.advance(rng.random(3) < 0.7)
+        if step == 6:
+            cache.reset(np.array([False, True, False]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "modulation"),
+    [
+        ((2, 3, 5, 33), (2, 3, 1, 33)),
+        ((1, 7), (7,)),
+        ((2, 5, 16), (2, 1, 16)),
+        ((2, 3, 8), (1, 3, 1)),
+    ],
+)
+def test_modulated_norm(shape, modulation):
+    torch.manual_seed(0)
+    leaves = {
+        "x": torch.randn(shape),
+        "shift": torch.randn(modulation),
+        "scale": torch.randn(modulation),
+    }
+    compare(modulated_norm, leaves, torch.randn(shape))
+
+
+@pytest.mark.parametrize("kind", ["laplace", "gaussian"])
+@pytest.mark.parametrize("reference", [None, "mu", "scale"])
+@pytest.mark.parametrize("shape", [(9, 8, 7), (1, 1, 1)])
+def test_action_loss(kind, reference, shape):
+    torch.manual_seed(0)
+    arguments = {n: torch.randn(shape) * 0.5 for n in ("mu", "log_scale", "action")}
+    arguments |= {
+        "behaviour_logprob": torch.randn(shape[:2]) - 5,
+        "advantage": torch.randn(shape[0]),
+        "mask": torch.rand(shape[:2]) < 0.8,
+    }
+    options = {"distribution": kind, "entropy_weight": 0.01}
+    if reference:
+        options |= {"reference_mu": torch.randn(shape), "kl_weight": 0.1}
+    if reference == "scale":
+        options["reference_log_scale"] = torch.randn(shape)
+    arguments["action"][~arguments["mask"]] = float("nan")
+    results = []
+    for backend in ("triton", "reference"):
+        leaves = {n: arguments[n].clone().requires_grad_() for n in ("mu", "log_scale")}
+        loss, metrics = action_loss(**{**arguments, **leaves}, **options, backend=backend)
+        (2 * loss).backward()
+        results.append({"loss": loss.detach(), **metrics, **{n: t.grad for n, t in leaves.items()}})
+    for name, want in results[1].items():
+        torch.testing.assert_close(
+            results[0][name], want, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_opcheck():
+    """Schema and fake of each Triton op agree with what it does."""
+    checks = ("test_schema", "test_faketensor")
+    ops = torch.ops.worldenv
+    q, k, v = torch.randn(3, 1, 2, 3, 1, 16)
+    out, lse = ops.attention_fwd_triton(q, k, v, None, 0, True)
+    torch.library.opcheck(
+        ops.attention_fwd_triton.default, (q, k, v, None, 0, True), test_utils=checks
+    )
+    saved = (q, q, k, v, out, lse, None, 0, True)
+    torch.library.opcheck(ops.attention_bwd_triton.default, saved, test_utils=checks)
+    x, m = torch.randn(4, 8), torch.randn(2, 8)
+    norm = (x, m, m, 1e-6)
+    torch.library.opcheck(ops.modulated_norm_fwd_triton.default, norm, test_utils=checks)
+    _, mean, rstd = ops.modulated_norm_fwd_triton(*norm)
+    torch.library.opcheck(
+        ops.modulated_norm_bwd_triton.default, (x, x, m, mean, rstd), test_utils=checks
+    )

@@ -1,0 +1,152 @@
+"""The Triton kernels as torch.library ops: schema (inferred), fake and autograd, for the public
+functions beside.
+
+Imported only where Triton can run. No postponed annotations here: the schemas are read from these.
+"""
+
+import torch
+from torch import Tensor
+
+from worldenv.kernels import action_loss as action_loss_kernels
+from worldenv.kernels import adaln as adaln_kernels
+from worldenv.kernels import attention as attention_kernels
+from worldenv.kernels import frame_attention as frame_kernels
+
+
+@torch.library.custom_op("worldenv::attention_fwd_triton", mutates_args=())
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """q [B,F,S,H,D], k, v [B,F,S,Hk,D] -> out, log-sum-exp [B,H,F*S]."""
+    return attention_kernels.forward(q, k, v, window, sinks, causal)
+
+
+@attention_fwd.register_fake
+def _(q, k, v, window, sinks, causal):
+    batch, frames, tokens, heads, _ = q.shape
+    lse = q.new_empty(batch, heads, frames * tokens, dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("worldenv::attention_bwd_triton", mutates_args=())
+def attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    window: int | None,
+    sinks: int,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    return attention_kernels.backward(grad, q, k, v, out, lse, window, sinks, causal)
+
+
+@attention_bwd.register_fake
+def _(grad, q, k, v, out, lse, window, sinks, causal):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.options = inputs[3:]
+
+
+def _attention_backward(ctx, grad, _):
+    return *attention_bwd(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+attention_fwd.register_autograd(_attention_backward, setup_context=_attention_context)
+
+
+@torch.library.custom_op("worldenv::frame_attention_triton", mutates_args=())
+def frame_attention(
+    q: Tensor, k: Tensor, v: Tensor, cache_k: Tensor, cache_v: Tensor, table: Tensor, cached: Tensor
+) -> Tensor:
+    """q [B,S,H,D] over a plain cache [B,Hk,slots,S,D] and the frame's own k, v [B,S,Hk,D]."""
+    return frame_kernels.forward(q, k, v, cache_k, cache_v, table, cached)
+
+
+@frame_attention.register_fake
+def _(q, k, v, cache_k, cache_v, table, cached):
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("worldenv::modulated_norm_fwd_triton", mutates_args=())
+def modulated_norm_fwd(
+    x: Tensor, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [R,E], shift and scale [R/share,E] -> out [R,E], mean [R], rstd [R]."""
+    return adaln_kernels.forward(x, shift, scale, eps)
+
+
+@modulated_norm_fwd.register_fake
+def _(x, shift, scale, eps):
+    rows = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), rows, rows.clone()
+
+
+@torch.library.custom_op("worldenv::modulated_norm_bwd_triton", mutates_args=())
+def modulated_norm_bwd(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, shift and scale; the latter two in float32."""
+    return adaln_kernels.backward(grad, x, scale, mean, rstd)
+
+
+@modulated_norm_bwd.register_fake
+def _(grad, x, scale, mean, rstd):
+    part = scale.new_empty(scale.shape, dtype=torch.float32)
+    return x.new_empty(x.shape), part, part.clone()
+
+
+def _norm_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], inputs[2], *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.modulation_dtype = inputs[1].dtype
+
+
+def _norm_backward(ctx, grad, *_):
+    grad_x, grad_shift, grad_scale = modulated_norm_bwd(grad, *ctx.saved_tensors)
+    scale = ctx.saved_tensors[1]
+    return grad_x, grad_shift.to(ctx.modulation_dtype), grad_scale.to(scale.dtype), None
+
+
+modulated_norm_fwd.register_autograd(_norm_backward, setup_context=_norm_context)
+
+
+@torch.library.custom_op("worldenv::action_loss_triton", mutates_args=())
+def action_loss(
+    mu: Tensor,
+    log_scale: Tensor,
+    action: Tensor,
+    behaviour_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    reference_mu: Tensor | None,
+    reference_log_scale: Tensor | None,
+    distribution: int,
+    clip_low: float,
+    clip_high: float,
+    kl_weight: float,
+    entropy_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments and results of worldenv::action_loss (csrc/ops.cpp)."""
+    return action_loss_kernels.forward(
+        mu,
+        log_scale,
+        action,
+        behaviour_logprob,
+        advantage,
+        mask,
+        reference_mu,
+        reference_log_scale,
+        distribution == 1,
+        clip_low,
+        clip_high,
+        kl_weight,
+        entropy_weight,
+    )
