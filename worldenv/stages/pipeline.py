@@ -7,6 +7,7 @@ Every stage is skipped where its artifacts match the configuration, so this is a
 resumed.
 """
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -131,7 +132,8 @@ def adopt(run: Run, kind: str, path: Path, number: int) -> None:
     if Path(path).resolve() != target.resolve():
         shutil.copyfile(path, target)
     stage = "sft" if kind == "policy" else name
-    mark = fingerprint("adopted", target.read_bytes().hex()[:4096], target.stat().st_size)
+    with target.open("rb") as file:
+        mark = fingerprint("adopted", hashlib.file_digest(file, "sha256").hexdigest())
     record = {"adopted": str(path), "seconds": 0.0, "fingerprint": mark}
     write_json(run.path("stages", f"{stage}.json"), record)
     run.records[stage] = record

@@ -48,7 +48,9 @@ def train(
     checkpoint stays.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr, betas=betas, weight_decay=weight_decay, fused=True
+    )
     average = {k: v.clone() for k, v in module.state_dict().items()} if ema else {}
     path = run.path("checkpoints", f"{name}.partial.safetensors")
     begin, tail = _resume(path, mark, module, optimizer, average)
