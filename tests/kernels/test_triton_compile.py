@@ -28,8 +28,6 @@ def names(kind: str, *arguments: str) -> dict[str, str]:
 def attention(extra: dict[str, str], *scales: str) -> dict[str, str]:
     inputs = names(BF16, "q", "k", "v") | extra
     return inputs | names("i32", *STRIDES, *SIZES) | names("fp32", *scales)
-        names(BF16, "q", "k", "v") | extra | names("i32", *STRIDES, *SIZES) | names("fp32", *scales)
-    )
 
 
 SAVED = names(BF16, "grad") | names(F32, "lse", "delta")
