@@ -45,6 +45,10 @@ WORLDENV_INLINE void store_part(float* p, Vec v, int64_t n) {
   else std::memcpy(p, &v, 4 * n);
 }
 
+// Loops over A are short: A = 7, the action of one arm, gets code of its own (`A` = 0 reads it from the arguments).
+template <int A>
+WORLDENV_INLINE int64_t dims_of(const ActionLoss& x) { return A ? A : x.dims; }
+
 // Repeat one value per row over its A elements. Stores overrun into the next row, which then overwrites them.
 WORLDENV_INLINE void expand(const float* per_row, int64_t rows, int64_t dims, float* to) {
   for (int64_t r = 0; r < rows; ++r)
@@ -76,10 +80,13 @@ WORLDENV_INLINE Divergence divergence(bool gaussian, Vec delta, Vec inverse, Vec
           mass * (1.0f + distance * inverse) - 1.0f};
 }
 
-WORLDENV_INLINE float row_sum(const float* p, int64_t dims) {
-  float s = 0;
-  for (int64_t a = 0; a < dims; ++a) s += p[a];
-  return s;
+WORLDENV_INLINE void row_sums(const float* p, int64_t rows, int64_t dims, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float s = 0;
+#pragma GCC unroll 8
+    for (int64_t a = 0; a < dims; ++a) s += p[r * dims + a];
+    to[r] = s;
+  }
 }
 
 // From log-probabilities of a block to d loss / d logprob per row (0 where masked), adding to the sums.
@@ -118,8 +125,10 @@ WORLDENV_INLINE void prepare_rows(const ActionLoss& x, int64_t begin, int64_t ro
   }
 }
 
-void loss_block(const ActionLoss& x, int64_t begin, int64_t end, float* scratch, ActionSums& sums) {
-  const int64_t rows = end - begin, n = rows * x.dims, at = begin * x.dims, step = kRowBlock * x.dims + 64;
+template <int A>
+void loss_block_of(const ActionLoss& x, int64_t begin, int64_t end, float* scratch, ActionSums& sums) {
+  const int64_t dims = dims_of<A>(x);
+  const int64_t rows = end - begin, n = rows * dims, at = begin * dims, step = kRowBlock * dims + 64;
   float *element = scratch, *by_mu = scratch + step, *by_scale = scratch + 2 * step, *kept = scratch + 3 * step;
   float *extra_mu = scratch + 4 * step, *extra_scale = scratch + 5 * step, *slope = scratch + 6 * step;
   float keep[kRowBlock + kLanes], advantage[kRowBlock + kLanes], logprob[kRowBlock + kLanes] = {};
@@ -127,7 +136,7 @@ void loss_block(const ActionLoss& x, int64_t begin, int64_t end, float* scratch,
   const bool gaussian = x.distribution == worldenv::kGaussian;
   const float constant = gaussian ? 0.5f + kHalfLog2Pi : 1.0f + kLog2;
   prepare_rows(x, begin, rows, keep, advantage);
-  expand(keep, rows, x.dims, kept);
+  expand(keep, rows, dims, kept);
   for (int i = 0; i < kLanes; ++i) kept[n + i] = 0;
   Vec entropy = {}, kl = {};
   for (int64_t i = 0; i < n; i += kLanes) {
@@ -155,9 +164,9 @@ void loss_block(const ActionLoss& x, int64_t begin, int64_t end, float* scratch,
   }
   sums.entropy += sum(entropy);
   sums.kl += sum(kl);
-  for (int64_t r = 0; r < rows; ++r) logprob[r] = row_sum(element + r * x.dims, x.dims);
+  row_sums(element, rows, dims, logprob);
   surrogate(x, begin, rows, logprob, keep, advantage, row_slope, sums);
-  expand(row_slope, rows, x.dims, slope);
+  expand(row_slope, rows, dims, slope);
   const float kl_weight = x.kl_weight * x.weight, entropy_weight = x.entropy_weight * x.weight;
   for (int64_t i = 0; i < n; i += kLanes) {
     const Int on = load(kept + i) != 0.0f;
@@ -172,6 +181,11 @@ void loss_block(const ActionLoss& x, int64_t begin, int64_t end, float* scratch,
   }
 }
 
+void loss_block(const ActionLoss& x, int64_t begin, int64_t end, float* scratch, ActionSums& sums) {
+  if (x.dims == 7) loss_block_of<7>(x, begin, end, scratch, sums);
+  else loss_block_of<0>(x, begin, end, scratch, sums);
+}
+
 void logprob_block(const ActionLoss& x, int64_t begin, int64_t end, float* scratch) {
   const int64_t rows = end - begin, n = rows * x.dims, at = begin * x.dims;
   const bool gaussian = x.distribution == worldenv::kGaussian;
@@ -182,7 +196,7 @@ void logprob_block(const ActionLoss& x, int64_t begin, int64_t end, float* scrat
                               load_part(x.action + at + i, left));
     store(scratch + i, d.logprob);
   }
-  for (int64_t r = 0; r < rows; ++r) x.logprob[begin + r] = row_sum(scratch + r * x.dims, x.dims);
+  row_sums(scratch, rows, x.dims, x.logprob + begin);
 }
 
 // log(sum(exp(logits))); the probabilities themselves are never stored.

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #define WORLDENV_TARGET "avx2,fma"
 #define WORLDENV_LANES 8
+#define WORLDENV_MR 6
 #define WORLDENV_NV 2
 #include "target.h"
 

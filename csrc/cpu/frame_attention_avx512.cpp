@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #define WORLDENV_TARGET "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"
 #define WORLDENV_LANES 16
+#define WORLDENV_MR 6
 #define WORLDENV_NV 4
 #include "target.h"
 

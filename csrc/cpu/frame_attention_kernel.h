@@ -19,7 +19,7 @@ using worldenv::FrameAttention;
 using worldenv::kQueryBlock;
 
 constexpr float kSafeScore = 64.0f;
-constexpr int kMaxRows = 6;
+constexpr int kRows = WORLDENV_MR;  // with WORLDENV_NV vectors each: as many sums as registers hold
 
 // An operand element of the products: one float, or a pair of bf16 multiplied and added together. `put` stores a
 // probability and returns what was stored, so that the sums match the rounded values.
@@ -56,8 +56,8 @@ struct Problem {
   float* out;       // [rows][D16]
   float* sums;      // [rows][16], one partial sum per lane
   float* maxima;    // [rows], only with a running maximum
-  P* probability;   // [kMaxRows][S16]
-  float* raw;       // [kMaxRows][S16], only with a running maximum
+  P* probability;   // [kRows][S16]
+  float* raw;       // [kRows][S16], only with a running maximum
   int64_t rows, depth, tokens, tokens16, dim16;
   bool running;     // subtract a running maximum
   float scale;      // log2(e) / sqrt(D)
@@ -71,20 +71,20 @@ WORLDENV_INLINE void score_tile(const Problem<Op>& x, const typename Op::Element
   Vec acc[MR][NV] = {};
   for (int64_t d = 0; d < x.depth; ++d) {
     Vec b[NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) b[v] = load_as<Vec>(keys + d * x.tokens16 + key + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       const typename Op::Element a = q[r * x.depth + d];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] = Op::multiply_add(acc[r][v], a, b[v]);
     }
   }
   const bool tail = key + NV * kLanes > x.tokens;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r) {
     Vec partial = load(sums + r * 16);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
       const Vec s = acc[r][v] * x.scale;
       if (x.running) {
@@ -109,25 +109,25 @@ WORLDENV_INLINE void value_tile(const Problem<Op>& x, const typename Op::Probabi
   const int64_t depth = (x.tokens + ratio - 1) / ratio, row = x.tokens16 / ratio;
   const E* pe = reinterpret_cast<const E*>(p);
   Vec acc[MR][NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * x.dim16 + column + v * kLanes);
   for (int64_t s = 0; s < depth; ++s) {
     Vec b[NV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) b[v] = load_as<Vec>(values + s * x.dim16 + column + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       E a;
       std::memcpy(&a, pe + r * row + s, sizeof(E));
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] = Op::multiply_add(acc[r][v], a, b[v]);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) store(out + r * x.dim16 + column + v * kLanes, acc[r][v]);
 }
 
@@ -197,9 +197,9 @@ template <class Op>
 void frame_block(const Problem<Op>& x, const typename Op::Element* keys, const typename Op::Element* values,
                  Ahead ahead, Vec& top) {
   int64_t row = 0;
-  for (; row + 6 <= x.rows; row += 6) {
+  for (; row + kRows <= x.rows; row += kRows) {
     ahead.fetch();
-    frame_rows<Op, 6>(x, row, keys, values, top);
+    frame_rows<Op, kRows>(x, row, keys, values, top);
   }
   for (; row + 4 <= x.rows; row += 4) frame_rows<Op, 4>(x, row, keys, values, top);
   for (; row < x.rows; ++row) frame_rows<Op, 1>(x, row, keys, values, top);
@@ -280,7 +280,7 @@ void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
   x.sums = x.out + rows_max * dim16;
   x.maxima = x.sums + rows_max * 16;
   x.raw = x.maxima + rows_max * 16;
-  x.probability = reinterpret_cast<typename Op::Probability*>(x.raw + kMaxRows * tokens16);
+  x.probability = reinterpret_cast<typename Op::Probability*>(x.raw + kRows * tokens16);
   x.tokens = a.tokens;
   x.tokens16 = tokens16;
   x.dim16 = dim16;
@@ -308,12 +308,12 @@ void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
         const E* keys = tiles.operand(j < cached ? cache_k + slot * tile : own_keys, true);
         const E* values = tiles.operand(j < cached ? cache_v + slot * tile : own_values, false);
         Ahead ahead{};
-        if (j + 1 < cached) {
-          const int64_t next = a.table[b * a.slots + j + 1] * tile;
+        if (cached > 0 && j != cached - 1) {  // after the own frame comes the next head's first
+          const int64_t next = j < cached ? a.table[b * a.slots + j + 1] * tile : (a.slots + a.table[b * a.slots]) * tile;
           ahead.keys = reinterpret_cast<const char*>(cache_k + next);
           ahead.values = reinterpret_cast<const char*>(cache_v + next);
           ahead.bytes = tile * sizeof(T);
-          ahead.share = (ahead.bytes * 6 / x.rows + 63) / 64 * 64;
+          ahead.share = (ahead.bytes * kRows / x.rows + 63) / 64 * 64;
         }
         frame_block(x, keys, values, ahead, top);
       }

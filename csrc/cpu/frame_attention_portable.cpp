@@ -1,5 +1,6 @@
 // Frame attention compiled for any CPU; see frame_attention_kernel.h.
 #define WORLDENV_LANES 4
+#define WORLDENV_MR 6
 #if defined(__aarch64__)
 #define WORLDENV_NV 4
 #else

@@ -31,7 +31,10 @@ def attention(extra: dict[str, str], *scales: str) -> dict[str, str]:
 
 
 SAVED = names(BF16, "grad") | names(F32, "lse", "delta")
-LOSS_POINTERS = "mu log_scale action behaviour advantage reference_mu reference_scale grad_mu grad_scale partial"
+LOSS_POINTERS = (
+    "mu log_scale action behaviour advantage reference_mu reference_scale grad_mu grad_scale "
+    "partial"
+)
 KERNELS = {
     "attention.attention_fwd_kernel": (
         attention(names(BF16, "out") | names(F32, "lse"), "scale"),

@@ -307,7 +307,8 @@ def action_loss(
 
 
 def _ready(x: Tensor) -> Tensor:
-    return x.float().contiguous()
+    ready = x.dtype == torch.float32 and x.is_contiguous()
+    return x if ready else x.float().contiguous()
 
 
 def _ids(x: Tensor) -> Tensor:
@@ -346,6 +347,8 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if not grad_loss.is_cuda and grad_loss.item() == 1.0:  # plain loss.backward()
+            return None, *ctx.saved_tensors, *([None] * (ctx.arguments - len(ctx.saved_tensors)))
         return None, *_scale_gradients(ctx, grad_loss)
 
 

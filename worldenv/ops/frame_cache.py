@@ -178,8 +178,9 @@ class FrameCache:
         if self.device.type == "cpu":
             self.table, self.cached = host
         else:
-            self.table = host[0].pin_memory().to(self.device, non_blocking=True)
-            self.cached = host[1].pin_memory().to(self.device, non_blocking=True)
+            # Copied into place: a captured CUDA graph keeps reading the same addresses.
+            self.table.copy_(host[0].pin_memory(), non_blocking=True)
+            self.cached.copy_(host[1].pin_memory(), non_blocking=True)
 
     def _pending(self) -> np.ndarray:
         """Slot of the frame in progress, per row."""

@@ -1,0 +1,131 @@
+"""`python -m bench`: measure every case, print the table, write results/bench/<machine>.json.
+
+    python -m bench            the table            python -m bench --check    fail where a ratio is
+    under its gate python -m bench --once     correctness only     python -m bench --only gae
+
+Gates are ratios to the first rival of a case, in bench/gates.json; absolute times are never gated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bench import cases, denoiser
+from bench.timing import Case, Row, gate, limits, measure
+from worldenv.ops import backend as backends
+
+GATES = Path(__file__).with_name("gates.json")
+RESULTS = Path(__file__).parents[1] / "results" / "bench"
+
+
+def all_cases(compiled: bool, only: str | None) -> Iterator[Case]:
+    on_gpu = torch.cuda.is_available()
+    found = cases.gpu_cases() if on_gpu else cases.cpu_cases(compiled)
+    yield from (c for c in found if only is None or only in c.name)
+    for case in denoiser.cases("cuda" if on_gpu else "cpu"):
+        if only is None or only in case.name:
+            yield case
+
+
+def machine() -> dict[str, object]:
+    """What the figures were taken on."""
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    else:
+        text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        match = re.search(r"model name\s*:\s*(.+)", text)
+        processor = match.group(1) if match else platform.processor()
+    isa = None if backends.NO_CPP else int(torch.ops.worldenv.best_isa())
+    return {
+        "processor": processor,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "isa": isa,
+        "python": platform.python_version(),
+    }
+
+
+def print_row(row: Row) -> None:
+    share = "" if row.of_limit is None else f"  {row.of_limit:4.0%} of limit"
+    print(f"{row.case:56s} {row.seconds * 1e3:10.3f} ms{share}")
+    for name, ratio in row.ratios.items():
+        print(f"    x{ratio:6.2f}  over {name} ({row.rivals[name] * 1e3:.3f} ms)", flush=True)
+
+
+def check(rows: list[Row]) -> int:
+    """Number of gates missed; a gate without a measured case counts as well."""
+    gates = json.loads(GATES.read_text())["cuda" if torch.cuda.is_available() else "cpu"]
+    measured = {row.case: next(iter(row.ratios.values())) for row in rows if row.rivals}
+    missed = 0
+    for name, least in gates.items():
+        ratio = measured.get(name)
+        if ratio is None or ratio < least:
+            missed += 1
+            print(f"under its gate: {name}: {ratio if ratio else 'not measured'} < {least}")
+    print(f"{len(gates) - missed} of {len(gates)} gates met")
+    return missed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail where a ratio is under its gate")
+    parser.add_argument("--once", action="store_true", help="run each case once, for correctness")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument(
+        "--compile", action="store_true", help="add torch.compile as a rival (slow)"
+    )
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per case")
+    options = parser.parse_args()
+    torch.manual_seed(torch.seed() if not options.once else 0)
+    torch.set_num_threads(1)
+    if options.once:
+        count = 0
+        for case in all_cases(False, options.only):
+            gate(case)
+            count += 1
+        print(f"{count} cases agree with their references")
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    reach = limits(device, dtype, size)
+    print(
+        f"{machine()}\nmatmul {reach.flops / 1e9:.0f} GFLOP/s, "
+        f"copy {reach.bytes_per_second / 1e9:.1f} GB/s"
+    )
+    rows = []
+    for case in all_cases(options.compile or device == "cuda", options.only):
+        rows.append(measure(case, reach, options.seconds))
+        print_row(rows[-1])
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^A-Za-z0-9]+", "-", str(machine()["processor"])).strip("-").lower()
+    report = {
+        "machine": machine(),
+        "matmul_flops": reach.flops,
+        "copy_bytes_per_second": reach.bytes_per_second,
+        "rows": [
+            {
+                "case": r.case,
+                "seconds": r.seconds,
+                "rivals": r.rivals,
+                "ratios": r.ratios,
+                "of_limit": r.of_limit,
+            }
+            for r in rows
+        ],
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+    return 1 if options.check and check(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

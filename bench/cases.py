@@ -1,0 +1,305 @@
+"""The cases: each op called as the model calls it, beside its rivals. Rivals that are not installed
+are left out."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.timing import Case
+from worldenv.ops import (
+    FrameCache,
+    action_logprob,
+    action_loss,
+    frame_attention,
+    gae,
+    modulated_norm,
+    spatiotemporal_attention,
+)
+from worldenv.ops.action_loss import action_loss_reference
+from worldenv.ops.adaln import modulated_norm_reference
+from worldenv.ops.attention import frame_mask, spatiotemporal_attention_reference
+
+STEPS = 4  # denoising steps per frame; one more pass writes the cache
+
+
+def filled_cache(frames: Tensor, layout: str) -> FrameCache:
+    """A cache of one layer holding all but the last of `frames` [2, B, F, S, H, D] (keys and
+    values)."""
+    _, batch, count, tokens, heads, dim = frames.shape
+    cache = FrameCache(
+        1, batch, count - 1, tokens, heads, dim,
+        dtype=frames.dtype, device=frames.device, layout=layout,
+    )  # fmt: skip
+    for f in range(count - 1):
+        cache.append(0, frames[0, :, f], frames[1, :, f])
+        cache.advance()
+    return cache
+
+
+def frame_attention_case(
+    batch: int, tokens: int, heads: int, dim: int, past: int, dtype: torch.dtype, device: str
+) -> Case:
+    """One frame of one layer: an attention per denoising step and for the clean pass, then the
+    append."""
+    frames = torch.randn(2, batch, past + 1, tokens, heads, dim, device=device).to(dtype)
+    qkv = torch.randn(batch, tokens, 3, heads, dim, device=device).to(dtype)
+    q, k, v = qkv.unbind(2)
+    caches = {layout: filled_cache(frames, layout) for layout in ("auto", "plain")}
+    joined = [x[:, :past].flatten(1, 2).transpose(1, 2).contiguous() for x in frames]
+
+    def cached(layout: str, backend: str) -> Tensor:
+        cache = caches[layout]
+        for _ in range(STEPS + 1):
+            out = frame_attention(q, k, v, cache, 0, backend=backend)
+        cache.append(0, k, v)
+        return out
+
+    def concatenated() -> Tensor:
+        for _ in range(STEPS + 1):
+            keys, values = (
+                torch.cat((x, now.transpose(1, 2)), 2)
+                for x, now in zip(joined, (k, v), strict=True)
+            )
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values)
+        return out.transpose(1, 2)
+
+    def truth() -> Tensor:
+        return frame_attention(q, k, v, caches["plain"], 0, backend="reference")
+
+    flops = 4.0 * batch * heads * tokens * tokens * (past + 1) * dim * (STEPS + 1)
+    return Case(
+        "frame_attention",
+        f"B{batch} S{tokens} H{heads} D{dim} past {past}",
+        str(dtype)[6:],
+        torch.no_grad()(lambda: cached("auto", "auto")),
+        {
+            "sdpa, preallocated cache": torch.no_grad()(lambda: cached("plain", "sdpa")),
+            "sdpa, torch.cat": torch.no_grad()(concatenated),
+        },
+        torch.no_grad()(truth),
+        2e-5 if dtype == torch.float32 else 2e-2,
+        flops,
+    )
+
+
+def backward_of(function: Callable[..., Tensor], leaves: list[Tensor]) -> Tensor:
+    """Gradients of a scalar function's leaves, as one vector."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(function(*leaves), leaves)])
+
+
+def action_loss_case(batch: int, compiled: bool, device: str) -> Case:
+    """Laplace loss and gradient through autograd at (B, 8, 7)."""
+    mu, log_scale, action = (torch.randn(batch, 8, 7, device=device) * 0.5 for _ in range(3))
+    behaviour = action_logprob(mu, log_scale, action) + 0.1 * torch.randn(batch, 8, device=device)
+    advantage = torch.randn(batch, device=device)
+    mask = torch.rand(batch, 8, device=device) < 0.9
+    leaves = [mu.requires_grad_(), log_scale.requires_grad_()]
+    rows = (action, behaviour, advantage, mask)
+
+    def eager(mu: Tensor, log_scale: Tensor) -> Tensor:
+        """What one writes by hand: the loss alone, no metrics."""
+        inverse = torch.exp(-log_scale)
+        logprob = (-(action - mu).abs() * inverse - log_scale - 0.6931471805599453).sum(-1)
+        ratio = torch.exp(logprob - behaviour)
+        gain = advantage.unsqueeze(-1)
+        surrogate = torch.minimum(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
+        return -(surrogate * mask).sum() / mask.sum()
+
+    rivals = {
+        "eager, loss alone": lambda: backward_of(eager, leaves),
+        "eager, with metrics": lambda: backward_of(
+            lambda *x: action_loss_reference(*x, *rows)[0], leaves
+        ),
+    }
+    if compiled:
+        graph = torch.compile(eager)
+        rivals["torch.compile, loss alone"] = lambda: backward_of(graph, leaves)
+    return Case(
+        "action_loss",
+        f"({batch}, 8, 7)",
+        "float32",
+        lambda: backward_of(lambda *x: action_loss(*x, *rows)[0], leaves),
+        rivals,
+        lambda: backward_of(lambda *x: action_loss_reference(*x, *rows)[0], leaves),
+        1e-4,
+        traffic=4.0 * 5 * mu.numel(),
+    )
+
+
+def token_loss_case(batch: int, vocabulary: int, device: str) -> Case:
+    """Categorical loss and gradient over action tokens at (B, 8, 7)."""
+    logits = torch.randn(batch, 8, 7, vocabulary, device=device)
+    action = torch.randint(vocabulary, (batch, 8, 7), device=device)
+    behaviour = action_logprob(logits, None, action, distribution="categorical")
+    rows = (
+        action,
+        behaviour,
+        torch.randn(batch, device=device),
+        torch.ones(batch, 8, device=device),
+    )
+    leaves = [logits.requires_grad_()]
+
+    def with_backend(backend: str) -> Tensor:
+        return backward_of(
+            lambda x: action_loss(x, None, *rows, distribution="categorical", backend=backend)[0],
+            leaves,
+        )
+
+    return Case(
+        "action_loss categorical",
+        f"({batch}, 8, 7, {vocabulary})",
+        "float32",
+        lambda: with_backend("auto"),
+        {"eager, with metrics": lambda: with_backend("reference")},
+        lambda: with_backend("reference"),
+        1e-4,
+        traffic=4.0 * 2 * logits.numel(),
+    )
+
+
+def gae_case(steps: int, batch: int, device: str) -> Case:
+    reward = torch.randn(steps, batch, device=device)
+    value = torch.randn(steps + 1, batch, device=device)
+    over, cut = (torch.rand(steps, batch, device=device) < 0.02 for _ in range(2))
+    inputs = (reward, value, over, cut)
+    rivals = {"torch loop": lambda: gae(*inputs, backend="reference")[0]}
+    if importlib.util.find_spec("torchrl") is not None:
+        from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
+
+        columns = [x.t().unsqueeze(-1) for x in (value[:-1], value[1:], reward, over | cut, over)]
+
+        def torchrl() -> Tensor:
+            return vec_generalized_advantage_estimate(0.99, 0.95, *columns)[0].squeeze(-1).t()
+
+        rivals["torchrl, vectorised"] = torchrl
+    return Case(
+        "gae",
+        f"T{steps} B{batch}",
+        "float32",
+        lambda: gae(*inputs)[0],
+        rivals,
+        lambda: gae(*inputs, backend="reference")[0],
+        1e-5,
+        traffic=4.0 * 4 * reward.numel(),
+    )
+
+
+def attention_case(
+    shape: tuple[int, ...], window: int | None, causal: bool, dtype: torch.dtype, device: str
+) -> Case:
+    """Denoiser training: forward and backward."""
+    leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
+    weight = torch.randn(shape, device=device).to(dtype)
+    batch, frames, tokens, heads, dim = shape
+    options = {"window": window, "causal": causal}
+
+    def ours(*x: Tensor) -> Tensor:
+        return (spatiotemporal_attention(*x, **options) * weight).sum()
+
+    def masked(*x: Tensor) -> Tensor:
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in x)
+        allowed = frame_mask(frames, window, 0, causal).to(device)
+        allowed = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed if causal else None)
+        return (out.transpose(1, 2).reshape(shape) * weight).sum()
+
+    rivals = {"sdpa with a mask": lambda: backward_of(masked, leaves)}
+    if torch.cuda.is_available():
+        rivals["flex_attention"] = _flex(shape, window, causal, leaves, weight)
+
+    def truth() -> Tensor:
+        def exact(*x: Tensor) -> Tensor:
+            return (spatiotemporal_attention_reference(*x, **options) * weight).sum()
+
+        return backward_of(exact, leaves)
+
+    share = frame_mask(frames, window, 0, causal).float().mean().item()
+    return Case(
+        "spatiotemporal_attention",
+        f"{shape} window {window} {'causal' if causal else 'full'}",
+        str(dtype)[6:],
+        lambda: backward_of(ours, leaves),
+        rivals,
+        truth,
+        1e-4 if dtype == torch.float32 else 3e-2,
+        14.0 * batch * heads * (frames * tokens) ** 2 * dim * share,
+    )
+
+
+def _flex(shape, window, causal, leaves, weight) -> Callable[[], Tensor]:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    frames, tokens = shape[1], shape[2]
+    reach = frames if window is None else window
+    length = frames * tokens
+
+    def visible(b, h, i, j):
+        gap = i // tokens - j // tokens
+        return (gap >= 0) & (gap < reach)
+
+    mask = create_block_mask(visible, None, None, length, length, "cuda") if causal else None
+    attend = torch.compile(flex_attention, dynamic=False)
+
+    def flex(*x: Tensor) -> Tensor:
+        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in x)
+        out = attend(q, k, v, block_mask=mask).transpose(1, 2).reshape(shape)
+        return (out * weight).sum()
+
+    return lambda: backward_of(flex, leaves)
+
+
+def modulated_norm_case(rows: tuple[int, ...], width: int, dtype: torch.dtype, device: str) -> Case:
+    x = torch.randn(*rows, width, device=device).to(dtype).requires_grad_()
+    shift, scale = (
+        torch.randn(rows[0], *[1] * (len(rows) - 1), width, device=device).requires_grad_()
+        for _ in range(2)
+    )
+    weight = torch.randn(*rows, width, device=device).to(dtype)
+    leaves = [x, shift, scale]
+
+    def through(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        return lambda: backward_of(lambda *y: (function(*y) * weight).float().sum(), leaves)
+
+    return Case(
+        "modulated_norm",
+        f"{(*rows, width)}",
+        str(dtype)[6:],
+        through(modulated_norm),
+        {"eager": through(modulated_norm_reference)},
+        through(modulated_norm_reference),
+        1e-4 if dtype == torch.float32 else 3e-2,
+        traffic=5.0 * x.numel() * x.element_size(),
+    )
+
+
+def cpu_cases(compiled: bool) -> Iterator[Case]:
+    for dtype in (torch.float32, torch.bfloat16):
+        for past in (8, 16):
+            yield frame_attention_case(8, 64, 8, 64, past, dtype, "cpu")
+        yield frame_attention_case(8, 64, 8, 32, 8, dtype, "cpu")
+    for batch in (32, 256, 2048, 16384):
+        yield action_loss_case(batch, compiled, "cpu")
+    yield token_loss_case(64, 256, "cpu")
+    yield gae_case(64, 128, "cpu")
+    yield gae_case(16, 32, "cpu")
+
+
+def gpu_cases() -> Iterator[Case]:
+    bf16 = torch.bfloat16
+    for dim in (64, 128):
+        for tokens in (512, 1024, 4096):
+            yield attention_case((4, 1, tokens, 16, dim), None, False, bf16, "cuda")
+        yield attention_case((4, 16, 256, 16, dim), 4, True, bf16, "cuda")
+        yield frame_attention_case(32, 64, 16, dim, 16, bf16, "cuda")
+        yield frame_attention_case(8, 256, 24, dim, 8, bf16, "cuda")
+    for batch in (256, 16384, 262144):
+        yield action_loss_case(batch, True, "cuda")
+    for width in (1536, 3072):
+        yield modulated_norm_case((16, 4096), width, bf16, "cuda")
+    yield gae_case(64, 128, "cuda")
+    yield gae_case(256, 4096, "cuda")

@@ -1,0 +1,168 @@
+"""A denoiser of Wan's block structure, stripped to what costs time, with every way of handling past
+frames.
+
+One definition serves all variants: the ops with the cache, SDPA with a preallocated cache, and
+recomputing the whole window at each step. Weights are random: only the arithmetic matters here.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from bench.timing import Case
+from worldenv.ops import FrameCache, frame_attention, modulated_norm, spatiotemporal_attention
+
+
+class Block(nn.Module):
+    """Modulated attention and feed-forward, as in a DiT."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+        self.modulation = nn.Parameter(torch.randn(4, width) * 0.1)
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = modulated_norm(x, self.modulation[0], self.modulation[1])
+        return self.qkv(y).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.project(attended.flatten(-2))
+        y = modulated_norm(x, self.modulation[2], self.modulation[3])
+        return x + self.down(nn.functional.gelu(self.up(y), approximate="tanh"))
+
+
+class Denoiser(nn.Module):
+    """L blocks of width E over S tokens per frame."""
+
+    def __init__(self, layers: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.heads, self.head_dim = heads, width // heads
+
+    def step(self, x: Tensor, cache: FrameCache, backend: str, append: bool = False) -> Tensor:
+        """One pass over the frame in progress, x [B, S, E], against the cache."""
+        for layer, block in enumerate(self.blocks):
+            q, k, v = block.heads_of(x)
+            attended = frame_attention(q, k, v, cache, layer, backend=backend)
+            if append:
+                cache.append(layer, k, v)
+            x = block.finish(x, attended)
+        return x
+
+    def window(self, x: Tensor) -> Tensor:
+        """One pass over all frames, x [B, F, S, E]."""
+        for block in self.blocks:
+            x = block.finish(x, spatiotemporal_attention(*block.heads_of(x)))
+        return x
+
+
+def step_case(
+    layers: int,
+    width: int,
+    heads: int,
+    batch: int,
+    tokens: int,
+    past: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Case:
+    """One denoising step of one frame: cached with our ops, with SDPA, and by recomputing the
+    window."""
+    model = Denoiser(layers, width, heads).to(device, dtype)
+    exact = copy.deepcopy(model).float()
+    frames = torch.randn(batch, past + 1, tokens, width, device=device).to(dtype)
+    caches = {}
+    with torch.no_grad():
+        for layout in ("auto", "plain"):
+            caches[layout] = FrameCache(
+                layers, batch, past, tokens, heads, width // heads,
+                dtype=dtype, device=device, layout=layout,
+            )  # fmt: skip
+            for f in range(past):
+                model.step(frames[:, f], caches[layout], "sdpa", append=True)
+                caches[layout].advance()
+    last = frames[:, past]
+    count = sum(p.numel() for p in model.parameters())
+    work = 2.0 * batch * tokens * count + 4.0 * layers * batch * tokens**2 * (past + 1) * width
+    return Case(
+        "denoiser step",
+        f"{count / 1e6:.1f}M B{batch} S{tokens} past {past}",
+        str(dtype)[6:],
+        torch.no_grad()(lambda: model.step(last, caches["auto"], "auto")),
+        {
+            "sdpa, preallocated cache": torch.no_grad()(
+                lambda: model.step(last, caches["plain"], "sdpa")
+            ),
+            "recomputing the window": torch.no_grad()(lambda: model.window(frames)[:, past]),
+        },
+        torch.no_grad()(lambda: exact.window(frames.float())[:, past]),
+        1e-4 if dtype == torch.float32 else 6e-2,
+        work,
+    )
+
+
+def wan_of(layers: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> nn.Module:
+    """diffusers' Wan transformer at our size: one token per latent pixel, text reduced to one
+    token."""
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=heads, attention_head_dim=head_dim,
+        in_channels=16,
+        out_channels=16, text_dim=64, freq_dim=64, ffn_dim=4 * heads * head_dim, num_layers=layers,
+    ).to(device, dtype).eval()  # fmt: skip
+
+
+def episode_seconds(
+    batch: int = 16, frames: int = 16, steps: int = 4, device: str = "cpu"
+) -> dict[str, float]:
+    """A whole imagined episode, ours against recomputing with Wan; run by hand, for it takes
+    minutes."""
+    from bench.timing import clock
+
+    layers, heads, head_dim, side = 8, 8, 32, 8
+    tokens, width = side * side, heads * head_dim
+    model = Denoiser(layers, width, heads).to(device)
+    wan = wan_of(layers, heads, head_dim, device, torch.float32)
+
+    @torch.no_grad()
+    def ours() -> Tensor:
+        cache = FrameCache(layers, batch, frames, tokens, heads, head_dim, device=device)
+        for _ in range(frames):
+            x = torch.randn(batch, tokens, width, device=device)
+            for _ in range(steps):
+                x = model.step(x, cache, "auto")
+            model.step(x, cache, "auto", append=True)
+            cache.advance()
+        return x
+
+    @torch.no_grad()
+    def recomputed() -> Tensor:
+        text = torch.zeros(batch, 1, 64, device=device)
+        video = torch.zeros(batch, 16, 0, side, side, device=device)
+        for _ in range(frames):
+            new = torch.randn(batch, 16, 1, side, side, device=device)
+            for _ in range(steps):
+                time = torch.zeros(batch, device=device)
+                new = wan(torch.cat((video, new), 2), time, text, return_dict=False)[0][:, :, -1:]
+            video = torch.cat((video, new), 2)
+        return video
+
+    return {"ours": clock(ours), "wan, recomputing": clock(recomputed)}
+
+
+def cases(device: str) -> Iterator[Case]:
+    if device == "cpu":
+        for dtype in (torch.float32, torch.bfloat16):
+            yield step_case(8, 256, 8, 8, 64, 8, dtype, device)
+        return
+    for layers, width, heads in ((8, 256, 4), (12, 1024, 16), (30, 1536, 12)):
+        yield step_case(layers, width, heads, 16, 64, 8, torch.bfloat16, device)

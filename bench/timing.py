@@ -1,0 +1,130 @@
+"""Timing rivals in one process: each is checked first, then all are interleaved and the minimum
+kept.
+
+Liberty taken: on a CPU the clock is the thread's own CPU time with one thread, so that other
+processes on a shared machine cost cache misses but not waiting; only ratios are gated. On a GPU
+CUDA events are used.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], Tensor]
+
+
+class GateFailed(AssertionError):
+    """A variant's result differs from the reference: no speed may be reported for it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape: `ours` against rivals, all on the same inputs.
+
+    Attributes:
+        op, shape, dtype: for the table.
+        ours: our implementation. rivals: by name; the first is the one the target is set against.
+        truth: the correct result, computed plainly.
+        tolerance: largest |result - truth| allowed, relative to the largest |truth|.
+        work: floating point operations of one run. traffic: bytes it must move.
+    """
+
+    op: str
+    shape: str
+    dtype: str
+    ours: Run
+    rivals: dict[str, Run]
+    truth: Run
+    tolerance: float
+    work: float = 0.0
+    traffic: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.shape} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measured case: seconds of each variant, rivals' ratios to ours, share of the machine's
+    limit."""
+
+    case: str
+    seconds: float
+    rivals: dict[str, float] = field(default_factory=dict)
+    of_limit: float | None = None
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        return {name: seconds / self.seconds for name, seconds in self.rivals.items()}
+
+
+def gate(case: Case) -> None:
+    """Compare every variant with the truth on the case's inputs.
+
+    Raises:
+        GateFailed: naming the variant and its error.
+    """
+    truth = case.truth().double()
+    scale = truth.abs().max().clamp_min(1e-30)
+    for name, run in {"ours": case.ours, **case.rivals}.items():
+        got = run().double()
+        error = float("inf")
+        if got.shape == truth.shape:
+            error = ((got - truth).abs().max() / scale).item() if truth.numel() else 0.0
+        if not error <= case.tolerance:
+            raise GateFailed(
+                f"{case.name}: {name} is off by {error:.2e} (allowed {case.tolerance})"
+            )
+
+
+def clock(run: Run) -> float:
+    """Seconds of one run on the current device."""
+    if torch.cuda.is_available():
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    began = time.thread_time()
+    run()
+    return time.thread_time() - began
+
+
+def measure(case: Case, limits: Limits, seconds: float = 2.0) -> Row:
+    """Gate, then interleave all variants for about `seconds` each round-robin; minimum per
+    variant."""
+    gate(case)
+    variants = {"ours": case.ours, **case.rivals}
+    best = {name: clock(run) for name, run in variants.items()}
+    rounds = int(min(200, max(5, seconds / max(sum(best.values()), 1e-6))))
+    for _ in range(rounds):
+        for name, run in variants.items():
+            best[name] = min(best[name], clock(run))
+    ours = best.pop("ours")
+    least = max(case.work / limits.flops, case.traffic / limits.bytes_per_second)
+    return Row(case.name, ours, best, least / ours if least else None)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this machine reaches: a large matmul (float operations/s) and a large copy (bytes/s)."""
+
+    flops: float
+    bytes_per_second: float
+
+
+def limits(device: str, dtype: torch.dtype = torch.float32, size: int = 1024) -> Limits:
+    """Measure both once; the copy counts its read and its write."""
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    source = torch.empty(64 << 20, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    matmul = min(clock(lambda: a @ b) for _ in range(10))
+    copy = min(clock(lambda: target.copy_(source)) for _ in range(10))
+    return Limits(2 * size**3 / matmul, 2 * source.numel() / copy)
