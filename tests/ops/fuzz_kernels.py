@@ -1,6 +1,7 @@
 r"""Random shapes, strides and malformed arguments against the C++ kernels under sanitizers.
 
-Not collected by pytest. It loads a library of its own, built from the same sources without the Python module:
+Not collected by pytest. It loads a library of its own, built from the same sources without the
+Python module:
 
     T=$(python -c "import torch, os; print(os.path.dirname(torch.__file__))")
     g++ -std=c++20 -O1 -g -fPIC -shared -fsanitize=address,undefined \

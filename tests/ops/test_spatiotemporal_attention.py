@@ -12,6 +12,7 @@ CASES = [
     {"shape": (2, 5, 7, 4, 32), "kv_heads": 2, "window": 2, "sinks": 1, "causal": True},
     {"shape": (1, 1, 1, 1, 64), "kv_heads": 1, "window": None, "sinks": 0, "causal": True},
     {"shape": (1, 4, 63, 3, 32), "kv_heads": 3, "window": 3, "sinks": 0, "causal": True},
+    {"shape": (2, 4, 33, 2, 32), "kv_heads": 1, "window": 1, "sinks": 0, "causal": True},
     {"shape": (1, 2, 1000, 1, 32), "kv_heads": 1, "window": None, "sinks": 0, "causal": True},
     {"shape": (2, 3, 10, 2, 128), "kv_heads": 1, "window": None, "sinks": 0, "causal": False},
 ]
