@@ -38,7 +38,7 @@ def _smoke() -> Config:
         ),
         sft=SFTConfig(steps=10, batch=16),
         simulator=SimulatorConfig(
-            width=64, layers=2, heads=2, steps=8, refresh_steps=4, batch=4, frames=2
+            width=64, layers=2, heads=2, window=2, steps=8, refresh_steps=4, batch=4, frames=2
         ),
         reflector=ReflectorConfig(steps=5, batch=12),
         posttrain=PosttrainConfig(

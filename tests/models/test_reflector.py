@@ -24,4 +24,6 @@ def test_watching_frame_by_frame_equals_the_whole_sequence():
     judge.reset(torch.tensor([True, False]))
     again = judge.watch(image[:, 0], proprio[:, 0], WORDS, torch.tensor([True, False]))
     torch.testing.assert_close(again[0], expected[0, 0], rtol=1e-5, atol=1e-6)
-    assert judge.count[:, 0].tolist() == [1, 5]
+    assert not judge.fresh.any()
+    follow = judge.watch(image[:, 4], proprio[:, 4], WORDS, everyone)
+    torch.testing.assert_close(follow, expected[:, 4], rtol=1e-5, atol=1e-6)

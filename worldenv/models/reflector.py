@@ -2,8 +2,9 @@
 
 World-Env section 3.4 (arXiv 2509.24948): R(o_{1:t}, g) = sigmoid(head(h_t)), trained by binary
 cross-entropy on per-frame success labels; R > eta ends the episode and R at the end is its reward.
-h_t joins the features of frame t with their running mean over o_{1:t} and the instruction.
-Liberty: the small presets train a convolutional encoder per camera; the paper freezes a VLM.
+h_t joins the features of frame t with those of frame 1, so that it can tell what has changed, and
+with the instruction. Liberties: of o_{1:t} only the ends are used; the small presets train a
+convolutional encoder per camera where the paper freezes a VLM.
 """
 
 from collections.abc import Sequence
@@ -49,9 +50,9 @@ class Reflector(nn.Module):
         q = ((proprio - self.proprio_mean) / self.proprio_std).clamp(-3, 3)
         return torch.cat([*seen, q], -1)
 
-    def judge(self, features: Tensor, mean: Tensor, words: Tensor) -> Tensor:
-        """Logit `[N]` from frame t's features, their mean over frames 1..t, and the words."""
-        return self.head(torch.cat([features, mean, words], -1))[..., 0]
+    def judge(self, features: Tensor, first: Tensor, words: Tensor) -> Tensor:
+        """Logit `[...]` from the features of frame t and of frame 1, and the words."""
+        return self.head(torch.cat([features, first, words], -1))[..., 0]
 
     def forward(self, image: Tensor, proprio: Tensor, instruction: Sequence[str]) -> Tensor:
         """Logits `[B, F]` of whole sequences: image `[B, F, V, H, W, 3]` uint8, proprio
@@ -60,9 +61,8 @@ class Reflector(nn.Module):
         batch, frames = image.shape[:2]
         features = self.features(views_to_channels(image.flatten(0, 1)), proprio.flatten(0, 1))
         features = features.unflatten(0, (batch, frames))
-        count = torch.arange(1, frames + 1, device=image.device)[:, None]
         words = self.words(instruction)[:, None].expand(-1, frames, -1)
-        return self.judge(features, features.cumsum(1) / count, words)
+        return self.judge(features, features[:, :1].expand_as(features), words)
 
 
 class Judge:
@@ -71,13 +71,12 @@ class Judge:
     def __init__(self, reflector: Reflector, batch: int) -> None:
         device = reflector.proprio_mean.device
         self.reflector = reflector
-        self.total = torch.zeros(batch, reflector.size, device=device)
-        self.count = torch.zeros(batch, 1, device=device)
+        self.first = torch.zeros(batch, reflector.size, device=device)
+        self.fresh = torch.ones(batch, 1, dtype=torch.bool, device=device)
 
     def reset(self, rows: Tensor) -> None:
-        """Forget what rows (bool [B]) have seen."""
-        keep = ~rows.to(self.total.device)[:, None]
-        self.total, self.count = self.total * keep, self.count * keep
+        """Forget what rows (bool [B]) have seen: their next frame is their first."""
+        self.fresh = self.fresh | rows.to(self.fresh.device)[:, None]
 
     @torch.no_grad()
     def watch(
@@ -87,9 +86,8 @@ class Judge:
         keep.
         """
         features = self.reflector.features(views_to_channels(image), proprio)
-        seen = rows.to(features.device)[:, None]
-        self.total = self.total + features * seen
-        self.count = self.count + seen
-        mean = self.total / self.count.clamp_min(1)
+        begins = self.fresh & rows.to(features.device)[:, None]
+        self.first = torch.where(begins, features, self.first)
+        self.fresh = self.fresh & ~begins
         words = self.reflector.words(instruction)
-        return torch.sigmoid(self.reflector.judge(features, mean, words))
+        return torch.sigmoid(self.reflector.judge(features, self.first, words))

@@ -64,11 +64,11 @@ def run(run: Run, mark: str, number: int) -> dict:
     }
 
 
-HISTORY = 4  # earlier frames drawn to stand for the running mean over o_{1:t}
+LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do
 
 
 class _BalancedFrames:
-    """Draws frames, a third of them successes, each with a few earlier frames of its episode."""
+    """Draws frames, a third of them successes, each with a first frame of its episode."""
 
     def __init__(self, data: dict) -> None:
         self.data = data
@@ -88,11 +88,10 @@ class _BalancedFrames:
         return chosen[:, 0], chosen[:, 1], labels.to(chosen.device)
 
     def judge(self, reflector: Reflector, rows: Tensor, ends: Tensor, g: torch.Generator) -> Tensor:
-        """Logits `[B]`; the mean over o_{1:t} is estimated from HISTORY random frames and t."""
-        earlier = (torch.rand(len(rows), HISTORY, generator=g).to(ends.device)) * (
-            ends[:, None] + 1
-        )
-        frames = torch.cat([earlier.long().minimum(ends[:, None]), ends[:, None]], 1)  # [B, H+1]
+        """Logits `[B]` of frames `ends` in episodes `rows`, augmented."""
+        late = torch.rand(len(rows), generator=g) < LATE_START
+        first = (torch.rand(len(rows), generator=g) * late).to(ends.device) * ends
+        frames = torch.stack([first.long(), ends], 1)  # [B, 2]
         image = self.data["images"][rows[:, None], frames].flatten(0, 1)
         proprio = self.data["proprio"][rows[:, None], frames].flatten(0, 1)
         views = augment(views_to_channels(image), 1, g)
@@ -102,9 +101,9 @@ class _BalancedFrames:
         )
         jitter = 0.05 * torch.randn(proprio.shape, generator=g).to(proprio.device)
         proprio = proprio + jitter * reflector.proprio_std
-        features = reflector.features(views, proprio).unflatten(0, (len(rows), HISTORY + 1))
+        features = reflector.features(views, proprio).unflatten(0, (len(rows), 2))
         words = reflector.words([self.data["instruction"][r] for r in rows.tolist()])
-        return reflector.judge(features[:, -1], features[:, :-1].mean(1), words)
+        return reflector.judge(features[:, 1], features[:, 0], words)
 
 
 def score(reflector: Reflector, sequences: list[FrameSequence]) -> list[Tensor]:
