@@ -1,7 +1,9 @@
 """`python -m bench`: measure every case, print the table, write results/bench/<machine>.json.
 
-    python -m bench            the table            python -m bench --check    fail where a ratio is
-    under its gate python -m bench --once     correctness only     python -m bench --only gae
+    python -m bench               the table
+    python -m bench --check       fail where a ratio is under its gate
+    python -m bench --once        correctness only
+    python -m bench --only gae    cases whose name contains "gae"
 
 Gates are ratios to the first rival of a case, in bench/gates.json: 0.8 of what was measured, 0.6
 for cases of a few microseconds, which a busy machine disturbs most. Absolute times are never gated.
