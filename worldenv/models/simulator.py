@@ -90,7 +90,7 @@ class Simulator(nn.Module):
         self.norm = nn.LayerNorm(e, eps=1e-6)
         self.patch_out = nn.Linear(e, z)
         self.proprio_out = nn.Linear(e, proprio)
-        for layer in (self.dynamics[-1], self.patch_out, self.proprio_out):
+        for layer in (self.time_out, self.dynamics[-1], self.patch_out, self.proprio_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
