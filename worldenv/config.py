@@ -159,7 +159,7 @@ class PosttrainConfig:
     """Iterations in the first round."""
     refresh_iterations: int = 10
     """Iterations in each later round."""
-    rounds: int = 2
+    rounds: int = 1
     """Rounds of (collect, simulator, reflector, post-train)."""
     contexts: int = 16
     """Contexts (first frames) per iteration."""

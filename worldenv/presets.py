@@ -42,6 +42,7 @@ def _smoke() -> Config:
         ),
         reflector=ReflectorConfig(steps=5, batch=12),
         posttrain=PosttrainConfig(
+            rounds=2,
             iterations=2,
             refresh_iterations=1,
             contexts=2,
@@ -89,6 +90,7 @@ def _suite(suite: str) -> Config:
         reflector=replace(base.reflector, steps=10_000, batch=256),
         posttrain=replace(
             base.posttrain,
+            rounds=2,
             iterations=50,
             refresh_iterations=50,
             contexts=64,
