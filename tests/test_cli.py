@@ -51,12 +51,14 @@ def test_mistakes_are_named_without_a_traceback(tmp_path):
         assert words in done.stderr + done.stdout, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
     done = call("evaluate", "--run-dir", str(tmp_path / "absent"))
-    assert done.returncode == 2 and "config.json" in done.stderr
+    assert done.returncode == 2
+    assert "config.json" in done.stderr
 
 
 def test_a_wrong_asset_folder_is_named(tmp_path):
     done = call("collect", "expert", "--assets", str(tmp_path), "--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and str(tmp_path) in done.stderr
+    assert done.returncode == 2
+    assert str(tmp_path) in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -82,5 +84,6 @@ def test_a_checkpoint_of_another_run_is_adopted(run, tmp_path):
 
 def test_the_run_folder_holds_its_configuration(run):
     stored = json.loads((run.dir / "config.json").read_text())
-    assert stored["preset"] == "smoke" and Path(stored["run_dir"]) == run.dir
+    assert stored["preset"] == "smoke"
+    assert Path(stored["run_dir"]) == run.dir
     assert Config().preset == "default"

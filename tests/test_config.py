@@ -27,9 +27,10 @@ def test_unknown_keys_are_refused_with_the_nearest_name():
 def test_values_are_checked():
     with pytest.raises(UserError, match=r"env\.tasks.*0\.\.9"):
         Config(env=EnvConfig(tasks=(11,)))
+    base = Config()
+    odd = replace(base.policy, heads=3)
     with pytest.raises(UserError, match=r"policy\.heads"):
-        base = Config()
-        replace(base, policy=replace(base.policy, heads=3))
+        replace(base, policy=odd)
 
 
 def test_a_damaged_file_is_named(tmp_path):

@@ -46,10 +46,12 @@ def actor(observation):
 
 def test_contexts_come_from_the_start_and_the_middle():
     first, middle = first_frames([sequence()]), middle_frames([sequence()], 8)
-    assert [c.elapsed for c in first] == [0] and [c.elapsed for c in middle] == [1, 2, 3]
+    assert [c.elapsed for c in first] == [0]
+    assert [c.elapsed for c in middle] == [1, 2, 3]
     s = sequence()
     assert torch.equal(middle[1].image, s.images[1:3])
-    assert torch.equal(middle[1].action[1], s.actions[1]) and not middle[1].action[0].any()
+    assert torch.equal(middle[1].action[1], s.actions[1])
+    assert not middle[1].action[0].any()
 
 
 def test_interface_and_truncation():
@@ -64,9 +66,11 @@ def test_interface_and_truncation():
         live = ~(env._terminated | env._truncated)
         observation, reward, terminated, truncated, info = env.step(torch.randn(3, 8, 7))
         lasted += live
-        assert ((reward > 0).numpy() == live).all() and not terminated.any()
+        assert ((reward > 0).numpy() == live).all()
+        assert not terminated.any()
     assert lasted.tolist() == [4, 3, 1]  # chunks before the context count
-    assert truncated.all() and info["steps"].tolist() == [32, 24, 8]
+    assert truncated.all()
+    assert info["steps"].tolist() == [32, 24, 8]
     frozen = observation["image"].clone()
     assert torch.equal(env.step(torch.randn(3, 8, 7))[0]["image"], frozen)
 
@@ -75,8 +79,11 @@ def test_the_reflector_ends_episodes():
     env = make(2, threshold=0.0)
     env.reset(seed=0)
     _, reward, terminated, truncated, info = env.step(torch.zeros(2, 8, 7))
-    assert terminated.all() and not truncated.any() and info["success"].all()
-    assert (reward > 0).all() and info["success_step"].tolist() == [8, 8]
+    assert terminated.all()
+    assert not truncated.any()
+    assert info["success"].all()
+    assert (reward > 0).all()
+    assert info["success_step"].tolist() == [8, 8]
 
 
 def test_imagined_episodes_do_not_depend_on_rows():

@@ -19,7 +19,8 @@ def test_a_chunk_comes_out_and_the_scale_stays_in_its_range():
     torch.manual_seed(0)
     mu, log_scale = Policy(SMALL, 32)(observation())
     assert mu.shape == log_scale.shape == (3, 8, 7)
-    assert log_scale.min() >= SMALL.min_log_scale and log_scale.max() <= 0
+    assert log_scale.min() >= SMALL.min_log_scale
+    assert log_scale.max() <= 0
 
 
 def test_the_scale_head_never_trains_the_trunk():
@@ -52,7 +53,8 @@ def test_shift_moves_pixels_by_at_most_pad_and_is_reproducible():
     moved = random_shift(image, 1, generator("shift"))
     assert torch.equal(moved, random_shift(image, 1, generator("shift")))
     spots = moved[:, 0].flatten(1).argmax(1)
-    assert ((spots // 9 - 4).abs() <= 1).all() and ((spots % 9 - 4).abs() <= 1).all()
+    assert ((spots // 9 - 4).abs() <= 1).all()
+    assert ((spots % 9 - 4).abs() <= 1).all()
     assert len(spots.unique()) > 3
     views = torch.rand(2, 5, 3, 9, 9)
     assert augment(views, 1, generator("a")).shape == views.shape

@@ -100,7 +100,8 @@ def test_without_a_window_nothing_is_cached():
     model.prefill(state, ALL, image, proprio, action, torch.arange(3))
     assert state.cache is None
     picture, _ = model.step(state, torch.randn(3, 8, 7), 1, ALL)
-    assert picture.shape == (3, 2, 16, 16, 3) and picture.dtype == torch.uint8
+    assert picture.shape == (3, 2, 16, 16, 3)
+    assert picture.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("prediction", ["sample", "velocity"])

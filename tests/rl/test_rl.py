@@ -74,7 +74,8 @@ def test_an_episode_is_the_same_in_any_row_and_company():
     lone = rollout(ToyEnv(1), policy, starts(8), seeds=seeds(8))
     for name in ("action", "episode", "step", "final_reward", "length", "terminated", "logprob"):
         assert torch.equal(getattr(many, name), getattr(lone, name)), name
-    assert many.length.sum() == len(many.episode) and many.length.max() <= 3
+    assert many.length.sum() == len(many.episode)
+    assert many.length.max() <= 3
     assert (many.final_reward > 0).equal(many.terminated)
     few = rollout(ToyEnv(5), policy, starts(2), seeds=seeds(2))
     assert torch.equal(few.action, many.action[many.episode < 2])
@@ -92,7 +93,8 @@ def test_stop_ends_a_row_and_callbacks_see_every_episode():
         on_step=lambda rows, before, action, after, info: looked.append((rows >= 0).sum()),
     )
     assert sorted(ended) == [(k, 2) for k in range(5)]
-    assert sum(looked) == 10 and trajectories.length.tolist() == [2] * 5
+    assert sum(looked) == 10
+    assert trajectories.length.tolist() == [2] * 5
 
 
 def test_samples_have_the_laplace_scale():
@@ -105,7 +107,8 @@ def test_samples_have_the_laplace_scale():
 def test_group_advantages():
     reward = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
     advantage, live = group_advantages(reward, 4, "loop")
-    assert live.tolist() == [True] * 4 + [False] * 4 and not advantage[4:].any()
+    assert live.tolist() == [True] * 4 + [False] * 4
+    assert not advantage[4:].any()
     assert advantage[0] / advantage[1] == pytest.approx(-3)  # 1 - 0 against 0 - 1/3
     advantage, _ = group_advantages(reward, 4, "grpo")
     assert float(advantage[:4].sum()) == pytest.approx(0, abs=1e-5)
@@ -146,7 +149,8 @@ def test_a_runaway_update_is_undone_and_the_rate_halved():
     agent = learner(lr=50.0, max_mu_change=0.1)
     episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32))
     metrics = update(agent, episodes, 0, 0)
-    assert metrics["undone"] == 1 and metrics["lr"] == 25.0
+    assert metrics["undone"] == 1
+    assert metrics["lr"] == 25.0
     assert not any(p.any() for p in agent.policy.parameters())
 
 
@@ -154,7 +158,8 @@ def test_groups_without_signal_change_nothing():
     agent = learner()
     episodes = rollout(ToyEnv(8), agent.behaviour, starts(16, 1000), seeds=seeds(16))
     metrics = update(agent, episodes, 0, 0)
-    assert metrics["skipped"] == 1 and metrics["groups"] == 0
+    assert metrics["skipped"] == 1
+    assert metrics["groups"] == 0
     assert not any(p.any() for p in agent.policy.parameters())
 
 
