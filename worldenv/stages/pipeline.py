@@ -258,10 +258,8 @@ def _success(outcomes: dict[str, list[dict]], key: str) -> dict:
 
 def _closed_loop_gap(run: Run, last: int) -> float | None:
     """Imagined minus real success of the last check in reality, None without checks."""
-    rows = [r for r in read_metrics(run.dir, f"posttrain-{last}") if "real_success" in r]
-    if not rows:
-        return None
-    return round(rows[-1]["imagined_mean_action_success"] - rows[-1]["real_success"], 4)
+    rows = read_metrics(run.dir, f"check-{last}")
+    return round(rows[-1]["imagined"] - rows[-1]["real"], 4) if rows else None
 
 
 def _remember_peak(run: Run, peak: int) -> None:

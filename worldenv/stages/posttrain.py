@@ -39,6 +39,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     partial = run.path("checkpoints", f"{name}.partial.safetensors")
     begin, totals = _resume(partial, mark, learner)
     run.logger.rewind(name, begin)
+    run.logger.rewind(f"check-{number}", begin)
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
         for step in range(begin, iterations):
@@ -151,11 +152,11 @@ def _check_reality(
         f"real check {number}.{step}",
     )
     run.logger.log(
-        f"posttrain-{number}",
+        f"check-{number}",
         step,
-        imagined_mean_action_success=float(imagined.terminated.float().mean()),
-        real_success=sum(e["success"] for e in real) / len(real),
-        real_episodes=len(real),
+        imagined=float(imagined.terminated.float().mean()),
+        real=sum(e["success"] for e in real) / len(real),
+        episodes=len(real),
     )
 
 
