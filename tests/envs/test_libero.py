@@ -334,9 +334,11 @@ def test_demonstrations_repeat_and_keep_their_order(env):
 
 
 PROGRAM = """
-import sys, numpy as np
+import signal, sys, numpy as np
 from worldenv.envs.libero import LiberoVectorEnv
 from worldenv.envs.start import Start
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 env = LiberoVectorEnv("libero_spatial", 1)
 if sys.argv[1] == "close":
     env.reset(options={"starts": [Start(3, None, 0)]})
