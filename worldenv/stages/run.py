@@ -5,6 +5,7 @@ everything it depends on. A stage whose record matches is skipped, so a run can 
 resumed or extended by the same command.
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -96,8 +97,6 @@ class Run:
 
 def open_run(run_dir: Path, **changes: Any) -> Run:
     """Open an existing run folder with its own configuration, some top-level fields changed."""
-    import dataclasses
-
     config = load(Path(run_dir) / "config.json")
     return Run(dataclasses.replace(config, run_dir=Path(run_dir), **changes))
 
