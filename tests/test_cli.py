@@ -87,3 +87,16 @@ def test_the_run_folder_holds_its_configuration(run):
     assert stored["preset"] == "smoke"
     assert Path(stored["run_dir"]) == run.dir
     assert Config().preset == "default"
+
+
+@pytest.mark.libero
+@pytest.mark.slow
+def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
+    path = run.dir / "checkpoints" / "policy-1.safetensors"
+    store.save("policy", store.build("policy", run.config), run.config, path)
+    out = tmp_path / "outcomes.json"
+    done = call("evaluate", "--run-dir", str(run.dir), "--starts", "0", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "success 0/1 = 0.0% (95% interval 0.0% to 79.3%)" in done.stdout
+    episodes = json.loads(out.read_text())["episodes"]
+    assert [(e["start"], e["success"]) for e in episodes] == [(0, False)]

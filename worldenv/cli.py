@@ -211,8 +211,11 @@ def _evaluate() -> None:
     starts = evaluating.held_out_starts(run)
     outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
     wins = sum(o["success"] for o in outcomes)
-    rate, low, high = wilson(wins, len(outcomes))
-    print(f"success {wins}/{len(outcomes)} = {rate:.1%} (95% interval {low:.1%} to {high:.1%})")
+    rate = wilson(wins, len(outcomes))
+    print(
+        f"success {wins}/{len(outcomes)} = {rate.mean:.1%} "
+        f"(95% interval {rate.low:.1%} to {rate.high:.1%})"
+    )
     if arguments.out is not None:
         write_json(arguments.out, {"successes": wins, "episodes": outcomes})
     run.close()
