@@ -23,6 +23,7 @@ from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.rl.rollout import rollout
 from worldenv.runtime import progress
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
 from worldenv.stages.run import Run, use_cores
@@ -80,7 +81,8 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
                     seed=derive(config.seed, "demonstration"),
                     attempts=4,
                 ):
-                    episode.meta["mark"] = mark
+                    if mark:
+                        episode.meta["mark"] = mark
                     writer.append(episode)
                     bar.advance()
     finally:
@@ -127,7 +129,8 @@ def _roll_out(
             def keep(episode: int, info: dict) -> None:
                 nonlocal won
                 record = recorder.finish(episode, info)
-                record.meta["mark"] = mark
+                if mark:
+                    record.meta["mark"] = mark
                 writer.append(record)
                 won += record.success
                 bar.advance(successes=won)
@@ -210,15 +213,25 @@ def _exploration_start(config: Config, task: int, number: int, k: int) -> Start:
 
 
 def _missing(folder: Path, mark: str, starts: list[Start]) -> list[Start]:
-    """Starts without an episode of this configuration; episodes of another one are an error."""
+    """Starts that folder has no episode of yet.
+
+    mark: of the configuration, in a run folder, whose episodes of another configuration are
+    replaced. Without a mark the folder is the user's: it is only ever added to.
+    """
     if not any(folder.rglob("*.hdf5")):
         return starts
     have = read_episodes(folder)
-    stale = [e for e in have if e.meta.get("mark") != mark]
-    if stale:
-        print(f"{folder}: {len(stale)} episodes of another configuration are collected anew")
-        shutil.rmtree(folder)
-        return starts
+    if mark:
+        foreign = sum("mark" not in e.meta for e in have)
+        if foreign:
+            raise UserError(
+                f"{folder} holds {foreign} episodes that no run recorded. Move them elsewhere, or "
+                "choose another run_dir: a run replaces its data when its configuration changes."
+            )
+        if any(e.meta["mark"] != mark for e in have):
+            print(f"{folder}: {len(have)} episodes of another configuration are collected anew")
+            shutil.rmtree(folder)
+            return starts
     done = {(e.task, e.start, e.seed) for e in have}
     return [s for s in starts if (s.task, s.index, s.seed) not in done]
 
