@@ -1,9 +1,10 @@
 """Building blocks shared by the models: Wan-shaped block, rotary positions, encoders.
 
 `DenoiserBlock` has the structure of a Wan transformer block (self-attention with RMS-normalised
-queries and keys and 3D rotary positions, optional cross-attention, MLP, modulation by a shared
+queries and keys and 3D rotary positions, MLP, modulation by a shared
 time projection plus a learned table). One thing is added: a zero-initialised linear map from the
-frame's action embedding to the block's modulation, the per-frame action conditioning.
+frame's action embedding to the block's modulation, the per-frame action conditioning. Wan's
+cross-attention to text is left out: the dynamics do not depend on the instruction.
 """
 
 import math
@@ -64,7 +65,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 class DenoiserBlock(nn.Module):
     """One block over tokens `[B, F, S, E]`; how tokens attend is passed in as a function."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, context_dim: int = 0) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.heads = heads
         # Shift, scale, gate of attention and of the MLP. Open gates train far faster from scratch
@@ -78,7 +79,6 @@ class DenoiserBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
         )
-        self.cross = CrossAttention(width, heads, context_dim) if context_dim else None
         nn.init.zeros_(self.action.weight)
         nn.init.zeros_(self.action.bias)
 
@@ -89,7 +89,6 @@ class DenoiserBlock(nn.Module):
         action: Tensor,  # [B, F, E]
         rotary: Tensor,  # [B, F, S, 1, D/2] complex
         attend: Attend,  # (q, k, v) [B, F, S, H, D] -> [B, F, S, H, D]
-        context: Tensor | None = None,  # [B, N, context_dim]
     ) -> Tensor:
         modulation = self.table + time + self.action(action).unflatten(-1, (6, -1))
         shift, scale, gate, shift2, scale2, gate2 = modulation.unsqueeze(3).unbind(2)
@@ -98,30 +97,7 @@ class DenoiserBlock(nn.Module):
         q = rotate(self.norm_q(q).unflatten(-1, split), rotary)
         k = rotate(self.norm_k(k).unflatten(-1, split), rotary)
         x = x + gate * self.out(attend(q, k, v.unflatten(-1, split)).flatten(-2))
-        if self.cross is not None and context is not None:
-            x = x + self.cross(x, context)
         return x + gate2 * self.mlp(modulated_norm(x, shift2, scale2))
-
-
-class CrossAttention(nn.Module):
-    """Tokens attend to a context sequence (text), as in Wan."""
-
-    def __init__(self, width: int, heads: int, context_dim: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.q, self.kv = nn.Linear(width, width), nn.Linear(context_dim, 2 * width)
-        self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        batch, _, _, width = x.shape
-        k, v = self.kv(context).chunk(2, -1)
-        q = self.norm_q(self.q(self.norm(x))).reshape(batch, -1, self.heads, width // self.heads)
-        k = self.norm_k(k).unflatten(-1, (self.heads, -1))
-        v = v.unflatten(-1, (self.heads, -1))
-        y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)))
-        return self.out(y.transpose(1, 2).reshape(x.shape))
 
 
 class TransformerBlock(nn.Module):

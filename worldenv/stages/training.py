@@ -86,7 +86,8 @@ def train(
                     numbers = {k: float(v) for k, v in metrics.items()}
                     run.logger.log(name, step, lr=optimizer.param_groups[0]["lr"], **numbers)
                     bar.update(done, **numbers)
-                bar.advance(0) if done % 5 else bar.update(done)
+                elif done % 5 == 0:
+                    bar.update(done)
                 if time.monotonic() - saved > CHECKPOINT_SECONDS:
                     save()
                     saved = time.monotonic()
