@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.simulator import Simulator, executed
+from worldenv.models.simulator import FrameHead, Simulator, executed
 from worldenv.runtime.seeds import generator
 
 TINY = SimulatorConfig(width=48, layers=2, heads=2, patch=8, window=2, frames=2)
@@ -126,3 +126,26 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(prediction):
 def test_executed_actions_are_clipped_and_the_gripper_is_binary():
     command = torch.tensor([[2.0, -3.0, 0.5, 0.0, 0.0, 0.0, 0.1]])
     assert executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
+
+
+def test_the_head_keeps_or_redraws_each_block():
+    head = FrameHead(width=8, channels=12, block=4)
+    x, last = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
+    torch.testing.assert_close(head(x, last), last * torch.sigmoid(torch.tensor(4.0)))
+    with torch.no_grad():  # erase everything and paint it with 0.5
+        head.redraw[-1].bias.copy_(torch.tensor([-50.0, 0.5, 0.5, 0.5, 0.5]))
+    torch.testing.assert_close(head(x, last), torch.full_like(last, 0.5))
+
+
+def test_one_step_draws_the_mean_and_several_steps_a_sample():
+    model = simulator()
+    image, proprio, action = contexts(3)
+    image, proprio, action = (x[:1].expand(3, *x.shape[1:]) for x in (image, proprio, action))
+    frames = []
+    for steps in (1, 2):
+        state = model.start(3)
+        model.prefill(state, ALL, image, proprio, action, torch.arange(3))
+        model.step(state, torch.zeros(3, 8, 7), steps, ALL)
+        frames.append(state.latents)
+    torch.testing.assert_close(frames[0][0], frames[0][1])
+    assert (frames[1][0] - frames[1][1]).abs().mean() > 1e-3

@@ -7,14 +7,23 @@ from worldenv.config import SimulatorConfig
 from worldenv.models.tokenizer import AutoencoderTokenizer, PatchTokenizer, build_tokenizer
 
 
-def test_patches_are_lossless_and_in_reading_order():
+def test_patches_are_lossless_and_ordered_by_squares():
     tokenizer = PatchTokenizer(32, 8)
     image = torch.randint(0, 256, (2, 3, 2, 32, 32, 3), dtype=torch.uint8)
     latents = tokenizer.encode(image)
     assert latents.shape == (2, 3, 32, 192)
     assert torch.equal(tokenizer.decode(latents, 2), image)
     patch = image[0, 0, 1, 8:16, 16:24].float() / 127.5 - 1  # view 1, row 1, column 2
-    torch.testing.assert_close(latents[0, 0, 16 + 6].view(8, 8, 3), patch)
+    token = latents[0, 0, 16 + 6].view(2, 2, 4, 4, 3)  # squares of 4 x 4 pixels
+    torch.testing.assert_close(token[1, 0], patch[4:, :4])
+    assert tokenizer.block == 48
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 16])
+def test_patches_of_any_size_are_lossless(patch):
+    tokenizer = PatchTokenizer(16, patch)
+    image = torch.randint(0, 256, (1, 2, 16, 16, 3), dtype=torch.uint8)
+    assert torch.equal(tokenizer.decode(tokenizer.encode(image), 2), image)
 
 
 def test_the_autoencoder_keeps_shapes_and_learns():

@@ -48,6 +48,30 @@ class Conditioning:
     proprio: Tensor  # [B, F, P] predicted proprio of the frame itself
 
 
+class FrameHead(nn.Module):
+    """Tokens to a clean frame: of every block of the last frame, keep a share and add to it.
+
+    A token's E numbers cannot erase its Z old ones, so a plain residual leaves ghosts behind
+    whatever moved; one gate per block can, and a small network per block redraws it.
+    """
+
+    def __init__(self, width: int, channels: int, block: int, hidden: int = 24) -> None:
+        super().__init__()
+        self.block = block
+        self.spread = nn.Linear(width, channels // block * hidden)
+        self.redraw = nn.Sequential(
+            nn.Linear(hidden + block, 96), nn.SiLU(), zeroed(nn.Linear(96, 1 + block))
+        )
+        nn.init.constant_(self.redraw[-1].bias[:1], 4.0)  # begins by keeping 98 % of everything
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        """x `[..., S, E]` and the last frame `[..., S, Z]` to the next one `[..., S, Z]`."""
+        old = last.unflatten(-1, (-1, self.block))  # [..., S, N, block]
+        tokens = self.spread(x).unflatten(-1, (old.shape[-2], -1))
+        keep, new = self.redraw(torch.cat([tokens, old], -1)).float().tensor_split([1], -1)
+        return (keep.sigmoid() * old + new).flatten(-2)
+
+
 class Simulator(nn.Module):
     """See the module's docstring. Shapes: S tokens = views * grid**2, Z latent channels."""
 
@@ -88,11 +112,13 @@ class Simulator(nn.Module):
             DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(e, eps=1e-6)
-        self.patch_out = nn.Linear(e, z)
+        if config.prediction == "sample":
+            self.head = FrameHead(e, z, self.tokenizer.block)
+        else:
+            self.head = zeroed(nn.Linear(e, z))
         self.proprio_out = nn.Linear(e, proprio)
-        for layer in (self.time_out, self.dynamics[-1], self.patch_out, self.proprio_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
+            zeroed(layer)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Proprio normalisation `[P]`, from the training data."""
@@ -123,17 +149,19 @@ class Simulator(nn.Module):
         attends: Sequence,  # per layer: (q, k, v) -> attention output
     ) -> tuple[Tensor, Tensor]:
         """One pass: the clean frame `[B, F, S, Z]` and its proprio `[B, F, P]` (normalised)."""
-        x = self.patch_in(torch.cat([noisy, last], -1)) + self.position
+        s, clean = sigma[..., None, None], self.config.prediction == "sample"
+        # Pure noise says nothing about the clean frame; unscaled it shows as grain.
+        seen = (1 - s) * noisy if clean else noisy
+        x = self.patch_in(torch.cat([seen, last], -1)) + self.position
         time = self.time_in(sinusoidal(1000 * sigma, 256).to(x.dtype))
         modulation = self.time_out(time).unflatten(-1, (6, -1))
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, modulation, condition.action, rotary, attend)
         x = self.norm(x)
-        out = self.patch_out(x).float()
         refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
-        if self.config.prediction == "sample":
-            return last + out, refined
-        return noisy - sigma[..., None, None] * out, refined
+        if clean:
+            return self.head(x, last), refined
+        return noisy - s * self.head(x).float(), refined
 
     # ---------------------------------------------------------------- training
 
@@ -312,6 +340,13 @@ class Simulator(nn.Module):
         state.latents = torch.where(keep[:, None, None], frame[:, 0], state.latents)
         state.step = state.step + keep
         return self.tokenizer.decode(state.latents, self.views), state.proprio
+
+
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """The layer with its weights and bias set to zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def executed(action: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ The denoiser sees only `[..., S, Z]` latents, so a tokenizer can be exchanged wi
 pixel patches (exact, nothing to train), a small convolutional autoencoder, or a published VAE.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ class Tokenizer(Protocol):
 
     grid: int  # tokens per image side
     channels: int  # Z
+    block: int  # consecutive channels that belong together: one small square of the image
 
     def encode(self, images: Tensor) -> Tensor: ...
 
@@ -35,23 +37,28 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 class PatchTokenizer(nn.Module):
-    """Latents are the pixels of a `patch` x `patch` square, scaled to [-1, 1]. Lossless."""
+    """Latents are the pixels of a `patch` x `patch` square, scaled to [-1, 1]. Lossless.
+
+    Within a token the pixels are ordered by squares of 4 x 4, each a block of 48 channels.
+    """
 
     def __init__(self, image_size: int, patch: int) -> None:
         super().__init__()
         self.patch, self.grid, self.channels = patch, image_size // patch, 3 * patch * patch
+        self.side = math.gcd(patch, 4)
+        self.block = 3 * self.side**2
 
     def encode(self, images: Tensor) -> Tensor:
         *lead, views, _, _, _ = images.shape
-        g, p = self.grid, self.patch
-        x = to_unit(images).reshape(*lead, views, g, p, g, p, 3)
-        return x.transpose(-4, -3).reshape(*lead, views * g * g, self.channels)
+        g, b, n = self.grid, self.side, self.patch // self.side
+        x = to_unit(images).reshape(-1, g, n, b, g, n, b, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+        return x.reshape(*lead, views * g * g, self.channels)
 
     def decode(self, latents: Tensor, views: int) -> Tensor:
         lead = latents.shape[:-2]
-        g, p = self.grid, self.patch
-        x = latents.float().reshape(*lead, views, g, g, p, p, 3).transpose(-4, -3)
-        return to_bytes(x.reshape(*lead, views, g * p, g * p, 3))
+        g, b, n = self.grid, self.side, self.patch // self.side
+        x = latents.float().reshape(-1, g, g, n, n, b, b, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
+        return to_bytes(x.reshape(*lead, views, g * self.patch, g * self.patch, 3))
 
 
 class AutoencoderTokenizer(nn.Module):
@@ -63,6 +70,7 @@ class AutoencoderTokenizer(nn.Module):
     def __init__(self, image_size: int, patch: int, channels: int, width: int = 48) -> None:
         super().__init__()
         self.patch, self.grid, self.channels = patch, image_size // patch, channels
+        self.block = channels
         halvings = patch.bit_length() - 1
         if 2**halvings != patch:
             raise ValueError(f"autoencoder tokenizer: patch must be a power of two, got {patch}")

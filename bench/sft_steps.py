@@ -1,0 +1,80 @@
+"""Has imitation converged? Success in the real benchmark against the number of optimiser steps.
+
+    python bench/sft_steps.py --seed 0 --steps 500 1000 2000
+
+Trains the default preset's policy anew for each number of steps, on the same demonstrations, and
+evaluates it on the tuning starts 0-19 (the held-out ones decide nothing). Adds the runs to
+results/default/sft-steps.json, in place of earlier ones of the same seed and number of steps.
+"""
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
+from worldenv.runtime import device as devices
+from worldenv.stages import pipeline, store
+from worldenv.stages.collect import TUNING_STARTS
+from worldenv.stages.evaluate import evaluate_policy, held_out_starts
+from worldenv.stages.run import Run, write_json
+from worldenv.statistics import wilson
+
+ROOT = Path(__file__).parents[1]
+
+
+def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path) -> dict:
+    """Imitate for `steps` steps and count the successes."""
+    config = Config(
+        seed=seed,
+        run_dir=folder / f"seed-{seed}-steps-{steps}",
+        sft=SFTConfig(steps=steps),
+        evaluate=EvaluateConfig(starts=(0, TUNING_STARTS), fixture_seeds=fixture_seeds),
+    )
+    run = Run(config)
+    began = time.perf_counter()
+    pipeline.run_stage(run, "demonstrations")
+    trained = pipeline.run_stage(run, "sft")
+    policy = store.load("policy", run.dir / "checkpoints" / "policy-sft.safetensors")
+    outcomes = evaluate_policy(run, policy, held_out_starts(run), f"seed {seed}, {steps} steps")
+    run.close()
+    wins = sum(outcome["success"] for outcome in outcomes)
+    rate = wilson(wins, len(outcomes))
+    print(f"seed {seed}, {steps} steps: {wins}/{len(outcomes)} ({rate.low:.0%} to {rate.high:.0%})")
+    return {
+        "seed": seed,
+        "steps": steps,
+        "l1": round(trained["l1"], 5),
+        "successes": wins,
+        "episodes": len(outcomes),
+        "wilson": [round(rate.low, 4), round(rate.high, 4)],
+        "sft_seconds": trained["seconds"],
+        "seconds": round(time.perf_counter() - began, 1),
+        "config": to_dict(replace(config, run_dir=Path(config.run_dir.name))),
+        "command": " ".join(["python", "bench/sft_steps.py", *sys.argv[1:]]),
+        "commit": pipeline.commit(),
+        "machine": devices.describe(),
+    }
+
+
+def main() -> None:
+    """Parses the command line, measures, and writes the results beside the earlier ones."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="seeds of the pipeline")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1000, 2000])
+    parser.add_argument("--fixture-seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "sft-steps")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/default/sft-steps.json")
+    arguments = parser.parse_args()
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    for seed in arguments.seed:
+        for steps in arguments.steps:
+            row = measure(seed, steps, tuple(arguments.fixture_seeds), arguments.folder)
+            rows = [r for r in rows if (r["seed"], r["steps"]) != (seed, steps)] + [row]
+            write_json(arguments.out, sorted(rows, key=lambda r: (r["seed"], r["steps"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The whole pipeline, killed again and again, ends with the same bits as one left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from worldenv.runtime.logging import read_metrics
+
+pytestmark = pytest.mark.libero
+
+# A shell starts background jobs with SIGINT ignored, and children inherit that.
+PROGRAM = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from worldenv.cli import train
+train()
+"""
+TINY = [
+    *("--preset", "smoke", "--posttrain.rounds", "1", "--env.max-steps", "32"),
+    *("--collect.demonstrations", "1", "--collect.episodes", "3", "--collect.held-out", "0.34"),
+    *("--evaluate.starts", "20", "21"),
+]
+TIMEOUT = 300.0
+
+
+def launch(folder: Path) -> subprocess.Popen:
+    log = (folder.parent / f"{folder.name}.log").open("ab")
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *TINY, "--run-dir", str(folder)],
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        start_new_session=True,  # so that a kill takes the simulator processes along
+    )
+
+
+def stop_when(folder: Path, reached: Callable[[], bool], how: signal.Signals) -> int:
+    """Run until `reached`, signal the whole process group, and return the exit status."""
+    process = launch(folder)
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not reached():
+            log = (folder.parent / f"{folder.name}.log").read_text()
+            assert process.poll() is None, f"ended before it was stopped:\n{log}"
+            assert time.monotonic() < deadline, log
+            time.sleep(0.02)
+        os.killpg(process.pid, how)
+        return process.wait(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def complete(folder: Path) -> None:
+    process = launch(folder)
+    try:
+        status = process.wait(timeout=TIMEOUT)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert status == 0, (folder.parent / f"{folder.name}.log").read_text()
+
+
+def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    complete(whole)
+
+    def logged(stage: str) -> Callable[[], bool]:
+        return lambda: bool(read_metrics(broken, stage))
+
+    def exists(*parts: str) -> Callable[[], bool]:
+        return lambda: any(broken.joinpath(*parts[:-1]).glob(parts[-1]))
+
+    assert stop_when(broken, logged("sft"), signal.SIGINT) == 130
+    assert stop_when(broken, exists("data", "explore-0", "*", "*.hdf5"), signal.SIGKILL) == -9
+    assert stop_when(broken, logged("simulator-0"), signal.SIGINT) == 130
+    assert stop_when(broken, logged("posttrain-0"), signal.SIGKILL) == -9
+    assert stop_when(broken, exists("evaluation", "sft.json"), signal.SIGKILL) == -9
+    complete(broken)
+
+    names = sorted(p.name for p in (whole / "checkpoints").glob("*.safetensors"))
+    assert names == sorted(p.name for p in (broken / "checkpoints").glob("*.safetensors"))
+    assert "policy-0.safetensors" in names
+    for name in names:
+        a, b = (load_file(folder / "checkpoints" / name) for folder in (whole, broken))
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    results = [json.loads((folder / "results.json").read_text()) for folder in (whole, broken)]
+    for key in ("evaluation", "sft", "posttrained", "no_oracle", "fidelity", "real_episodes_used"):
+        assert results[0][key] == results[1][key], key
+    for stage in ("sft", "simulator-0", "reflector-0", "posttrain-0"):
+        assert rows(whole, stage) == rows(broken, stage)
+
+
+def rows(folder: Path, stage: str) -> list[dict]:
+    """A stage's metrics without what clocks decide."""
+    clocks = {"time", "frames_per_second"}
+    return [{k: v for k, v in r.items() if k not in clocks} for r in read_metrics(folder, stage)]
