@@ -31,6 +31,14 @@ STABLE_TORCH_LIBRARY(worldenv, m) {
   m.def(
       "gae(Tensor reward, Tensor value, Tensor terminated, Tensor truncated, float gamma, float lam) "
       "-> (Tensor, Tensor)");
+  // RMS norm over x [R,E], then rotary positions [R,D] (cosine, sine of each pair) on every head of D channels.
+  m.def("norm_rotary(Tensor x, Tensor weight, Tensor rotary, float eps, int isa=-1) -> Tensor");
+  m.def(
+      "norm_rotary_bwd(Tensor grad, Tensor x, Tensor weight, Tensor rotary, float eps, int isa=-1) "
+      "-> (Tensor, Tensor)");
+  // GELU, tanh approximation.
+  m.def("gelu(Tensor x, int isa=-1) -> Tensor");
+  m.def("gelu_bwd(Tensor grad, Tensor x, int isa=-1) -> Tensor");
   // Best instruction set of this CPU: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 dot products.
   m.def("best_isa() -> int");
 }

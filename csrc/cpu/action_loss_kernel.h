@@ -17,33 +17,8 @@ using worldenv::kRowBlock;
 constexpr float kLog2 = 0.693147180559945f;
 constexpr float kHalfLog2Pi = 0.918938533204673f;
 
-// e^x to 2e-7 relative; overflows to infinity, underflows to 0, NaN stays NaN.
-WORLDENV_INLINE Vec expv(Vec x) {
-  const Vec n = x * 1.44269504088896341f + 12582912.0f - 12582912.0f;
-  const Vec r = (x - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
-  const Vec y = exp2_unclamped(r * 1.44269504088896341f);
-  const Vec half = (Vec)(((Bits)(n * 0.5f + 12582912.0f) - 0x4b400000u + 127u) << 23);  // 2^(n/2), in two steps
-  const Vec rest = n - ((n * 0.5f + 12582912.0f) - 12582912.0f);
-  const Vec other = (Vec)(((Bits)(rest + 12582912.0f) - 0x4b400000u + 127u) << 23);
-  Vec e = y * half * other;
-  e = pick(x > 88.72283f, splat(__builtin_inff()), e);
-  e = pick(x < -87.3f, Vec{}, e);
-  return pick(x == x, e, x);
-}
 WORLDENV_INLINE Vec sign(Vec x) { return pick(x > 0.0f, splat(1.0f), pick(x < 0.0f, splat(-1.0f), Vec{})); }
 WORLDENV_INLINE float exp1(float x) { return expv(splat(x))[0]; }
-
-// The first n (< kLanes allowed) floats of p, the rest zero; and the reverse.
-WORLDENV_INLINE Vec load_part(const float* p, int64_t n) {
-  if (n >= kLanes) return load(p);
-  Vec v = {};
-  std::memcpy(&v, p, 4 * n);
-  return v;
-}
-WORLDENV_INLINE void store_part(float* p, Vec v, int64_t n) {
-  if (n >= kLanes) store(p, v);
-  else std::memcpy(p, &v, 4 * n);
-}
 
 // Loops over A are short: A = 7, the action of one arm, gets code of its own (`A` = 0 reads it from the arguments).
 template <int A>

@@ -68,6 +68,31 @@ WORLDENV_INLINE Vec exp2v(Vec x) {
   y = pick(y > high, high, y);
   return pick(x == x, exp2_unclamped(y), x);
 }
+// e^x to 2e-7 relative; overflows to infinity, underflows to 0, NaN stays NaN.
+WORLDENV_INLINE Vec expv(Vec x) {
+  const Vec n = x * 1.44269504088896341f + 12582912.0f - 12582912.0f;
+  const Vec r = (x - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
+  const Vec y = exp2_unclamped(r * 1.44269504088896341f);
+  const Vec half = (Vec)(((Bits)(n * 0.5f + 12582912.0f) - 0x4b400000u + 127u) << 23);  // 2^(n/2), in two steps
+  const Vec rest = n - ((n * 0.5f + 12582912.0f) - 12582912.0f);
+  const Vec other = (Vec)(((Bits)(rest + 12582912.0f) - 0x4b400000u + 127u) << 23);
+  Vec e = y * half * other;
+  e = pick(x > 88.72283f, splat(__builtin_inff()), e);
+  e = pick(x < -87.3f, Vec{}, e);
+  return pick(x == x, e, x);
+}
+
+// The first n (< kLanes allowed) floats of p, the rest zero; and the reverse.
+WORLDENV_INLINE Vec load_part(const float* p, int64_t n) {
+  if (n >= kLanes) return load(p);
+  Vec v = {};
+  std::memcpy(&v, p, 4 * n);
+  return v;
+}
+WORLDENV_INLINE void store_part(float* p, Vec v, int64_t n) {
+  if (n >= kLanes) store(p, v);
+  else std::memcpy(p, &v, 4 * n);
+}
 
 WORLDENV_INLINE Vec widen(Half h) { return (Vec)(__builtin_convertvector(h, Bits) << 16); }
 WORLDENV_INLINE Half narrow(Vec x) {  // round to nearest even; NaN stays NaN

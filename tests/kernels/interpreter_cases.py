@@ -15,6 +15,7 @@ from worldenv.ops import (
     action_loss,
     frame_attention,
     modulated_norm,
+    norm_rotary,
     spatiotemporal_attention,
 )
 from worldenv.ops import backend as backends
@@ -118,6 +119,26 @@ def test_modulated_norm(shape, modulation):
     compare(modulated_norm, leaves, torch.randn(shape))
 
 
+@pytest.mark.parametrize(
+    ("lead", "heads", "dim"), [((2, 3, 5), 3, 16), ((1, 1), 1, 2), ((3, 7), 2, 6)]
+)
+def test_norm_rotary(lead, heads, dim):
+    torch.manual_seed(0)
+    angle = torch.randn(*lead, dim // 2)
+    rotary = torch.polar(torch.ones_like(angle), angle)
+    leaves = {"x": torch.randn(*lead, heads * dim), "weight": torch.randn(heads * dim)}
+
+    def op(**x):
+        return norm_rotary(**x, rotary=rotary)
+
+    compare(op, leaves, torch.randn(*lead, heads, dim))
+    qkv = torch.randn(*lead, 3 * heads * dim)  # a slice of a projection, rows apart
+    k = qkv.chunk(3, -1)[1]
+    got = norm_rotary(k, leaves["weight"], rotary, backend="triton")
+    want = norm_rotary(k, leaves["weight"], rotary, backend="reference")
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["laplace", "gaussian"])
 @pytest.mark.parametrize("reference", [None, "mu", "scale"])
 @pytest.mark.parametrize("shape", [(9, 8, 7), (1, 1, 1)])
@@ -164,4 +185,9 @@ def test_opcheck():
     _, mean, rstd = ops.modulated_norm_fwd_triton(*norm)
     torch.library.opcheck(
         ops.modulated_norm_bwd_triton.default, (x, x, m, mean, rstd), test_utils=checks
+    )
+    turns = torch.randn(4, 4)
+    torch.library.opcheck(ops.norm_rotary_triton.default, (x, m[0], turns, 1e-6), test_utils=checks)
+    torch.library.opcheck(
+        ops.norm_rotary_bwd_triton.default, (x, x, m[0], turns, 1e-6), test_utils=checks
     )

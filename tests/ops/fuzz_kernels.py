@@ -86,6 +86,24 @@ def action_loss(ops, best: int) -> None:
     ops.token_logprob(logits, tokens, isa)
 
 
+def pointwise(ops, best: int) -> None:
+    dtype = random.choice([torch.float32, torch.bfloat16])
+    rows, heads, dim = random.randint(0, 50), random.randint(1, 5), 2 * random.randint(1, 40)
+    isa = random.randint(-1, min(best, 2))
+    x = torch.randn(rows, heads * dim + random.randint(0, 9)).to(dtype)[:, : heads * dim]
+    weight, turns = torch.randn(heads * dim), torch.randn(rows, dim)
+    out = ops.norm_rotary(x, weight, turns, 1e-6, isa)
+    ops.norm_rotary_bwd(out, x, weight, turns, 1e-6, isa)
+    y = torch.randn(random.choice([0, 1, 15, 16384, 16385, random.randint(0, 70_000)])).to(dtype)
+    ops.gelu_bwd(y, ops.gelu(y, isa), isa)
+    for bad in (weight[1:], weight.double()):
+        try:
+            ops.norm_rotary(x, bad, turns, 1e-6, isa)
+        except RuntimeError:
+            continue
+        raise AssertionError("accepted a bad weight")
+
+
 def gae(ops, _: int) -> None:
     steps, batch = random.randint(0, 40), random.randint(0, 40)
     dtype = random.choice([torch.float32, torch.float64])
@@ -101,7 +119,7 @@ def main() -> None:
     for seed in range(int(sys.argv[2])):
         random.seed(seed)
         torch.manual_seed(seed)
-        for case in (frame_attention, action_loss, gae):
+        for case in (frame_attention, action_loss, gae, pointwise):
             case(ops, best)
     print(f"{sys.argv[2]} rounds clean")
 

@@ -29,18 +29,17 @@ TINY = [
     *("--collect.demonstrations", "1", "--collect.episodes", "3", "--collect.held-out", "0.34"),
     *("--evaluate.starts", "20", "21"),
 ]
-TIMEOUT = 300.0
+TIMEOUT = 600.0
 
 
 def launch(folder: Path) -> subprocess.Popen:
-    log = (folder.parent / f"{folder.name}.log").open("ab")
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, *TINY, "--run-dir", str(folder)],
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        start_new_session=True,  # so that a kill takes the simulator processes along
-    )
+    with (folder.parent / f"{folder.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, *TINY, "--run-dir", str(folder)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that a kill takes the simulator processes along
+        )
 
 
 def stop_when(folder: Path, reached: Callable[[], bool], how: signal.Signals) -> int:

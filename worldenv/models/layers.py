@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldenv.ops import modulated_norm
+from worldenv.ops import gelu, modulated_norm, norm_rotary
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,21 +45,15 @@ class Rotary3D(nn.Module):
         self.register_buffer("frame_freq", _freq(self.frame_dim), persistent=False)
 
     def forward(self, frame: Tensor) -> Tensor:
-        """Frame positions `[...]` to unit complex numbers `[..., S, 1, D/2]`."""
+        """Frame positions `[...]` to unit complex numbers `[..., S, D/2]`."""
         time = (frame[..., None].float() * self.frame_freq)[..., None, :]
         space = self.space.expand(*frame.shape, -1, -1)
-        angle = torch.cat([time.expand(*space.shape[:-1], -1), space], -1)[..., None, :]
+        angle = torch.cat([time.expand(*space.shape[:-1], -1), space], -1)
         return torch.polar(torch.ones_like(angle), angle)
 
 
 def _freq(dim: int) -> Tensor:
     return 1.0 / 10_000.0 ** (torch.arange(0, dim, 2).float() / dim)
-
-
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate interleaved pairs of x `[..., S, H, D]` by unit complex numbers `[..., S, 1, D/2]`."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
 
 class DenoiserBlock(nn.Module):
@@ -76,9 +70,7 @@ class DenoiserBlock(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
         self.out = nn.Linear(width, width)
         hidden = int(width * mlp_ratio)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU("tanh"), nn.Linear(hidden, width)
-        )
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
         nn.init.zeros_(self.action.weight)
         nn.init.zeros_(self.action.bias)
 
@@ -87,17 +79,17 @@ class DenoiserBlock(nn.Module):
         x: Tensor,  # [B, F, S, E]
         time: Tensor,  # [B, F, 6, E] shared projection of the noise level
         action: Tensor,  # [B, F, E]
-        rotary: Tensor,  # [B, F, S, 1, D/2] complex
+        rotary: Tensor,  # [B, F, S, D/2] complex
         attend: Attend,  # (q, k, v) [B, F, S, H, D] -> [B, F, S, H, D]
     ) -> Tensor:
         modulation = self.table + time + self.action(action).unflatten(-1, (6, -1))
         shift, scale, gate, shift2, scale2, gate2 = modulation.unsqueeze(3).unbind(2)
         q, k, v = self.qkv(modulated_norm(x, shift, scale)).chunk(3, -1)
-        split = (self.heads, -1)
-        q = rotate(self.norm_q(q).unflatten(-1, split), rotary)
-        k = rotate(self.norm_k(k).unflatten(-1, split), rotary)
-        x = x + gate * self.out(attend(q, k, v.unflatten(-1, split)).flatten(-2))
-        return x + gate2 * self.mlp(modulated_norm(x, shift2, scale2))
+        q = norm_rotary(q, self.norm_q.weight, rotary)
+        k = norm_rotary(k, self.norm_k.weight, rotary)
+        attended = attend(q, k, v.unflatten(-1, (self.heads, -1))).flatten(-2)
+        x = torch.addcmul(x, gate, self.out(attended))
+        return torch.addcmul(x, gate2, self.down(gelu(self.up(modulated_norm(x, shift2, scale2)))))
 
 
 class TransformerBlock(nn.Module):

@@ -145,7 +145,7 @@ class Simulator(nn.Module):
         last: Tensor,  # [B, F, S, Z] the frame before each
         sigma: Tensor,  # [B, F] noise level in [0, 1]
         condition: Conditioning,
-        rotary: Tensor,  # [B, F, S, 1, D/2] complex
+        rotary: Tensor,  # [B, F, S, D/2] complex
         attends: Sequence,  # per layer: (q, k, v) -> attention output
     ) -> tuple[Tensor, Tensor]:
         """One pass: the clean frame `[B, F, S, Z]` and its proprio `[B, F, P]` (normalised)."""

@@ -7,6 +7,8 @@ from worldenv.ops.advantage import gae, group_normalized, leave_one_out
 from worldenv.ops.attention import spatiotemporal_attention
 from worldenv.ops.backend import BackendUnavailable
 from worldenv.ops.frame_cache import FrameCache, frame_attention
+from worldenv.ops.gelu import gelu
+from worldenv.ops.norm_rotary import norm_rotary
 
 __all__ = [
     "BackendUnavailable",
@@ -15,8 +17,10 @@ __all__ = [
     "action_loss",
     "frame_attention",
     "gae",
+    "gelu",
     "group_normalized",
     "leave_one_out",
     "modulated_norm",
+    "norm_rotary",
     "spatiotemporal_attention",
 ]

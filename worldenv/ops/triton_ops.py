@@ -11,6 +11,7 @@ from worldenv.kernels import action_loss as action_loss_kernels
 from worldenv.kernels import adaln as adaln_kernels
 from worldenv.kernels import attention as attention_kernels
 from worldenv.kernels import frame_attention as frame_kernels
+from worldenv.kernels import norm_rotary as rotary_kernels
 
 
 @torch.library.custom_op("worldenv::attention_fwd_triton", mutates_args=())
@@ -116,6 +117,42 @@ def _norm_backward(ctx, grad, *_):
 
 
 modulated_norm_fwd.register_autograd(_norm_backward, setup_context=_norm_context)
+
+
+@torch.library.custom_op("worldenv::norm_rotary_triton", mutates_args=())
+def norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:
+    """x [R,E], weight [E], rotary [R,D] -> out [R,E]."""
+    return rotary_kernels.forward(x, weight, rotary, eps)
+
+
+@norm_rotary.register_fake
+def _(x, weight, rotary, eps):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("worldenv::norm_rotary_bwd_triton", mutates_args=())
+def norm_rotary_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, rotary: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and weight."""
+    return rotary_kernels.backward(grad, x, weight, rotary, eps)
+
+
+@norm_rotary_bwd.register_fake
+def _(grad, x, weight, rotary, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _rotary_context(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.eps = inputs[3]
+
+
+def _rotary_backward(ctx, grad):
+    return *norm_rotary_bwd(grad.contiguous(), *ctx.saved_tensors, ctx.eps), None, None
+
+
+norm_rotary.register_autograd(_rotary_backward, setup_context=_rotary_context)
 
 
 @torch.library.custom_op("worldenv::action_loss_triton", mutates_args=())
