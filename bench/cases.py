@@ -17,12 +17,16 @@ from worldenv.ops import (
     action_loss,
     frame_attention,
     gae,
+    gelu,
     modulated_norm,
+    norm_rotary,
     spatiotemporal_attention,
 )
 from worldenv.ops.action_loss import action_loss_reference
 from worldenv.ops.adaln import modulated_norm_reference
 from worldenv.ops.attention import frame_mask, spatiotemporal_attention_reference
+from worldenv.ops.gelu import gelu_reference
+from worldenv.ops.norm_rotary import norm_rotary_reference
 
 STEPS = 4  # denoising steps per frame; one more pass writes the cache
 
@@ -277,6 +281,58 @@ def modulated_norm_case(rows: tuple[int, ...], width: int, dtype: torch.dtype, d
     )
 
 
+def norm_rotary_case(
+    rows: tuple[int, int], heads: int, dim: int, dtype: torch.dtype, device: str, train: bool
+) -> Case:
+    """Queries or keys of (frames, tokens): forward, or forward and backward."""
+    width = heads * dim
+    qkv = torch.randn(*rows, 3 * width, device=device).to(dtype)
+    x, weight = qkv.chunk(3, -1)[0], torch.randn(width, device=device)
+    angle = torch.randn(*rows, dim // 2, device=device)
+    rotary = torch.polar(torch.ones_like(angle), angle)
+    grad = torch.randn(*rows, heads, dim, device=device).to(dtype)
+    leaves = [x.detach().requires_grad_(), weight.requires_grad_()]
+
+    def through(function: Callable[..., Tensor]) -> Callable[[], Tensor]:
+        if train:
+            return lambda: backward_of(
+                lambda *y: (function(*y, rotary) * grad).float().sum(), leaves
+            )
+        return torch.no_grad()(lambda: function(x, weight, rotary))
+
+    return Case(
+        f"norm_rotary {'training' if train else 'inference'}",
+        f"{rows} H{heads} D{dim}",
+        str(dtype)[6:],
+        through(norm_rotary),
+        {"eager": through(norm_rotary_reference)},
+        through(norm_rotary_reference),
+        1e-4 if dtype == torch.float32 else 3e-2,
+        traffic=(5.0 if train else 2.0) * x.numel() * x.element_size(),
+    )
+
+
+def gelu_case(shape: tuple[int, ...], dtype: torch.dtype, train: bool) -> Case:
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    grad = torch.randn(shape).to(dtype)
+
+    def through(function: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        if train:
+            return lambda: torch.autograd.grad(function(x), x, grad)[0]
+        return torch.no_grad()(lambda: function(x))
+
+    return Case(
+        f"gelu {'training' if train else 'inference'}",
+        f"{shape}",
+        str(dtype)[6:],
+        through(gelu),
+        {"torch": through(gelu_reference)},
+        lambda: through(gelu_reference)().detach(),
+        1e-4 if dtype == torch.float32 else 3e-2,
+        traffic=(5.0 if train else 2.0) * x.numel() * x.element_size(),
+    )
+
+
 def cpu_cases(compiled: bool) -> Iterator[Case]:
     for dtype in (torch.float32, torch.bfloat16):
         for past in (8, 16):
@@ -287,6 +343,10 @@ def cpu_cases(compiled: bool) -> Iterator[Case]:
     yield token_loss_case(64, 256, "cpu")
     yield gae_case(64, 128, "cpu")
     yield gae_case(16, 32, "cpu")
+    for train in (False, True):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield norm_rotary_case((8, 64), 8, 32, dtype, "cpu", train)
+            yield gelu_case((8, 64, 1024), dtype, train)
 
 
 def gpu_cases() -> Iterator[Case]:
@@ -301,5 +361,7 @@ def gpu_cases() -> Iterator[Case]:
         yield action_loss_case(batch, True, "cuda")
     for width in (1536, 3072):
         yield modulated_norm_case((16, 4096), width, bf16, "cuda")
+        yield norm_rotary_case((16, 4096), width // 128, 128, bf16, "cuda", False)
+        yield norm_rotary_case((16, 4096), width // 128, 128, bf16, "cuda", True)
     yield gae_case(64, 128, "cuda")
     yield gae_case(256, 4096, "cuda")

@@ -8,59 +8,87 @@ recomputing the whole window at each step. Weights are random: only the arithmet
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from bench.timing import Case
-from worldenv.ops import FrameCache, frame_attention, modulated_norm, spatiotemporal_attention
+from worldenv.models.layers import Rotary3D
+from worldenv.ops import (
+    FrameCache,
+    frame_attention,
+    gelu,
+    modulated_norm,
+    norm_rotary,
+    spatiotemporal_attention,
+)
 
 
 class Block(nn.Module):
-    """Modulated attention and feed-forward, as in a DiT."""
+    """Wan's self-attention and feed-forward under a fixed modulation.
+
+    plain: the pointwise ops as torch runs them, instead of ours.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.norm_q, self.norm_k = nn.RMSNorm(width), nn.RMSNorm(width)
         self.project = nn.Linear(width, width)
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
         self.modulation = nn.Parameter(torch.randn(4, width) * 0.1)
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
+    def heads_of(self, x: Tensor, rotary: Tensor, plain: bool) -> tuple[Tensor, ...]:
+        backend = "reference" if plain else "auto"
         y = modulated_norm(x, self.modulation[0], self.modulation[1])
-        return self.qkv(y).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        q, k, v = self.qkv(y).chunk(3, -1)
+        q = norm_rotary(q, self.norm_q.weight, rotary, backend=backend)
+        k = norm_rotary(k, self.norm_k.weight, rotary, backend=backend)
+        return q, k, v.unflatten(-1, (self.heads, -1))
 
-    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, x: Tensor, attended: Tensor, plain: bool) -> Tensor:
         x = x + self.project(attended.flatten(-2))
         y = modulated_norm(x, self.modulation[2], self.modulation[3])
-        return x + self.down(nn.functional.gelu(self.up(y), approximate="tanh"))
+        return x + self.down(gelu(self.up(y), backend="reference" if plain else "auto"))
 
 
 class Denoiser(nn.Module):
-    """L blocks of width E over S tokens per frame."""
+    """L blocks of width E over S = side**2 tokens per frame."""
 
-    def __init__(self, layers: int, width: int, heads: int) -> None:
+    def __init__(self, layers: int, width: int, heads: int, side: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.heads, self.head_dim = heads, width // heads
+        self.rotary = Rotary3D(self.head_dim, 1, side)
 
-    def step(self, x: Tensor, cache: FrameCache, backend: str, append: bool = False) -> Tensor:
-        """One pass over the frame in progress, x [B, S, E], against the cache."""
+    def step(
+        self,
+        x: Tensor,
+        rotary: Tensor,
+        cache: FrameCache,
+        backend: str = "auto",
+        plain: bool = False,
+        append: bool = False,
+    ) -> Tensor:
+        """One pass over the frame in progress, x [B, S, E], against the cache; rotary [S, D/2] of
+        its position."""
         for layer, block in enumerate(self.blocks):
-            q, k, v = block.heads_of(x)
+            q, k, v = block.heads_of(x, rotary, plain)
             attended = frame_attention(q, k, v, cache, layer, backend=backend)
             if append:
                 cache.append(layer, k, v)
-            x = block.finish(x, attended)
+            x = block.finish(x, attended, plain)
         return x
 
-    def window(self, x: Tensor) -> Tensor:
-        """One pass over all frames, x [B, F, S, E]."""
+    def window(self, x: Tensor, rotary: Tensor, plain: bool = False) -> Tensor:
+        """One pass over all frames, x [B, F, S, E], rotary [F, S, D/2]."""
         for block in self.blocks:
-            x = block.finish(x, spatiotemporal_attention(*block.heads_of(x)))
+            attended = spatiotemporal_attention(*block.heads_of(x, rotary, plain))
+            x = block.finish(x, attended, plain)
         return x
 
 
@@ -76,7 +104,9 @@ def step_case(
 ) -> Case:
     """One denoising step of one frame: cached with our ops, with SDPA, and by recomputing the
     window."""
-    model = Denoiser(layers, width, heads).to(device, dtype)
+    model = Denoiser(layers, width, heads, math.isqrt(tokens)).to(device)
+    rotary = model.rotary(torch.arange(past + 1, device=device))
+    model = model.to(dtype)
     exact = copy.deepcopy(model).float()
     frames = torch.randn(batch, past + 1, tokens, width, device=device).to(dtype)
     caches = {}
@@ -87,23 +117,25 @@ def step_case(
                 dtype=dtype, device=device, layout=layout,
             )  # fmt: skip
             for f in range(past):
-                model.step(frames[:, f], caches[layout], "sdpa", append=True)
+                model.step(frames[:, f], rotary[f], caches[layout], "sdpa", append=True)
                 caches[layout].advance()
-    last = frames[:, past]
+    last, turns = frames[:, past], rotary[past]
     count = sum(p.numel() for p in model.parameters())
     work = 2.0 * batch * tokens * count + 4.0 * layers * batch * tokens**2 * (past + 1) * width
     return Case(
         "denoiser step",
         f"{count / 1e6:.1f}M B{batch} S{tokens} past {past}",
         str(dtype)[6:],
-        torch.no_grad()(lambda: model.step(last, caches["auto"], "auto")),
+        torch.no_grad()(lambda: model.step(last, turns, caches["auto"])),
         {
             "sdpa, preallocated cache": torch.no_grad()(
-                lambda: model.step(last, caches["plain"], "sdpa")
+                lambda: model.step(last, turns, caches["plain"], "sdpa", plain=True)
             ),
-            "recomputing the window": torch.no_grad()(lambda: model.window(frames)[:, past]),
+            "recomputing the window": torch.no_grad()(
+                lambda: model.window(frames, rotary)[:, past]
+            ),
         },
-        torch.no_grad()(lambda: exact.window(frames.float())[:, past]),
+        torch.no_grad()(lambda: exact.window(frames.float(), rotary, plain=True)[:, past]),
         1e-4 if dtype == torch.float32 else 6e-2,
         work,
     )
@@ -130,17 +162,18 @@ def episode_seconds(
 
     layers, heads, head_dim, side = 8, 8, 32, 8
     tokens, width = side * side, heads * head_dim
-    model = Denoiser(layers, width, heads).to(device)
+    model = Denoiser(layers, width, heads, side).to(device)
+    rotary = model.rotary(torch.arange(frames, device=device))
     wan = wan_of(layers, heads, head_dim, device, torch.float32)
 
     @torch.no_grad()
     def ours() -> Tensor:
         cache = FrameCache(layers, batch, frames, tokens, heads, head_dim, device=device)
-        for _ in range(frames):
+        for f in range(frames):
             x = torch.randn(batch, tokens, width, device=device)
             for _ in range(steps):
-                x = model.step(x, cache, "auto")
-            model.step(x, cache, "auto", append=True)
+                x = model.step(x, rotary[f], cache)
+            model.step(x, rotary[f], cache, append=True)
             cache.advance()
         return x
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -77,21 +78,23 @@ def generate(name: str, batch: int, flops: float) -> dict[str, float]:
 
     layers, width, heads = SIZES[name]
     with torch.device("cuda"):
-        model = Denoiser(layers, width, heads).bfloat16()
+        model = Denoiser(layers, width, heads, math.isqrt(TOKENS))
+    rotary = model.rotary(torch.tensor(PAST, device="cuda"))
+    model = model.bfloat16()
     parameters = sum(p.numel() for p in model.parameters())
     cache = FrameCache(
         layers, batch, PAST, TOKENS, heads, width // heads, dtype=torch.bfloat16, device="cuda"
     )
     x = torch.randn(batch, TOKENS, width, device="cuda", dtype=torch.bfloat16)
     for _ in range(PAST + 1):
-        model.step(x, cache, "auto", append=True)
+        model.step(x, rotary, cache, append=True)
         cache.advance()
     torch.cuda.synchronize()
     graphs = {}
     for append in (False, True):
         graphs[append] = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graphs[append]):
-            model.step(x, cache, "auto", append=append)
+            model.step(x, rotary, cache, append=append)
 
     def frame() -> None:
         for _ in range(STEPS):

@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(worldenv, m) {
   m.def(
       "gae(Tensor reward, Tensor value, Tensor terminated, Tensor truncated, float gamma, float lam) "
       "-> (Tensor, Tensor)");
-  // RMS norm over x [R,E], then rotary positions [R,D] (cosine, sine of each pair) on every head of D channels.
+  // RMS norm over x [R,E], then rotary positions [turns,D] (cosine, sine of each pair; row r
+  // takes r % turns) on every head of D channels.
   m.def("norm_rotary(Tensor x, Tensor weight, Tensor rotary, float eps, int isa=-1) -> Tensor");
   m.def(
       "norm_rotary_bwd(Tensor grad, Tensor x, Tensor weight, Tensor rotary, float eps, int isa=-1) "

@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 @triton.jit
-def norm_rotary_fwd_kernel(x, weight, rotary, out, stride, width, dim, eps, BLOCK: tl.constexpr):
+def norm_rotary_fwd_kernel(
+    x, weight, rotary, out, turns, stride, width, dim, eps, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, BLOCK)
     inside = pair < width // 2
@@ -23,7 +25,7 @@ def norm_rotary_fwd_kernel(x, weight, rotary, out, stride, width, dim, eps, BLOC
     inverse = 1.0 / tl.sqrt(tl.sum(a * a + b * b) / width + eps)
     a *= inverse * tl.load(weight + 2 * pair, inside, other=0.0)
     b *= inverse * tl.load(weight + 2 * pair + 1, inside, other=0.0)
-    turn = rotary + row * dim + 2 * (pair % (dim // 2))
+    turn = rotary + row % turns * dim + 2 * (pair % (dim // 2))
     c = tl.load(turn, inside, other=0.0)
     s = tl.load(turn + 1, inside, other=0.0)
     to = out + row * width + 2 * pair
@@ -33,7 +35,7 @@ def norm_rotary_fwd_kernel(x, weight, rotary, out, stride, width, dim, eps, BLOC
 
 @triton.jit
 def norm_rotary_bwd_kernel(
-    grad, x, weight, rotary, grad_x, part, rows, chunk, stride, width, dim, eps,
+    grad, x, weight, rotary, grad_x, part, turns, rows, chunk, stride, width, dim, eps,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`chunk` rows: their dx, and their part of the weight's gradient."""
@@ -48,7 +50,7 @@ def norm_rotary_bwd_kernel(
         a = tl.load(x + row * stride + 2 * pair, inside, other=0.0).to(tl.float32)
         b = tl.load(x + row * stride + 2 * pair + 1, inside, other=0.0).to(tl.float32)
         inverse = 1.0 / tl.sqrt(tl.sum(a * a + b * b) / width + eps)
-        turn = rotary + row * dim + 2 * (pair % (dim // 2))
+        turn = rotary + row % turns * dim + 2 * (pair % (dim // 2))
         c = tl.load(turn, inside, other=0.0)
         s = tl.load(turn + 1, inside, other=0.0)
         at = row * width + 2 * pair
@@ -73,12 +75,14 @@ def _block(width: int) -> dict[str, int]:
 
 
 def forward(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:
-    """x [R,E] with contiguous channels, weight [E] and rotary [R,D] float32 -> out [R,E]."""
+    """x [R,E] with contiguous channels, weight [E] and rotary [turns,D] float32 -> out
+    [R,E]. Row r takes rotary r % turns."""
     rows, width = x.shape
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     norm_rotary_fwd_kernel[(rows,)](
-        x, weight, rotary, out, x.stride(0), width, rotary.shape[1], eps, **_block(width)
-    )
+        x, weight, rotary, out, rotary.shape[0], x.stride(0), width, rotary.shape[1], eps,
+        **_block(width),
+    )  # fmt: skip
     return out
 
 
@@ -92,7 +96,7 @@ def backward(
     grad_x = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     part = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     norm_rotary_bwd_kernel[(programs,)](
-        grad, x, weight, rotary, grad_x, part, rows, chunk, x.stride(0), width, rotary.shape[1],
-        eps, **_block(width),
+        grad, x, weight, rotary, grad_x, part, rotary.shape[0], rows, chunk, x.stride(0), width,
+        rotary.shape[1], eps, **_block(width),
     )  # fmt: skip
     return grad_x, part.sum(0)

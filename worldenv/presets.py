@@ -1,7 +1,7 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop less than twenty minutes; `smoke` shows in two minutes that every
-part works; the `libero-*` presets run all ten tasks of a suite with the official assets.
+`default` takes a two-core laptop a quarter of an hour; `smoke` shows in two minutes that every part
+works; the `libero-*` presets run all ten tasks of a suite with the official assets.
 """
 
 from dataclasses import replace

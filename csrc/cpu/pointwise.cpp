@@ -44,9 +44,9 @@ void by_type(const Tensor& x, const char* op, Work work) {
 
 template <class T>
 NormRotary<T> describe(const Tensor& x, const Tensor& weight, const Tensor& rotary, double eps, Tensor& out) {
-  STD_TORCH_CHECK(x.dim() == 2 && rotary.dim() == 2 && rotary.size(0) == x.size(0) && rotary.size(1) > 0 &&
-                      rotary.size(1) % 2 == 0 && x.size(1) % rotary.size(1) == 0,
-                  "norm_rotary: expected x [R,E] and rotary [R,D], D even and a divisor of E");
+  STD_TORCH_CHECK(x.dim() == 2 && rotary.dim() == 2 && rotary.size(0) > 0 && x.size(0) % rotary.size(0) == 0 &&
+                      rotary.size(1) > 0 && rotary.size(1) % 2 == 0 && x.size(1) % rotary.size(1) == 0,
+                  "norm_rotary: expected x [R,E] and rotary [turns,D]; turns must divide R, D be even and divide E");
   STD_TORCH_CHECK(x.stride(1) == 1, "norm_rotary: the channels of x must be contiguous");
   STD_TORCH_CHECK(weight.scalar_type() == ScalarType::Float && weight.is_contiguous() && weight.numel() == x.size(1),
                   "norm_rotary: weight must be contiguous f32 [E]");
@@ -60,6 +60,7 @@ NormRotary<T> describe(const Tensor& x, const Tensor& weight, const Tensor& rota
   a.stride = x.stride(0);
   a.width = x.size(1);
   a.dim = rotary.size(1);
+  a.turns = rotary.size(0);
   a.eps = static_cast<float>(eps);
   return a;
 }

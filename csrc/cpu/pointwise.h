@@ -11,10 +11,10 @@ struct NormRotary {
   const T* x;           // [R, E], rows `stride` apart
   const T* grad_out;    // [R, E], backward only
   const float* weight;  // [E]
-  const float* rotary;  // [R, D]: cosine and sine of each pair of channels
+  const float* rotary;  // [turns, D]: cosine and sine of each pair of channels; row r takes r % turns
   T* out;               // [R, E]; backward: gradient of x
   float* grad_weight;   // [E], backward only: added to
-  int64_t stride, width, dim;
+  int64_t stride, width, dim, turns;
   float eps;
 };
 

@@ -58,12 +58,13 @@ void norm_rotary(const NormRotary<T>& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     const T* x = a.x + r * a.stride;
     T* out = a.out + r * a.width;
+    const float* turn = a.rotary + r % a.turns * a.dim;
     const float inverse = inverse_rms(x, a.width, a.eps);
     for (int64_t h = 0; h < a.width; h += a.dim)
       for (int64_t d = 0; d < a.dim; d += kLanes) {
         const int64_t n = a.dim - d;
         const Vec v = read(x + h + d, n) * inverse * load_part(a.weight + h + d, n);
-        write(out + h + d, rotate(v, load_part(a.rotary + r * a.dim + d, n), 1.0f), n);
+        write(out + h + d, rotate(v, load_part(turn + d, n), 1.0f), n);
       }
   }
 }
@@ -74,12 +75,13 @@ void norm_rotary_bwd(const NormRotary<T>& a, int64_t begin, int64_t end, float* 
   for (int64_t r = begin; r < end; ++r) {
     const T *x = a.x + r * a.stride, *grad = a.grad_out + r * a.width;
     T* out = a.out + r * a.width;
+    const float* turn = a.rotary + r % a.turns * a.dim;
     const float inverse = inverse_rms(x, a.width, a.eps);
     Vec along = {};
     for (int64_t h = 0; h < a.width; h += a.dim)
       for (int64_t d = 0; d < a.dim; d += kLanes) {
         const int64_t n = a.dim - d;
-        const Vec g = rotate(read(grad + h + d, n), load_part(a.rotary + r * a.dim + d, n), -1.0f);
+        const Vec g = rotate(read(grad + h + d, n), load_part(turn + d, n), -1.0f);
         const Vec v = read(x + h + d, n), w = load_part(a.weight + h + d, n);
         store_part(a.grad_weight + h + d, load_part(a.grad_weight + h + d, n) + g * v * inverse, n);
         along += g * w * v;

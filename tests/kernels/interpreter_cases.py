@@ -134,9 +134,10 @@ def test_norm_rotary(lead, heads, dim):
     compare(op, leaves, torch.randn(*lead, heads, dim))
     qkv = torch.randn(*lead, 3 * heads * dim)  # a slice of a projection, rows apart
     k = qkv.chunk(3, -1)[1]
-    got = norm_rotary(k, leaves["weight"], rotary, backend="triton")
-    want = norm_rotary(k, leaves["weight"], rotary, backend="reference")
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    for turns in (rotary, rotary[0]):
+        got = norm_rotary(k, leaves["weight"], turns, backend="triton")
+        want = norm_rotary(k, leaves["weight"], turns, backend="reference")
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["laplace", "gaussian"])

@@ -75,14 +75,14 @@ KERNELS = {
     "norm_rotary.norm_rotary_fwd_kernel": (
         names(BF16, "x", "out")
         | names(F32, "weight", "rotary")
-        | names("i32", "stride", "width", "dim")
+        | names("i32", "turns", "stride", "width", "dim")
         | names("fp32", "eps"),
         {"BLOCK": 512},
     ),
     "norm_rotary.norm_rotary_bwd_kernel": (
         names(BF16, "grad", "x", "grad_x")
         | names(F32, "weight", "rotary", "part")
-        | names("i32", "rows", "chunk", "stride", "width", "dim")
+        | names("i32", "turns", "rows", "chunk", "stride", "width", "dim")
         | names("fp32", "eps"),
         {"BLOCK": 512},
     ),

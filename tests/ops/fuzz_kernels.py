@@ -91,7 +91,8 @@ def pointwise(ops, best: int) -> None:
     rows, heads, dim = random.randint(0, 50), random.randint(1, 5), 2 * random.randint(1, 40)
     isa = random.randint(-1, min(best, 2))
     x = torch.randn(rows, heads * dim + random.randint(0, 9)).to(dtype)[:, : heads * dim]
-    weight, turns = torch.randn(heads * dim), torch.randn(rows, dim)
+    period = random.choice([n for n in range(1, rows + 2) if rows % n == 0])
+    weight, turns = torch.randn(heads * dim), torch.randn(period, dim)
     out = ops.norm_rotary(x, weight, turns, 1e-6, isa)
     ops.norm_rotary_bwd(out, x, weight, turns, 1e-6, isa)
     y = torch.randn(random.choice([0, 1, 15, 16384, 16385, random.randint(0, 70_000)])).to(dtype)

@@ -65,6 +65,17 @@ def test_every_instruction_set_with_its_gradient(lead, heads, dim, dtype, isa):
     torch.testing.assert_close(by_weight.double(), want_weight, **loose)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("lead", [(5,), (1, 5), (3, 5), (1, 1, 5), (2, 1, 5), (2, 3, 1), (1,)])
+def test_positions_broadcast(lead, backend):
+    x, weight, _ = arguments((2, 3, 5), 2, 8)
+    angle = torch.randn(*lead, 4)
+    rotary = torch.polar(torch.ones_like(angle), angle)
+    whole = rotary.expand(2, 3, 5, 4).contiguous()
+    got = norm_rotary(x, weight, rotary, backend=backend)
+    torch.testing.assert_close(got, norm_rotary(x, weight, whole, backend=backend))
+
+
 @cpp
 def test_gradients_through_autograd_equal_the_reference():
     x, weight, rotary = arguments((2, 3, 20), 4, 32)

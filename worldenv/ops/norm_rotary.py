@@ -92,9 +92,20 @@ def norm_rotary(
     rows = x.reshape(-1, width)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    turns = torch.view_as_real(rotary.to(torch.complex64).expand(*x.shape[:-1], -1))
-    out = op(rows, weight.float(), turns.reshape(-1, dim), eps)
+    turns = (
+        torch.view_as_real(_unrepeated(rotary, x).to(torch.complex64)).reshape(-1, dim).contiguous()
+    )
+    out = op(rows, weight.float(), turns, eps)
     return out.view(*x.shape[:-1], width // dim, dim)
+
+
+def _unrepeated(rotary: Tensor, x: Tensor) -> Tensor:
+    """Rotary without leading axes over which it is the same; expanded where an inner axis is."""
+    while rotary.dim() > 2 and rotary.shape[0] == 1:
+        rotary = rotary[0]
+    if rotary.shape[:-1] == x.shape[x.dim() - rotary.dim() : -1]:
+        return rotary
+    return rotary.expand(*x.shape[:-1], -1)
 
 
 def _too_wide(x: Tensor) -> str | None:

@@ -121,7 +121,7 @@ modulated_norm_fwd.register_autograd(_norm_backward, setup_context=_norm_context
 
 @torch.library.custom_op("worldenv::norm_rotary_triton", mutates_args=())
 def norm_rotary(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:
-    """x [R,E], weight [E], rotary [R,D] -> out [R,E]."""
+    """x [R,E], weight [E], rotary [turns,D] -> out [R,E]; row r takes rotary r % turns."""
     return rotary_kernels.forward(x, weight, rotary, eps)
 
 
