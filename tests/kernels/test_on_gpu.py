@@ -12,6 +12,7 @@ from worldenv.ops import (
     action_loss,
     frame_attention,
     modulated_norm,
+    norm_rotary,
     spatiotemporal_attention,
 )
 
@@ -90,6 +91,23 @@ def test_modulated_norm(shape, modulation, dtype):
     shapes = {"x": shape, "shift": modulation, "scale": modulation}
     leaves = {n: torch.randn(s, device="cuda") for n, s in shapes.items()}
     compare(modulated_norm, leaves, dtype, torch.randn(shape, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("lead", "heads", "dim"), [((4, 33), 12, 128), ((2, 3000), 2, 32)])
+def test_norm_rotary(lead, heads, dim, dtype):
+    torch.manual_seed(0)
+    angle = torch.randn(lead[1], dim // 2, device="cuda", dtype=torch.float64)
+    rotary = torch.polar(torch.ones_like(angle), angle).to(torch.complex64)
+    leaves = {
+        "x": torch.randn(*lead, heads * dim, device="cuda"),
+        "weight": torch.randn(heads * dim, device="cuda"),
+    }
+
+    def op(**x):
+        return norm_rotary(**x, rotary=rotary)
+
+    compare(op, leaves, dtype, torch.randn(*lead, heads, dim, device="cuda"))
 
 
 @pytest.mark.parametrize("kind", ["laplace", "gaussian"])
