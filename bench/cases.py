@@ -359,6 +359,7 @@ def gpu_cases() -> Iterator[Case]:
         yield frame_attention_case(8, 256, 24, dim, 8, bf16, "cuda")
     for batch in (256, 16384, 262144):
         yield action_loss_case(batch, True, "cuda")
+    yield token_loss_case(4096, 256, "cuda")
     for width in (1536, 3072):
         yield modulated_norm_case((16, 4096), width, bf16, "cuda")
         yield norm_rotary_case((16, 4096), width // 128, 128, bf16, "cuda", False)

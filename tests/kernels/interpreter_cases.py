@@ -169,6 +169,39 @@ def test_action_loss(kind, reference, shape):
         )
 
 
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3, 7, 33), (1, 1, 1, 1), (2, 1, 2, 1500)])
+def test_token_loss(reference, shape):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(shape)
+    action = torch.randint(shape[-1], shape[:3])
+    mask = torch.rand(shape[:2]) < 0.8
+    behaviour = torch.randn(shape[:2]) - shape[2] * np.log(shape[3])
+    logits[~mask] = float("nan")
+    options = {"entropy_weight": 0.02}
+    if reference:
+        options |= {"reference_mu": torch.randn(shape), "kl_weight": 0.1}
+    results = []
+    for backend in ("triton", "reference"):
+        leaf = logits.clone().requires_grad_()
+        loss, metrics = action_loss(
+            leaf, None, action, behaviour, torch.linspace(-1, 1, shape[0]), mask,
+            distribution="categorical", backend=backend, **options,
+        )  # fmt: skip
+        (2 * loss).backward()
+        results.append({"loss": loss.detach(), **metrics, "grad": leaf.grad})
+    for name, want in results[1].items():
+        torch.testing.assert_close(
+            results[0][name], want, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_a_token_outside_the_vocabulary_makes_the_loss_nan():
+    rows = (torch.tensor([[[5]]]), torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1))
+    options = {"distribution": "categorical", "backend": "triton"}
+    assert action_loss(torch.zeros(1, 1, 1, 5), None, *rows, **options)[0].isnan()
+
+
 def test_opcheck():
     """Schema and fake of each Triton op agree with what it does."""
     checks = ("test_schema", "test_faketensor")

@@ -133,6 +133,28 @@ def test_action_loss(kind):
         torch.testing.assert_close(results[0][name], want, atol=1e-5, rtol=1e-4)
 
 
+def test_token_loss():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(64, 8, 7, 256, device="cuda")
+    rows = (
+        torch.randint(256, (64, 8, 7), device="cuda"),
+        torch.randn(64, 8, device="cuda") - 39,
+        torch.randn(64, device="cuda"),
+        torch.rand(64, 8, device="cuda") < 0.8,
+    )
+    options = {"reference_mu": torch.randn_like(logits), "kl_weight": 0.1, "entropy_weight": 0.01}
+    results = []
+    for backend in ("triton", "reference"):
+        leaf = logits.clone().requires_grad_()
+        loss, metrics = action_loss(
+            leaf, None, *rows, **options, distribution="categorical", backend=backend
+        )
+        loss.backward()
+        results.append({"loss": loss, **metrics, "grad": leaf.grad})
+    for name, want in results[1].items():
+        torch.testing.assert_close(results[0][name], want, atol=1e-5, rtol=1e-4)
+
+
 def test_a_step_is_captured_in_a_graph():
     """Attention and append read slots from the device: replaying after `advance` uses the new
     ones."""

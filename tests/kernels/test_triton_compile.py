@@ -35,6 +35,7 @@ LOSS_POINTERS = (
     "mu log_scale action behaviour advantage reference_mu reference_scale grad_mu grad_scale "
     "partial"
 )
+TOKEN_POINTERS = "logits behaviour advantage reference grad log_sums partial"
 KERNELS = {
     "attention.attention_fwd_kernel": (
         attention(names(BF16, "out") | names(F32, "lse"), "scale"),
@@ -93,6 +94,14 @@ KERNELS = {
         | names("i32", "rows", "chunk", "dims")
         | names("fp32", "clip_low", "clip_high", "kl_weight", "entropy_weight"),
         {"GAUSSIAN": False, "HAS_MU": True, "HAS_SCALE": True, "BLOCK": 64, "BLOCK_A": 8},
+    ),
+    "token_loss.token_loss_fwd_kernel": (
+        names(F32, *TOKEN_POINTERS.split())
+        | names(BOOL, "mask")
+        | names(I64, "action", "count")
+        | names("i32", "chunk", "dims", "vocabulary")
+        | names("fp32", "clip_low", "clip_high", "kl_weight", "entropy_weight"),
+        {"HAS_REFERENCE": True, "BLOCK": 256},
     ),
 }
 

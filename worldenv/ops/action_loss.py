@@ -272,7 +272,7 @@ def action_loss(
             check_shape(op, name, other, tuple(mu.shape), "B,C,A")
     categorical = distribution == "categorical"
     why_not = {
-        "triton": backends.no_triton(mu) or _too_wide(mu) or _only_continuous(categorical),
+        "triton": backends.no_triton(mu) or _too_wide(mu),
         "cpp": backends.no_cpp(mu) or _too_wide(mu),
         "reference": None,
     }
@@ -295,7 +295,9 @@ def action_loss(
     constants = (clip_low, clip_high, kl_weight, entropy_weight)
     if categorical:
         inputs = (_ready(mu), _ids(action), *rows, reference, *constants)
-        out = _call(torch.ops.worldenv.token_loss.default, inputs)
+        ops = torch.ops.worldenv
+        chosen = ops.token_loss_triton if name == "triton" else ops.token_loss
+        out = _call(chosen.default, inputs)
     else:
         scale = None if reference_log_scale is None else _ready(reference_log_scale)
         index = DISTRIBUTIONS.index(distribution)
@@ -321,10 +323,6 @@ def _bool(x: Tensor) -> Tensor:
 
 def _too_wide(x: Tensor) -> str | None:
     return "it computes in float32, got float64" if x.dtype == torch.float64 else None
-
-
-def _only_continuous(categorical: bool) -> str | None:
-    return "it has no categorical kernel (use backend='reference')" if categorical else None
 
 
 def _needs_gradient(*tensors: Tensor | None) -> str | None:
@@ -384,9 +382,10 @@ def _register(op: str) -> None:
 
 
 if backends.NO_TRITON is None:
-    from worldenv.ops import triton_ops  # noqa: F401 (defines worldenv::action_loss_triton)
+    from worldenv.ops import triton_ops  # noqa: F401 (defines the two ops)
 
     _register("action_loss_triton")
+    _register("token_loss_triton")
 
 if backends.NO_CPP is None:
     _register("action_loss")

@@ -12,6 +12,7 @@ from worldenv.kernels import adaln as adaln_kernels
 from worldenv.kernels import attention as attention_kernels
 from worldenv.kernels import frame_attention as frame_kernels
 from worldenv.kernels import norm_rotary as rotary_kernels
+from worldenv.kernels import token_loss as token_kernels
 
 
 @torch.library.custom_op("worldenv::attention_fwd_triton", mutates_args=())
@@ -182,6 +183,34 @@ def action_loss(
         reference_mu,
         reference_log_scale,
         distribution == 1,
+        clip_low,
+        clip_high,
+        kl_weight,
+        entropy_weight,
+    )
+
+
+@torch.library.custom_op("worldenv::token_loss_triton", mutates_args=())
+def token_loss(
+    logits: Tensor,
+    action: Tensor,
+    behaviour_logprob: Tensor,
+    advantage: Tensor,
+    mask: Tensor,
+    reference_logits: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_weight: float,
+    entropy_weight: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments and results of worldenv::token_loss (csrc/ops.cpp)."""
+    return token_kernels.forward(
+        logits,
+        action,
+        behaviour_logprob,
+        advantage,
+        mask,
+        reference_logits,
         clip_low,
         clip_high,
         kl_weight,
