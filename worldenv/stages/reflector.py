@@ -67,25 +67,33 @@ def run(run: Run, mark: str, number: int) -> dict:
 LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do
 
 
+NEAR = 4  # frames before success, or before a failure's end, that are nearly one
+
+
 class _BalancedFrames:
-    """Draws frames, a third of them successes, each with a first frame of its episode."""
+    """Draws frames, each with a first frame of its episode: a third successes, a third near misses
+    (what a reflector must not mistake for success is rare among all frames), a third any failures.
+    """
 
     def __init__(self, data: dict) -> None:
         self.data = data
-        self.positive = (data["success"] & data["valid"]).nonzero()
-        self.negative = (~data["success"] & data["valid"]).nonzero()
+        success, valid = data["success"], data["valid"]
+        length = valid.sum(1)
+        first = torch.where(success.any(1), success.float().argmax(1), length)[:, None]
+        frame = torch.arange(valid.shape[1], device=valid.device)
+        near = (frame < first) & (frame >= first - NEAR) & valid & ~success
+        self.pools = [x.nonzero() for x in (success & valid, near, valid & ~success)]
 
     def draw(self, batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(episode [B], frame [B], label [B])."""
-        count = batch // 3 if len(self.positive) else 0
-        picks = []
-        for pool, n in ((self.positive, count), (self.negative, batch - count)):
-            if n:
-                picks.append(pool[torch.randint(len(pool), (n,), generator=g)])
+        pools = [(pool, float(i == 0)) for i, pool in enumerate(self.pools) if len(pool)]
+        picks, labels = [], []
+        for i, (pool, label) in enumerate(pools):
+            n = batch * (i + 1) // len(pools) - batch * i // len(pools)
+            picks.append(pool[torch.randint(len(pool), (n,), generator=g)])
+            labels.append(torch.full((n,), label))
         chosen = torch.cat(picks)
-        labels = torch.zeros(batch)
-        labels[:count] = 1.0
-        return chosen[:, 0], chosen[:, 1], labels.to(chosen.device)
+        return chosen[:, 0], chosen[:, 1], torch.cat(labels).to(chosen.device)
 
     def judge(self, reflector: Reflector, rows: Tensor, ends: Tensor, g: torch.Generator) -> Tensor:
         """Logits `[B]` of frames `ends` in episodes `rows`, augmented."""
