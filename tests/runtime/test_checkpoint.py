@@ -188,3 +188,32 @@ def test_metadata_sits_in_the_header(tmp_path: Path):
 if __name__ == "__main__":  # the run that is killed
     torch.set_num_threads(1)
     _train(Path(sys.argv[1]), int(sys.argv[2]))
+
+
+def test_moments_come_back_in_the_layout_of_their_parameter(tmp_path):
+    """The fused optimizer pairs parameters and moments by memory order."""
+
+    def fresh():
+        torch.manual_seed(0)
+        module = torch.nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        return module, torch.optim.AdamW(module.parameters(), 0.1, fused=True)
+
+    def step(module, optimizer, number: int) -> None:
+        x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        module(x).square().sum().backward()
+        optimizer.step()
+
+    whole, whole_optimizer = fresh()
+    for number in range(4):
+        step(whole, whole_optimizer, number)
+    first, optimizer = fresh()
+    for number in range(2):
+        step(first, optimizer, number)
+    path = tmp_path / "partial.safetensors"
+    checkpoint.save(path, checkpoint.training_tensors(first, optimizer), {})
+    resumed, optimizer = fresh()
+    checkpoint.load_training(resumed, optimizer, checkpoint.load(path)[0], path)
+    for number in range(2, 4):
+        step(resumed, optimizer, number)
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))

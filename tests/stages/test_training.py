@@ -1,5 +1,6 @@
 """Stage bookkeeping, and training that resumes to the same bits."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,14 @@ def run(tmp_path):
     run.close()
 
 
+@pytest.fixture(autouse=True)
+def _usual_interrupts():
+    """Background shells start their children with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Linear(4, 2)
@@ -28,8 +37,8 @@ def model() -> nn.Module:
 
 def fit(run, module, stop_at: int | None = None, bad_at: int | None = None):
     def loss_at(step: int):
-        if step == stop_at:
-            raise KeyboardInterrupt
+        if step == stop_at:  # as from the keyboard, in the middle of a step
+            signal.raise_signal(signal.SIGINT)
         x = torch.randn(8, 4, generator=generator("x", step))
         loss = (module(x) - x[:, :2]).square().mean()
         if step == bad_at:
@@ -51,6 +60,16 @@ def test_resume_after_ctrl_c_gives_the_same_bits(run, tmp_path):
     assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
     steps = [row["step"] for row in read_metrics(tmp_path, "toy")]
     assert steps == sorted(set(steps))
+
+
+def test_a_second_ctrl_c_stops_at_once(run):
+    def impatient(step: int):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        training.train(run, "toy", "mark", model(), impatient, steps=3, lr=0.1)
 
 
 def test_a_nan_loss_stops_with_its_step(run):

@@ -155,9 +155,13 @@ def load_optimizer(
                 f"The checkpoint's optimizer state is of {owner}, which the model lacks. "
                 "Train anew."
             )
-        # Adam keeps its step count on the CPU; moments belong beside their parameter.
-        device = tensor.device if tensor.ndim == 0 else parameters[owner].device
-        state.setdefault(parameters[owner], {})[key] = tensor.detach().clone().to(device)
+        # Adam keeps its step count on the CPU. Moments belong beside their parameter, and laid out
+        # like it: the fused kernel pairs them by memory order.
+        if tensor.ndim == 0:
+            value = tensor.detach().clone()
+        else:
+            value = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
+        state.setdefault(parameters[owner], {})[key] = value.detach()
     groups = selected(_GROUP, tensors)
     for index, group in enumerate(optimizer.param_groups):
         for key, value in _numbers(group).items():

@@ -5,8 +5,11 @@ last checkpoint does exactly what an uninterrupted one would (on a CPU, bit for 
 """
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +28,30 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
     if done < warmup:
         return peak * done / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[list[int]]:
+    """Ctrl-C lets the step in progress finish, so that what is saved is whole: the list it yields
+    is no longer empty then. A second Ctrl-C stops at once, without saving.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    # A handler other than Python's own (or a thread, which gets no signals) is left alone.
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(
@@ -64,36 +91,34 @@ def train(
         checkpoint.save(path, tensors, {"mark": mark, "step": done, "tail": tail})
 
     module.train()
-    with progress.bar(steps, name) as bar:
+    with progress.bar(steps, name) as bar, _interrupt_between_steps() as interrupted:
         bar.update(begin)
-        try:
-            for step in range(begin, steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(step, steps, lr)
-                loss, metrics = loss_at(step)
-                check_finite(f"{name} loss", loss, step)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
-                _track_average(average, module, step)
-                done = step + 1
-                if step >= 0.9 * steps:
-                    for key, value in metrics.items():
-                        total, count = tail.get(key, (0.0, 0))
-                        tail[key] = (total + float(value), count + 1)
-                if step % log_every == 0 or done == steps:
-                    numbers = {k: float(v) for k, v in metrics.items()}
-                    run.logger.log(name, step, lr=optimizer.param_groups[0]["lr"], **numbers)
-                    bar.update(done, **numbers)
-                elif done % 5 == 0:
-                    bar.update(done)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    save()
-                    saved = time.monotonic()
-        except KeyboardInterrupt:
-            save()
-            raise
+        for step in range(begin, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, lr)
+            loss, metrics = loss_at(step)
+            check_finite(f"{name} loss", loss, step)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            _track_average(average, module, step)
+            done = step + 1
+            if step >= 0.9 * steps:
+                for key, value in metrics.items():
+                    total, count = tail.get(key, (0.0, 0))
+                    tail[key] = (total + float(value), count + 1)
+            if step % log_every == 0 or done == steps:
+                numbers = {k: float(v) for k, v in metrics.items()}
+                run.logger.log(name, step, lr=optimizer.param_groups[0]["lr"], **numbers)
+                bar.update(done, **numbers)
+            elif done % 5 == 0:
+                bar.update(done)
+            if interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                save()
+                saved = time.monotonic()
+            if interrupted:
+                raise KeyboardInterrupt
     if ema:
         module.load_state_dict(average)
     module.eval()
