@@ -143,7 +143,7 @@ class ReflectorConfig:
     encoder_channels: int = 16
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
     steps: int = 900
-    """Optimiser steps in each round. A third of that ended most episodes a chunk or two early."""
+    """Optimiser steps in each round. A third of that ended many episodes too early."""
     batch: int = 48
     """Frames per step."""
     lr: float = 1e-3

@@ -1,7 +1,6 @@
 // RMS norm with rotary positions, and tanh-approximated GELU, compiled once per instruction set; f32 arithmetic.
 //
-// torch runs the first as five passes over memory and the second through a slow tanh: together they cost a third of
-// a denoising step of the small models. One pass each here.
+// torch runs the first as five passes over memory and the second through a slow tanh; one pass each here.
 #pragma once
 
 #include "pointwise.h"

@@ -1,7 +1,7 @@
 """GELU in its tanh approximation, the activation of Wan's feed-forward.
 
-Backends: `cpp` (CPU, f32 and bf16: torch's kernel spends 3 ns an element on the tanh there, this
-one a sixth of it) and `reference` (torch; the choice on a GPU). Source: arXiv 1606.08415.
+Backends: `cpp` (CPU, f32 and bf16: torch's tanh form is several times slower there than its exact
+one) and `reference` (torch; the choice on a GPU). Source: arXiv 1606.08415.
 """
 
 from __future__ import annotations
