@@ -4,6 +4,7 @@
     python -m bench --check       fail where a ratio is under its gate
     python -m bench --once        correctness only
     python -m bench --only gae    cases whose name contains "gae"
+    python -m bench --no-compile  without torch.compile among the rivals
 
 Gates are ratios to the first rival of a case, in bench/gates.json: 0.8 of what was measured, 0.6
 for cases of a few microseconds, which a busy machine disturbs most. Absolute times are never gated.
@@ -100,7 +101,7 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="run each case once, for correctness")
     parser.add_argument("--only", help="cases whose name contains this")
     parser.add_argument(
-        "--compile", action="store_true", help="add torch.compile as a rival (slow)"
+        "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes"
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time per case")
     options = parser.parse_args()
@@ -121,7 +122,7 @@ def main() -> int:
         f"copy {reach.bytes_per_second / 1e9:.1f} GB/s"
     )
     rows = []
-    for case in all_cases(options.compile or device == "cuda", options.only):
+    for case in all_cases(not options.no_compile, options.only):
         rows.append(measure(case, reach, options.seconds))
         print_row(rows[-1])
     if options.only is None:  # a part would overwrite the whole

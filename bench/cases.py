@@ -91,9 +91,9 @@ def frame_attention_case(
     )
 
 
-def backward_of(function: Callable[..., Tensor], leaves: list[Tensor]) -> Tensor:
-    """Gradients of a scalar function's leaves, as one vector."""
-    return torch.cat([g.flatten() for g in torch.autograd.grad(function(*leaves), leaves)])
+def backward_of(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a scalar function's leaves."""
+    return torch.autograd.grad(function(*leaves), leaves)
 
 
 def action_loss_case(batch: int, compiled: bool, device: str) -> Case:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-Run = Callable[[], Tensor]
+Run = Callable[[], Tensor | tuple[Tensor, ...]]
 
 
 class GateFailed(AssertionError):
@@ -64,16 +64,23 @@ class Row:
         return {name: seconds / self.seconds for name, seconds in self.rivals.items()}
 
 
+def _whole(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """A result in float64; several tensors, such as gradients, as one vector."""
+    if isinstance(result, Tensor):
+        return result.double()
+    return torch.cat([part.double().flatten() for part in result])
+
+
 def gate(case: Case) -> None:
     """Compare every variant with the truth on the case's inputs.
 
     Raises:
         GateFailed: naming the variant and its error.
     """
-    truth = case.truth().double()
+    truth = _whole(case.truth())
     scale = truth.abs().max().clamp_min(1e-30)
     for name, run in {"ours": case.ours, **case.rivals}.items():
-        got = run().double()
+        got = _whole(run())
         error = float("inf")
         if got.shape == truth.shape:
             error = ((got - truth).abs().max() / scale).item() if truth.numel() else 0.0

@@ -189,10 +189,10 @@ def _short(value: float) -> str:
     """A number in few characters: 1500 -> 1.5k, 0.00012 -> 1.2e-4."""
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:.3g}M"
+        return f"{value / 1e6:.4g}M"
     if size >= 1e3:
-        return f"{value / 1e3:.3g}k"
+        return f"{value / 1e3:.4g}k"
     if 0 < size < 1e-3:
         digits, power = f"{value:.1e}".split("e")
         return f"{digits.removesuffix('.0')}e{int(power)}"
-    return f"{value:.3g}"
+    return f"{value:.4g}"

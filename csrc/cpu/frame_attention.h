@@ -23,13 +23,14 @@ struct FrameAttention {
   int64_t tile() const { return tokens16() * dim16(); }
 };
 
-constexpr int64_t kQueryBlock = 96;  // queries whose state stays near the core while keys stream by
+constexpr int64_t kQueryBlock = 96;  // queries that meet a block of keys before the next is read
+constexpr int64_t kKeyBlock = 64;    // its keys, then its values, stay in the nearest cache: 16 KB at D = 64
 
 // Floats of scratch one thread needs.
 inline int64_t scratch_floats(const FrameAttention& a) {
   const int64_t rows = a.tokens < kQueryBlock ? a.tokens : kQueryBlock;
-  const int64_t state = rows * (2 * a.dim16() + 2 * 16);    // queries, outputs, row sums, row maxima
-  return 4 * a.tile() + state + 12 * a.tokens16() + 64;     // packed frame, widened tile, scores
+  // Queries, outputs, row sums, row maxima, raw scores, probabilities; packed frame and widened tile.
+  return rows * (2 * a.dim16() + 2 * 16 + 2 * kKeyBlock) + 4 * a.tile() + 64;
 }
 
 // One (environment, head) pair; the name says instruction set and element type of tensors and cache.

@@ -1,7 +1,8 @@
 // Frame attention of one (environment, head) pair, compiled once per instruction set.
 //
-// For a block of queries, frame after frame: scores = Q K^T in registers, exponentiated where they are, then
-// O += P V. The first attempt subtracts no maximum: scores are nearly always small (|s| < 64 in powers of two, as
+// For a block of queries, a block of keys at a time: scores = Q K^T in registers, exponentiated where they are; when
+// all queries have met these keys, O += P V. So the nearest cache holds either keys or values, never both, while the
+// queries stream by. The first attempt subtracts no maximum: scores are nearly always small (|s| < 64 in powers of two, as
 // with normalised queries and keys), which saves the row maxima and every rescaling of O; f32 holds such sums exactly
 // as well. The largest |score| is tracked, and a block that exceeds the bound (or holds an infinity) is redone with
 // the usual running maximum.
@@ -20,6 +21,7 @@ using worldenv::kQueryBlock;
 
 constexpr float kSafeScore = 64.0f;
 constexpr int kRows = WORLDENV_MR;  // with WORLDENV_NV vectors each: as many sums as registers hold
+constexpr int64_t kKeyBlock = worldenv::kKeyBlock;
 
 // An operand element of the products: one float, or a pair of bf16 multiplied and added together. `put` stores a
 // probability and returns what was stored, so that the sums match the rounded values.
@@ -56,18 +58,20 @@ struct Problem {
   float* out;       // [rows][D16]
   float* sums;      // [rows][16], one partial sum per lane
   float* maxima;    // [rows], only with a running maximum
-  P* probability;   // [kRows][S16]
-  float* raw;       // [kRows][S16], only with a running maximum
+  P* probability;   // [rows][kKeyBlock]
+  float* raw;       // [rows][kKeyBlock], only with a running maximum
   int64_t rows, depth, tokens, tokens16, dim16;
   bool running;     // subtract a running maximum
   float scale;      // log2(e) / sqrt(D)
 };
 
-// MR rows of scores against NV vectors of keys starting at `key`; probabilities (or raw scores) go to `p`.
+// MR rows of scores, from `row` on, against NV vectors of keys starting at `key`.
 template <class Op, int MR, int NV>
-WORLDENV_INLINE void score_tile(const Problem<Op>& x, const typename Op::Element* q,
-                                const typename Op::Element* keys, int64_t key, float* sums,
-                                typename Op::Probability* p, Vec& top) {
+WORLDENV_INLINE void score_tile(const Problem<Op>& x, int64_t row, const typename Op::Element* keys, int64_t key,
+                                Vec& top) {
+  const auto* q = x.q + row * x.depth;
+  float* sums = x.sums + row * 16;
+  const int64_t at = row * kKeyBlock + key % kKeyBlock;
   Vec acc[MR][NV] = {};
   for (int64_t d = 0; d < x.depth; ++d) {
     Vec b[NV];
@@ -88,39 +92,40 @@ WORLDENV_INLINE void score_tile(const Problem<Op>& x, const typename Op::Element
     for (int v = 0; v < NV; ++v) {
       const Vec s = acc[r][v] * x.scale;
       if (x.running) {
-        store(x.raw + r * x.tokens16 + key + v * kLanes, s);
+        store(x.raw + at + r * kKeyBlock + v * kLanes, s);
         continue;
       }
       top = vmax(top, absolute(s));
       Vec e = exp2_unclamped(s);
       if (tail) e = pick(lane_index() + (int32_t)(key + v * kLanes) < (int32_t)x.tokens, e, Vec{});
-      partial += Op::put(p + r * x.tokens16 + key + v * kLanes, e);
+      partial += Op::put(x.probability + at + r * kKeyBlock + v * kLanes, e);
     }
     if (!x.running) store(sums + r * 16, partial);
   }
 }
 
-// MR rows of O += P V over NV vectors of the head dimension starting at `column`.
+// MR rows of O += P V, from `row` on, over NV vectors of the head dimension starting at `column`; `values` are those
+// of the `count` keys that the probabilities belong to.
 template <class Op, int MR, int NV>
-WORLDENV_INLINE void value_tile(const Problem<Op>& x, const typename Op::Probability* p,
-                                const typename Op::Element* values, int64_t column, float* out) {
+WORLDENV_INLINE void value_tile(const Problem<Op>& x, int64_t row, const typename Op::Element* values, int64_t count,
+                                int64_t column) {
   using E = typename Op::Element;
-  constexpr int64_t ratio = sizeof(E) / sizeof(typename Op::Probability);
-  const int64_t depth = (x.tokens + ratio - 1) / ratio, row = x.tokens16 / ratio;
-  const E* pe = reinterpret_cast<const E*>(p);
+  constexpr int64_t ratio = sizeof(E) / sizeof(typename Op::Probability), stride = kKeyBlock / ratio;
+  const E* p = reinterpret_cast<const E*>(x.probability + row * kKeyBlock);
+  float* out = x.out + row * x.dim16 + column;
   Vec acc[MR][NV];
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * x.dim16 + column + v * kLanes);
-  for (int64_t s = 0; s < depth; ++s) {
+    for (int v = 0; v < NV; ++v) acc[r][v] = load(out + r * x.dim16 + v * kLanes);
+  for (int64_t s = 0; s < (count + ratio - 1) / ratio; ++s) {
     Vec b[NV];
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) b[v] = load_as<Vec>(values + s * x.dim16 + column + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < MR; ++r) {
       E a;
-      std::memcpy(&a, pe + r * row + s, sizeof(E));
+      std::memcpy(&a, p + r * stride + s, sizeof(E));
 #pragma GCC unroll 16
       for (int v = 0; v < NV; ++v) acc[r][v] = Op::multiply_add(acc[r][v], a, b[v]);
     }
@@ -128,54 +133,51 @@ WORLDENV_INLINE void value_tile(const Problem<Op>& x, const typename Op::Probabi
 #pragma GCC unroll 16
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) store(out + r * x.dim16 + column + v * kLanes, acc[r][v]);
+    for (int v = 0; v < NV; ++v) store(out + r * x.dim16 + v * kLanes, acc[r][v]);
 }
 
-// The running-maximum softmax of `count` rows of raw scores over one frame.
+// The running-maximum softmax of all rows' raw scores against a block of `count` keys.
 template <class Op>
-void renormalise(const Problem<Op>& x, int64_t row, int64_t count) {
-  for (int64_t r = 0; r < count; ++r) {
-    const float* s = x.raw + r * x.tokens16;
-    float* out = x.out + (row + r) * x.dim16;
-    float* sums = x.sums + (row + r) * 16;
-    float top = x.maxima[row + r];
-    for (int64_t i = 0; i < x.tokens; ++i) top = s[i] > top ? s[i] : top;
-    const Vec shrink = exp2v(splat(x.maxima[row + r] - top));
-    x.maxima[row + r] = top;
+void renormalise(const Problem<Op>& x, int64_t count) {
+  for (int64_t row = 0; row < x.rows; ++row) {
+    const float* s = x.raw + row * kKeyBlock;
+    float* out = x.out + row * x.dim16;
+    float* sums = x.sums + row * 16;
+    float top = x.maxima[row];
+    for (int64_t i = 0; i < count; ++i) top = s[i] > top ? s[i] : top;
+    const Vec shrink = exp2v(splat(x.maxima[row] - top));
+    x.maxima[row] = top;
     for (int64_t i = 0; i < x.dim16; i += kLanes) store(out + i, load(out + i) * shrink);
     Vec partial = load(sums) * shrink;
-    for (int64_t i = 0; i < x.tokens16; i += kLanes) {
+    for (int64_t i = 0; i < count; i += kLanes) {
       Vec e = exp2v(load(s + i) - top);
-      e = pick(lane_index() + (int32_t)i < (int32_t)x.tokens, e, Vec{});
-      partial += Op::put(x.probability + r * x.tokens16 + i, e);
+      e = pick(lane_index() + (int32_t)i < (int32_t)count, e, Vec{});
+      partial += Op::put(x.probability + row * kKeyBlock + i, e);
     }
     store(sums, partial);
   }
 }
 
+// Keys [first, last), rounded up to whole vectors, against MR rows.
 template <class Op, int MR>
-void frame_rows(const Problem<Op>& x, int64_t row, const typename Op::Element* keys,
-                const typename Op::Element* values, Vec& top) {
+WORLDENV_INLINE void score_rows(const Problem<Op>& x, int64_t row, const typename Op::Element* keys, int64_t first,
+                                int64_t last, Vec& top) {
   constexpr int NV = WORLDENV_NV;
-  const auto* q = x.q + row * x.depth;
-  float* sums = x.sums + row * 16;
-  int64_t key = 0;
-  for (; key + NV * kLanes <= x.tokens16; key += NV * kLanes)
-    score_tile<Op, MR, NV>(x, q, keys, key, sums, x.probability, top);
+  int64_t key = first;
+  for (; key + NV * kLanes <= last; key += NV * kLanes) score_tile<Op, MR, NV>(x, row, keys, key, top);
   if constexpr (NV > 2)
-    for (; key + 2 * kLanes <= x.tokens16; key += 2 * kLanes)
-      score_tile<Op, MR, 2>(x, q, keys, key, sums, x.probability, top);
-  for (; key < x.tokens16; key += kLanes)
-    score_tile<Op, MR, 1>(x, q, keys, key, sums, x.probability, top);
-  if (x.running) renormalise(x, row, MR);
-  float* out = x.out + row * x.dim16;
+    for (; key + 2 * kLanes <= last; key += 2 * kLanes) score_tile<Op, MR, 2>(x, row, keys, key, top);
+  for (; key < last; key += kLanes) score_tile<Op, MR, 1>(x, row, keys, key, top);
+}
+
+template <class Op, int MR>
+WORLDENV_INLINE void value_rows(const Problem<Op>& x, int64_t row, const typename Op::Element* values, int64_t count) {
+  constexpr int NV = WORLDENV_NV;
   int64_t column = 0;
-  for (; column + NV * kLanes <= x.dim16; column += NV * kLanes)
-    value_tile<Op, MR, NV>(x, x.probability, values, column, out);
+  for (; column + NV * kLanes <= x.dim16; column += NV * kLanes) value_tile<Op, MR, NV>(x, row, values, count, column);
   if constexpr (NV > 2)
-    for (; column + 2 * kLanes <= x.dim16; column += 2 * kLanes)
-      value_tile<Op, MR, 2>(x, x.probability, values, column, out);
-  for (; column < x.dim16; column += kLanes) value_tile<Op, MR, 1>(x, x.probability, values, column, out);
+    for (; column + 2 * kLanes <= x.dim16; column += 2 * kLanes) value_tile<Op, MR, 2>(x, row, values, count, column);
+  for (; column < x.dim16; column += kLanes) value_tile<Op, MR, 1>(x, row, values, count, column);
 }
 
 // Tiles that the next frame will read: fetched towards the core a share per row block, behind the arithmetic.
@@ -196,13 +198,23 @@ struct Ahead {
 template <class Op>
 void frame_block(const Problem<Op>& x, const typename Op::Element* keys, const typename Op::Element* values,
                  Ahead ahead, Vec& top) {
-  int64_t row = 0;
-  for (; row + kRows <= x.rows; row += kRows) {
-    ahead.fetch();
-    frame_rows<Op, kRows>(x, row, keys, values, top);
+  constexpr int64_t ratio = sizeof(typename Op::Element) / sizeof(typename Op::Probability);
+  for (int64_t first = 0; first < x.tokens; first += kKeyBlock) {
+    const int64_t last = first + kKeyBlock < x.tokens16 ? first + kKeyBlock : x.tokens16;
+    const int64_t count = (last < x.tokens ? last : x.tokens) - first;
+    int64_t row = 0;
+    for (; row + kRows <= x.rows; row += kRows) {
+      ahead.fetch();
+      score_rows<Op, kRows>(x, row, keys, first, last, top);
+    }
+    for (; row + 4 <= x.rows; row += 4) score_rows<Op, 4>(x, row, keys, first, last, top);
+    for (; row < x.rows; ++row) score_rows<Op, 1>(x, row, keys, first, last, top);
+    if (x.running) renormalise(x, count);
+    const auto* part = values + first / ratio * x.dim16;
+    for (row = 0; row + kRows <= x.rows; row += kRows) value_rows<Op, kRows>(x, row, part, count);
+    for (; row + 4 <= x.rows; row += 4) value_rows<Op, 4>(x, row, part, count);
+    for (; row < x.rows; ++row) value_rows<Op, 1>(x, row, part, count);
   }
-  for (; row + 4 <= x.rows; row += 4) frame_rows<Op, 4>(x, row, keys, values, top);
-  for (; row < x.rows; ++row) frame_rows<Op, 1>(x, row, keys, values, top);
 }
 
 // A bf16 tile of interleaved pairs as two float rows per row of pairs.
@@ -280,7 +292,7 @@ void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
   x.sums = x.out + rows_max * dim16;
   x.maxima = x.sums + rows_max * 16;
   x.raw = x.maxima + rows_max * 16;
-  x.probability = reinterpret_cast<typename Op::Probability*>(x.raw + kRows * tokens16);
+  x.probability = reinterpret_cast<typename Op::Probability*>(x.raw + rows_max * kKeyBlock);
   x.tokens = a.tokens;
   x.tokens16 = tokens16;
   x.dim16 = dim16;
@@ -313,7 +325,7 @@ void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
           ahead.keys = reinterpret_cast<const char*>(cache_k + next);
           ahead.values = reinterpret_cast<const char*>(cache_v + next);
           ahead.bytes = tile * sizeof(T);
-          ahead.share = (ahead.bytes * kRows / x.rows + 63) / 64 * 64;
+          ahead.share = (ahead.bytes * kRows * kKeyBlock / (x.rows * tokens16) + 63) / 64 * 64;
         }
         frame_block(x, keys, values, ahead, top);
       }

@@ -12,6 +12,7 @@ training the cached keys and values carry no gradient (as in Transformer-XL), so
 sees exactly what generation sees.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from worldenv.config import SimulatorConfig
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
+from worldenv.runtime.graphs import Captured
 from worldenv.runtime.seeds import counter_normal
 
 
@@ -38,6 +40,7 @@ class SimulatorState:
     seeds: Tensor  # [B] int64, of the noise
     step: Tensor  # [B] int64, frames generated since the context
     cache: FrameCache | None
+    captured: dict[int, Captured]  # by sampling steps; on a GPU
 
 
 @dataclass
@@ -271,7 +274,7 @@ class Simulator(nn.Module):
         proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
-        return SimulatorState(latents, proprio, proprio.clone(), count, count.clone(), cache)
+        return SimulatorState(latents, proprio, proprio.clone(), count, count.clone(), cache, {})
 
     @torch.no_grad()
     def prefill(
@@ -313,17 +316,48 @@ class Simulator(nn.Module):
         """Generate the frame that a chunk of actions `[B, C, A]` leads to, in `steps` passes.
 
         Rows where active (bool [B], host) is False keep their frame. Returns image
-        `[B, V, H, W, 3]` uint8 and proprio `[B, P]`; nothing is read back from the device.
+        `[B, V, H, W, 3]` uint8 and proprio `[B, P]`; nothing is read back from the device. On a
+        GPU the whole frame is one CUDA graph, recorded at the first call.
         """
-        last, cache = state.latents[:, None], state.cache
-        proprio, previous = state.proprio[:, None], state.previous_proprio[:, None]
-        condition = self.condition(proprio, previous, action[:, None])
+        cache, device = state.cache, state.latents.device
+        keep = torch.as_tensor(active).to(device, non_blocking=True)
         position = state.step if cache is None else torch.as_tensor(cache.positions)
-        rotary = self.rotary(position.to(last.device, non_blocking=True)[:, None])
+        inputs = (
+            *(state.latents, state.proprio, state.previous_proprio, state.seeds, state.step),
+            *(position.to(device, non_blocking=True), action, keep),
+        )
+        frame = functools.partial(self._frame, cache, steps)
+        if device.type == "cuda" and (cache is None or cache.capturable):
+            if steps not in state.captured:
+                state.captured[steps] = Captured(frame, inputs)
+            frame = state.captured[steps]
+        image, state.latents, state.proprio, state.previous_proprio, state.step = frame(*inputs)
+        if cache is not None:
+            cache.advance(active)
+        return image, state.proprio
+
+    def _frame(
+        self,
+        cache: FrameCache | None,
+        steps: int,
+        latents: Tensor,  # [B, S, Z] and the rest of a state
+        proprio: Tensor,
+        previous: Tensor,
+        seeds: Tensor,
+        count: Tensor,
+        position: Tensor,  # [B] int64, of the new frame
+        action: Tensor,  # [B, C, A]
+        keep: Tensor,  # [B] bool, rows that move on
+    ) -> tuple[Tensor, ...]:
+        """Image, and the state after it. On the device alone, so that it can be captured; the
+        cache gets the frame's keys and values but does not advance."""
+        last = latents[:, None]
+        condition = self.condition(proprio[:, None], previous[:, None], action[:, None])
+        rotary = self.rotary(position[:, None])
         layers = range(self.config.layers)
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
         sigmas = torch.linspace(1, 0, steps + 1).tolist()
-        z = counter_normal(state.seeds, state.step, last.shape[2:])[:, None]
+        z = counter_normal(seeds, count, last.shape[2:])[:, None]
         for now, after in itertools.pairwise(sigmas):
             level = z.new_full(z.shape[:2], now)
             frame, refined = self.denoise(z, last, level, condition, rotary, attends)
@@ -332,14 +366,12 @@ class Simulator(nn.Module):
         if cache is not None:
             attends = [_remembering(cache, i) for i in layers]
             self.denoise(frame, last, torch.zeros_like(level), condition, rotary, attends)
-            cache.advance(active)
-        keep = torch.as_tensor(active).to(last.device, non_blocking=True)
-        after_proprio = refined[:, 0] * self.proprio_std + self.proprio_mean
-        state.previous_proprio = torch.where(keep[:, None], state.proprio, state.previous_proprio)
-        state.proprio = torch.where(keep[:, None], after_proprio, state.proprio)
-        state.latents = torch.where(keep[:, None, None], frame[:, 0], state.latents)
-        state.step = state.step + keep
-        return self.tokenizer.decode(state.latents, self.views), state.proprio
+        reached = refined[:, 0] * self.proprio_std + self.proprio_mean
+        previous = torch.where(keep[:, None], proprio, previous)
+        proprio = torch.where(keep[:, None], reached, proprio)
+        latents = torch.where(keep[:, None, None], frame[:, 0], latents)
+        image = self.tokenizer.decode(latents, self.views)
+        return image, latents, proprio, previous, count + keep
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:

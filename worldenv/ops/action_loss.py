@@ -36,6 +36,7 @@ METRICS = (
     "kl_behaviour",  # masked mean of (r - 1) - log r, an estimate of KL(behaviour | pi)
     "steps",  # unmasked chunk steps
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
 _LOG_2 = math.log(2.0)
 _HALF_LOG_2PI = 0.5 * math.log(2.0 * math.pi)
 
@@ -197,7 +198,7 @@ def action_logprob(
     op = "action_logprob"
     _check(op, mu, log_scale, action, distribution)
     why_not = {
-        "cpp": backends.no_cpp(mu) or _too_wide(mu) or _needs_gradient(mu, log_scale),
+        "cpp": backends.no_cpp(mu.device, mu.dtype, _DTYPES) or backends.no_gradient(mu, log_scale),
         "reference": None,
     }
     if backends.choose(op, backend, why_not) == "reference":
@@ -272,8 +273,8 @@ def action_loss(
             check_shape(op, name, other, tuple(mu.shape), "B,C,A")
     categorical = distribution == "categorical"
     why_not = {
-        "triton": backends.no_triton(mu) or _too_wide(mu),
-        "cpp": backends.no_cpp(mu) or _too_wide(mu),
+        "triton": backends.no_triton(mu),
+        "cpp": backends.no_cpp(mu.device, mu.dtype, _DTYPES),
         "reference": None,
     }
     name = backends.choose(op, backend, why_not)
@@ -319,16 +320,6 @@ def _ids(x: Tensor) -> Tensor:
 
 def _bool(x: Tensor) -> Tensor:
     return (x if x.dtype == torch.bool else x != 0).contiguous()
-
-
-def _too_wide(x: Tensor) -> str | None:
-    return "it computes in float32, got float64" if x.dtype == torch.float64 else None
-
-
-def _needs_gradient(*tensors: Tensor | None) -> str | None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return "it has no gradient (call it under torch.no_grad(), or use backend='reference')"
-    return None
 
 
 class _OnePass(torch.autograd.Function):

@@ -14,6 +14,8 @@ from torch import Tensor
 from worldenv.ops import backend as backends
 from worldenv.ops.checks import check_floating, check_shape, shape_of
 
+_DTYPES = (torch.float32, torch.float64)
+
 
 def _groups(op: str, reward: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor, int]:
     """Centre rewards on their group's first member: (centred [N], group id [N], number of
@@ -147,22 +149,19 @@ def gae(
     for name, number in (("gamma", gamma), ("lam", lam)):
         if not 0.0 <= number <= 1.0:
             raise ValueError(f"{op}: {name} must lie in [0, 1], got {number}")
-    narrow = (
-        None if reward.dtype in (torch.float32, torch.float64) else "it takes float32 or float64"
-    )
-    if value.dtype != reward.dtype:
-        narrow = "reward and value must share a dtype"
+    unfit = None
+    if value.dtype != reward.dtype or reward.dtype not in _DTYPES:
+        unfit = f"it takes float32 or float64, got {reward.dtype} and {value.dtype}"
     why_not = {
-        "cpp": backends.no_cpp(reward) or narrow,
-        "cuda": backends.no_cuda(reward, op) or narrow,
+        "cpp": unfit or backends.no_cpp(reward.device, reward.dtype, _DTYPES),
+        "cuda": unfit or backends.no_cuda(reward, op),
         "reference": None,
     }
-    name = backends.choose(op, backend, why_not)
-    with torch.no_grad():
-        if name != "reference":
-            inputs = (x.contiguous() for x in (reward, value, terminated, truncated))
-            return torch.ops.worldenv.gae(*inputs, gamma, lam)
+    reward, value = reward.detach(), value.detach()
+    if backends.choose(op, backend, why_not) == "reference":
         return gae_reference(reward, value, terminated, truncated, gamma=gamma, lam=lam)
+    inputs = (x.contiguous() for x in (reward, value, terminated, truncated))
+    return torch.ops.worldenv.gae.default(*inputs, gamma, lam)
 
 
 if backends.NO_CPP is None:

@@ -166,7 +166,7 @@ def spatiotemporal_attention(
         _OP,
         backend,
         {
-            "triton": backends.no_triton(q) or _too_wide(q),
+            "triton": backends.no_triton(q, most=256),
             "sdpa": None,
             "flash_attn": backends.NO_FLASH_ATTN or only_full or _no_half_cuda(q),
             "xformers": backends.NO_XFORMERS or only_full or _no_half_cuda(q),
@@ -182,12 +182,6 @@ def spatiotemporal_attention(
             q, k, v, window=window, sinks=sinks, causal=causal
         )
     return _library(name, q, k, v)
-
-
-def _too_wide(q: Tensor) -> str | None:
-    if q.dtype == torch.float64 or q.shape[-1] > 256:
-        return f"it takes up to float32 and D <= 256, got {q.dtype} and D = {q.shape[-1]}"
-    return None
 
 
 def _no_half_cuda(q: Tensor) -> str | None:

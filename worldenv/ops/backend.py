@@ -19,9 +19,10 @@ from collections.abc import Mapping
 import torch
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda", "sdpa", "flash_attn", "xformers")
+CPP_DTYPES = (torch.float32, torch.bfloat16)
 
 _log = logging.getLogger("worldenv.ops")
-_announced: set[tuple[str, str, str]] = set()
+_announced: set[tuple[str, str]] = set()
 
 
 class BackendUnavailable(RuntimeError):
@@ -72,18 +73,30 @@ NO_XFORMERS: str | None = (
 )
 
 
-def no_cpp(tensor: torch.Tensor) -> str | None:
-    """Why the C++ kernels cannot take `tensor`, or None."""
-    if NO_CPP is None and tensor.device.type != "cpu":
-        return f"the C++ kernels take CPU tensors, got {tensor.device}"
-    return NO_CPP
+def no_cpp(
+    device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = CPP_DTYPES
+) -> str | None:
+    """Why the C++ kernels cannot take tensors of this device and dtype, or None."""
+    if NO_CPP is not None:
+        return NO_CPP
+    if device.type != "cpu":
+        return f"the C++ kernels take CPU tensors, got {device}"
+    if dtype not in dtypes:
+        return f"the C++ kernel takes {' or '.join(str(d)[6:] for d in dtypes)}, got {dtype}"
+    return None
 
 
-def no_triton(tensor: torch.Tensor) -> str | None:
-    """Why the Triton kernels cannot take `tensor`, or None."""
-    if NO_TRITON is None and not tensor.is_cuda and not INTERPRETED:
+def no_triton(tensor: torch.Tensor, most: int | None = None) -> str | None:
+    """Why the Triton kernels cannot take `tensor`, or None; most: the longest last axis."""
+    if NO_TRITON is not None:
+        return NO_TRITON
+    if not tensor.is_cuda and not INTERPRETED:
         return f"Triton kernels take CUDA tensors, got {tensor.device} (move them with .cuda())"
-    return NO_TRITON
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels compute in float32, got float64"
+    if most is not None and tensor.shape[-1] > most:
+        return f"it takes a last axis of at most {most}, got {tensor.shape[-1]}"
+    return None
 
 
 def no_cuda(tensor: torch.Tensor, op: str) -> str | None:
@@ -94,6 +107,13 @@ def no_cuda(tensor: torch.Tensor, op: str) -> str | None:
         return NO_CPP
     if not has_kernel(op, "CUDA"):
         return "worldenv._C was built without CUDA (install nvcc and a CUDA torch, then rebuild)"
+    return None
+
+
+def no_gradient(*tensors: torch.Tensor | None) -> str | None:
+    """Why a kernel without a backward pass cannot take `tensors`, or None."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return "it has no gradient (call it under torch.no_grad(), or use backend='reference')"
     return None
 
 
@@ -128,8 +148,8 @@ def choose(op: str, requested: str, why_not: Mapping[str, str | None]) -> str:
 
 
 def _announce(op: str, name: str, why_not: Mapping[str, str | None]) -> None:
+    if (op, name) in _announced:  # on the way of every call
+        return
+    _announced.add((op, name))
     passed = [f"{other}: {reason}" for other, reason in why_not.items() if reason is not None]
-    key = (op, name, "; ".join(passed))
-    if key not in _announced:
-        _announced.add(key)
-        _log.info("%s runs on %s%s", op, name, f" ({key[2]})" if passed else "")
+    _log.info("%s runs on %s%s", op, name, f" ({'; '.join(passed)})" if passed else "")

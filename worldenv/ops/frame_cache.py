@@ -84,7 +84,7 @@ class FrameCache:
             )
         if layout not in ("auto", "plain", "packed"):
             raise ValueError(f"FrameCache: layout must be auto, plain or packed, got {layout!r}")
-        why_not = _no_packed(dtype, torch.device(device))
+        why_not = backends.no_cpp(torch.device(device), dtype)
         if layout == "packed" and why_not is not None:
             raise backends.BackendUnavailable(
                 f"FrameCache: layout 'packed' cannot be used: {why_not}"
@@ -107,6 +107,16 @@ class FrameCache:
     def lengths(self) -> np.ndarray:
         """Frames each row attends to, int64 [B] on the host."""
         return np.minimum(self.positions, self.frames)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether appending and attending read their slots on the device alone, so that a CUDA
+        graph of them stays right as the cache advances: the CUDA append and Triton attention."""
+        return self._appends_on_gpu and backends.NO_TRITON is None and self.layout == "plain"
+
+    @property
+    def _appends_on_gpu(self) -> bool:
+        return self.device.type == "cuda" and backends.has_kernel("frame_cache_append", "CUDA")
 
     def nbytes(self) -> int:
         """Memory held by keys and values, bytes."""
@@ -187,8 +197,7 @@ class FrameCache:
         return self._host_table[np.arange(self.batch), self.lengths]
 
     def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        on_gpu = self.device.type == "cuda" and backends.has_kernel("frame_cache_append", "CUDA")
-        if self.layout == "packed" or on_gpu:
+        if self.layout == "packed" or self._appends_on_gpu:
             k, v = _last_contiguous(k), _last_contiguous(v)
             torch.ops.worldenv.frame_cache_append(
                 self.k[layer], self.v[layer], k, v, self.table, self.cached
@@ -320,9 +329,11 @@ def frame_attention(
         _OP,
         backend,
         {
-            "triton": backends.no_triton(q) or _not_plain(cache) or _no_gradient(q, k, v),
-            "cpp": _no_packed(cache.dtype, q.device) or _not_packed(cache) or _no_gradient(q, k, v),
-            "sdpa": _no_gradient(q, k, v),
+            "triton": backends.no_triton(q) or _not_plain(cache) or backends.no_gradient(q, k, v),
+            "cpp": backends.no_cpp(q.device, cache.dtype)
+            or _not_packed(cache)
+            or backends.no_gradient(q, k, v),
+            "sdpa": backends.no_gradient(q, k, v),
             "reference": None,
         },
     )
@@ -345,14 +356,6 @@ def _last_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _no_packed(dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ kernels take CPU tensors, got {device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"the C++ kernels take float32 or bfloat16, got {dtype}"
-    return backends.NO_CPP
-
-
 def _not_packed(cache: FrameCache) -> str | None:
     return (
         None if cache.layout == "packed" else "the cache has layout 'plain' (build it as 'packed')"
@@ -362,12 +365,6 @@ def _not_packed(cache: FrameCache) -> str | None:
 def _not_plain(cache: FrameCache) -> str | None:
     if cache.layout != "plain" or cache.dtype == torch.float64:
         return f"it takes a plain cache of up to float32, got {cache.layout} {cache.dtype}"
-    return None
-
-
-def _no_gradient(*tensors: Tensor) -> str | None:
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return "it has no gradient (call it under torch.no_grad(), or use backend='reference')"
     return None
 
 

@@ -36,16 +36,10 @@ def gelu(x: Tensor, *, backend: str = "auto") -> Tensor:
         BackendUnavailable: a forced backend cannot run.
     """
     check_floating(_OP, x=x)
-    why_not = {"cpp": backends.no_cpp(x) or _not_cpp(x), "reference": None}
+    why_not = {"cpp": backends.no_cpp(x.device, x.dtype), "reference": None}
     if backends.choose(_OP, backend, why_not) == "cpp":
         return torch.ops.worldenv.gelu(x.contiguous())
     return gelu_reference(x)
-
-
-def _not_cpp(x: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"the C++ kernel takes float32 or bfloat16, got {x.dtype}"
-    return None
 
 
 def _save(ctx, inputs, output):

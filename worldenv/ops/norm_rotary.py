@@ -81,8 +81,8 @@ def norm_rotary(
     if eps <= 0:
         raise ValueError(f"{_OP}: eps must be > 0, got {eps}")
     why_not = {
-        "triton": backends.no_triton(x) or _too_wide(x),
-        "cpp": backends.no_cpp(x) or _not_cpp(x),
+        "triton": backends.no_triton(x, most=16384),
+        "cpp": backends.no_cpp(x.device, x.dtype),
         "reference": None,
     }
     name = backends.choose(_OP, backend, why_not)
@@ -106,18 +106,6 @@ def _unrepeated(rotary: Tensor, x: Tensor) -> Tensor:
     if rotary.shape[:-1] == x.shape[x.dim() - rotary.dim() : -1]:
         return rotary
     return rotary.expand(*x.shape[:-1], -1)
-
-
-def _too_wide(x: Tensor) -> str | None:
-    if x.dtype == torch.float64 or x.shape[-1] > 16384:
-        return f"it takes up to float32 and E <= 16384, got {x.dtype} and E = {x.shape[-1]}"
-    return None
-
-
-def _not_cpp(x: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"the C++ kernels take float32 or bfloat16, got {x.dtype}"
-    return None
 
 
 def _save(ctx, inputs, output):
