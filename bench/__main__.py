@@ -31,11 +31,11 @@ GATES = Path(__file__).with_name("gates.json")
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
 
 
-def all_cases(compiled: bool, only: str | None) -> Iterator[Case]:
+def all_cases(compiled: bool, only: str | None, once: bool = False) -> Iterator[Case]:
     on_gpu = torch.cuda.is_available()
     found = cases.gpu_cases() if on_gpu else cases.cpu_cases(compiled)
     yield from (c for c in found if only is None or only in c.name)
-    for case in denoiser.cases("cuda" if on_gpu else "cpu"):
+    for case in denoiser.cases("cuda" if on_gpu else "cpu", once):
         if only is None or only in case.name:
             yield case
 
@@ -109,7 +109,7 @@ def main() -> int:
     torch.set_num_threads(1)
     if options.once:
         count = 0
-        for case in all_cases(False, options.only):
+        for case in all_cases(False, options.only, once=True):
             gate(case)
             count += 1
         print(f"{count} cases agree with their references")

@@ -135,16 +135,18 @@ def action_loss_case(batch: int, compiled: bool, device: str) -> Case:
     )
 
 
-def token_loss_case(batch: int, vocabulary: int, device: str) -> Case:
-    """Categorical loss and gradient over action tokens at (B, 8, 7)."""
-    logits = torch.randn(batch, 8, 7, vocabulary, device=device)
-    action = torch.randint(vocabulary, (batch, 8, 7), device=device)
+def token_loss_case(shape: tuple[int, int, int], vocabulary: int, device: str) -> Case:
+    """Categorical loss and gradient over action tokens (B, C, A). With A = 1 a ratio belongs to one
+    token, as in language models, and Liger's GRPO loss is the same function."""
+    batch, chunk, dims = shape
+    logits = torch.randn(*shape, vocabulary, device=device)
+    action = torch.randint(vocabulary, shape, device=device)
     behaviour = action_logprob(logits, None, action, distribution="categorical")
     rows = (
         action,
         behaviour,
         torch.randn(batch, device=device),
-        torch.ones(batch, 8, device=device),
+        torch.ones(batch, chunk, device=device),
     )
     leaves = [logits.requires_grad_()]
 
@@ -154,16 +156,38 @@ def token_loss_case(batch: int, vocabulary: int, device: str) -> Case:
             leaves,
         )
 
+    rivals = {"eager, with metrics": lambda: with_backend("reference")}
+    if dims == 1 and logits.is_cuda and importlib.util.find_spec("liger_kernel") is not None:
+        rivals["liger, GRPO loss"] = _liger(logits.squeeze(2), action.squeeze(2), *rows[1:])
     return Case(
         "action_loss categorical",
-        f"({batch}, 8, 7, {vocabulary})",
+        f"{(*shape, vocabulary)}",
         "float32",
         lambda: with_backend("auto"),
-        {"eager, with metrics": lambda: with_backend("reference")},
+        rivals,
         lambda: with_backend("reference"),
         1e-4,
         traffic=4.0 * 2 * logits.numel(),
     )
+
+
+def _liger(
+    logits: Tensor, action: Tensor, behaviour: Tensor, advantage: Tensor, mask: Tensor
+) -> Callable[[], tuple[Tensor, ...]]:
+    """Liger takes the logits of one step more, as a language model has them."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    leaf = F.pad(logits.detach(), (0, 0, 0, 1)).requires_grad_()
+    options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.2}
+
+    def run() -> tuple[Tensor, ...]:
+        out = triton_grpo_loss(
+            leaf, behaviour, None, action, advantage, mask,
+            **options, inplace=False, loss_type="bnpo", reduce=True,
+        )  # fmt: skip
+        return (torch.autograd.grad(out[0], leaf)[0][:, :-1],)
+
+    return run
 
 
 def gae_case(steps: int, batch: int, device: str) -> Case:
@@ -340,7 +364,7 @@ def cpu_cases(compiled: bool) -> Iterator[Case]:
         yield frame_attention_case(8, 64, 8, 32, 8, dtype, "cpu")
     for batch in (32, 256, 2048, 16384):
         yield action_loss_case(batch, compiled, "cpu")
-    yield token_loss_case(64, 256, "cpu")
+    yield token_loss_case((64, 8, 7), 256, "cpu")
     yield gae_case(64, 128, "cpu")
     yield gae_case(16, 32, "cpu")
     for train in (False, True):
@@ -359,7 +383,8 @@ def gpu_cases() -> Iterator[Case]:
         yield frame_attention_case(8, 256, 24, dim, 8, bf16, "cuda")
     for batch in (256, 16384, 262144):
         yield action_loss_case(batch, True, "cuda")
-    yield token_loss_case(4096, 256, "cuda")
+    yield token_loss_case((4096, 8, 7), 256, "cuda")
+    yield token_loss_case((1024, 56, 1), 256, "cuda")
     for width in (1536, 3072):
         yield modulated_norm_case((16, 4096), width, bf16, "cuda")
         yield norm_rotary_case((16, 4096), width // 128, 128, bf16, "cuda", False)

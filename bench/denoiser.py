@@ -8,8 +8,9 @@ recomputing the whole window at each step. Weights are random: only the arithmet
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -141,61 +142,93 @@ def step_case(
     )
 
 
-def wan_of(layers: int, heads: int, head_dim: int, device: str, dtype: torch.dtype) -> nn.Module:
-    """diffusers' Wan transformer at our size: one token per latent pixel, text reduced to one
-    token."""
-    from diffusers import WanTransformer3DModel
+def episode_case(
+    layers: int, heads: int, head_dim: int, side: int, batch: int, frames: int, steps: int,
+    device: str,
+) -> Case:  # fmt: skip
+    """A whole imagined episode: every frame denoised in `steps` passes, then remembered.
 
-    return WanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=heads, attention_head_dim=head_dim,
-        in_channels=16,
-        out_channels=16, text_dim=64, freq_dim=64, ffn_dim=4 * heads * head_dim, num_layers=layers,
-    ).to(device, dtype).eval()  # fmt: skip
-
-
-def episode_seconds(
-    batch: int = 16, frames: int = 16, steps: int = 4, device: str = "cpu"
-) -> dict[str, float]:
-    """A whole imagined episode, ours against recomputing with Wan; run by hand, for it takes
-    minutes."""
-    from bench.timing import clock
-
-    layers, heads, head_dim, side = 8, 8, 32, 8
+    The rival has no cache and runs the whole video at each pass: diffusers' Wan transformer of
+    equal size, with weights of its own. The truth is our own model run that way.
+    """
     tokens, width = side * side, heads * head_dim
     model = Denoiser(layers, width, heads, side).to(device)
     rotary = model.rotary(torch.arange(frames, device=device))
-    wan = wan_of(layers, heads, head_dim, device, torch.float32)
+    noise = torch.randn(frames, batch, tokens, width, device=device)
 
-    @torch.no_grad()
-    def ours() -> Tensor:
+    def cached() -> Tensor:
         cache = FrameCache(layers, batch, frames, tokens, heads, head_dim, device=device)
         for f in range(frames):
-            x = torch.randn(batch, tokens, width, device=device)
+            x = noise[f]
             for _ in range(steps):
                 x = model.step(x, rotary[f], cache)
             model.step(x, rotary[f], cache, append=True)
             cache.advance()
         return x
 
-    @torch.no_grad()
     def recomputed() -> Tensor:
-        text = torch.zeros(batch, 1, 64, device=device)
-        video = torch.zeros(batch, 16, 0, side, side, device=device)
-        for _ in range(frames):
-            new = torch.randn(batch, 16, 1, side, side, device=device)
+        video = noise.new_empty(batch, 0, tokens, width)
+        for f in range(frames):
+            x = noise[f]
             for _ in range(steps):
-                time = torch.zeros(batch, device=device)
-                new = wan(torch.cat((video, new), 2), time, text, return_dict=False)[0][:, :, -1:]
+                x = model.window(torch.cat((video, x[:, None]), 1), rotary[: f + 1], True)[:, -1]
+            video = torch.cat((video, x[:, None]), 1)
+        return x
+
+    rivals = {}
+    if importlib.util.find_spec("diffusers") is not None:
+        rivals["diffusers' Wan, recomputing"] = torch.no_grad()(_wan_episode(model, noise, steps))
+    return Case(
+        "imagined episode",
+        f"{layers} layers of {width}, B{batch} S{tokens}, {frames} frames, {steps} steps",
+        "float32",
+        torch.no_grad()(cached),
+        rivals,
+        torch.no_grad()(recomputed),
+        1e-3,
+        unlike=tuple(rivals),
+    )
+
+
+def _wan_episode(model: Denoiser, noise: Tensor, steps: int) -> Callable[[], Tensor]:
+    """diffusers' Wan transformer at our model's size: one token per latent pixel of 16 channels,
+    the text reduced to one token."""
+    from diffusers import WanTransformer3DModel
+
+    heads, dim = model.heads, model.head_dim
+    batch, tokens = noise.shape[1:3]
+    side = math.isqrt(tokens)
+    wan = WanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=heads, attention_head_dim=dim, in_channels=16,
+        out_channels=16, text_dim=64, freq_dim=64, ffn_dim=4 * heads * dim,
+        num_layers=len(model.blocks),
+    ).to(noise.device).eval()  # fmt: skip
+    latents = noise[..., :16].unflatten(2, (side, side)).permute(0, 1, 4, 2, 3).unsqueeze(3)
+    text, time = noise.new_zeros(batch, 1, 64), noise.new_zeros(batch)
+
+    def run() -> Tensor:
+        video = latents[0][:, :, :0]
+        for new in latents:
+            for _ in range(steps):
+                whole = torch.cat((video, new), 2)
+                new = wan(whole, time, text, return_dict=False)[0][:, :, -1:]
             video = torch.cat((video, new), 2)
         return video
 
-    return {"ours": clock(ours), "wan, recomputing": clock(recomputed)}
+    return run
 
 
-def cases(device: str) -> Iterator[Case]:
+def cases(device: str, once: bool = False) -> Iterator[Case]:
+    """once: the episode small enough to be checked in seconds."""
     if device == "cpu":
         for dtype in (torch.float32, torch.bfloat16):
             yield step_case(8, 256, 8, 8, 64, 8, dtype, device)
+        yield (
+            episode_case(2, 4, 32, 4, 2, 3, 2, device)
+            if once
+            else episode_case(8, 8, 32, 8, 16, 16, 4, device)
+        )
         return
     for layers, width, heads in ((8, 256, 4), (12, 1024, 16), (30, 1536, 12)):
         yield step_case(layers, width, heads, 16, 64, 8, torch.bfloat16, device)
+    yield episode_case(8, 8, 32, 8, 16, 16, 4, device)

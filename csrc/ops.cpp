@@ -29,7 +29,7 @@ STABLE_TORCH_LIBRARY(worldenv, m) {
   m.def("token_logprob(Tensor logits, Tensor action, int isa=-1) -> Tensor");
   // GAE over [T, B]: advantage and value target.
   m.def(
-      "gae(Tensor reward, Tensor value, Tensor terminated, Tensor truncated, float gamma, float lam) "
+      "gae(Tensor reward, Tensor value, Tensor terminated, Tensor truncated, float gamma, float lam, int isa=-1) "
       "-> (Tensor, Tensor)");
   // RMS norm over x [R,E], then rotary positions [turns,D] (cosine, sine of each pair; row r
   // takes r % turns) on every head of D channels.

@@ -22,14 +22,6 @@ namespace {
 
 constexpr int64_t kBlocksPerTask = 16;  // fixed, so that sums do not depend on the number of threads
 
-ActionKernels kernels_for(int64_t isa) {
-#if defined(__x86_64__)
-  if (isa >= kAvx512) return action_kernels_avx512();
-  if (isa == kAvx2) return action_kernels_avx2();
-#endif
-  return action_kernels_portable();
-}
-
 const float* floats(const Tensor& t, int64_t numel, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == numel,
                   "action_loss: ", name, " must be contiguous f32 with ", numel, " elements, got ", t.numel());
@@ -112,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> action_loss(
   Tensor grad_mu = empty_cpu_like(mu), grad_log_scale = empty_cpu_like(mu);
   x.grad_mu = static_cast<float*>(grad_mu.mutable_data_ptr());
   x.grad_log_scale = static_cast<float*>(grad_log_scale.mutable_data_ptr());
-  run(x, mask, kernels_for(resolve_isa(isa)).loss, loss, metrics);
+  run(x, mask, action_kernels(isa).loss, loss, metrics);
   return {loss, metrics, grad_mu, grad_log_scale};
 }
 
@@ -131,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Tensor logits, const Tensor 
   Tensor loss = empty_cpu({}, ScalarType::Float), metrics = empty_cpu({8}, ScalarType::Float);
   Tensor grad = empty_cpu_like(logits);
   x.grad_mu = static_cast<float*>(grad.mutable_data_ptr());
-  run(x, mask, kernels_for(resolve_isa(isa)).token_loss, loss, metrics);
+  run(x, mask, action_kernels(isa).token_loss, loss, metrics);
   return {loss, metrics, grad};
 }
 
@@ -153,16 +145,26 @@ Tensor action_logprob(const Tensor mu, const Tensor log_scale, const Tensor acti
   x.log_scale = floats(log_scale, x.rows * x.dims, "log_scale");
   x.action = floats(action, x.rows * x.dims, "action");
   x.distribution = static_cast<Distribution>(distribution);
-  return logprobs(x, mu, kernels_for(resolve_isa(isa)).logprob);
+  return logprobs(x, mu, action_kernels(isa).logprob);
 }
 
 Tensor token_logprob(const Tensor logits, const Tensor action, int64_t isa) {
   ActionLoss x = describe(logits, true);
   x.token = tokens(action, x.rows * x.dims, x.vocabulary);
-  return logprobs(x, logits, kernels_for(resolve_isa(isa)).token_logprob);
+  return logprobs(x, logits, action_kernels(isa).token_logprob);
 }
 
 }  // namespace
+
+ActionKernels action_kernels(int64_t isa) {
+  isa = resolve_isa(isa);
+#if defined(__x86_64__)
+  if (isa >= kAvx512) return action_kernels_avx512();
+  if (isa == kAvx2) return action_kernels_avx2();
+#endif
+  return action_kernels_portable();
+}
+
 }  // namespace worldenv
 
 STABLE_TORCH_LIBRARY_IMPL(worldenv, CPU, m) {

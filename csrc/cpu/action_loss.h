@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "gae.h"
+
 namespace worldenv {
 
 enum Distribution : int64_t { kLaplace = 0, kGaussian = 1 };
@@ -44,10 +46,12 @@ using ActionLogprobKernel = void (*)(const ActionLoss&, int64_t begin, int64_t e
 struct ActionKernels {
   ActionLossKernel loss, token_loss;
   ActionLogprobKernel logprob, token_logprob;
+  GaeKernel gae;
 };
 
 ActionKernels action_kernels_portable();
 ActionKernels action_kernels_avx2();
 ActionKernels action_kernels_avx512();
+ActionKernels action_kernels(int64_t isa);  // of an instruction set, or of the best with -1
 
 }  // namespace worldenv

@@ -247,5 +247,7 @@ void token_loss_block(const ActionLoss& x, int64_t begin, int64_t end, float* sc
 
 }  // namespace
 
-#define WORLDENV_ACTION_KERNELS(name) \
-  worldenv::ActionKernels worldenv::name() { return {loss_block, token_loss_block, logprob_block, token_logprob_block}; }
+#define WORLDENV_ACTION_KERNELS(name)                                                         \
+  worldenv::ActionKernels worldenv::name() {                                                  \
+    return {loss_block, token_loss_block, logprob_block, token_logprob_block, gae_block};     \
+  }

@@ -1,15 +1,13 @@
-// Generalised advantage estimation: one backward scan over T, vectorised over B by the compiler. CPU, f32 and f64.
+// Generalised advantage estimation: host checks, choice of kernel. CPU, f32 and f64.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <cstring>
 #include <tuple>
-#include <type_traits>
-#include <vector>
 
+#include "action_loss.h"
 #include "allocate.h"
 
 using torch::headeronly::ScalarType;
@@ -18,39 +16,24 @@ using torch::stable::Tensor;
 namespace worldenv {
 namespace {
 
-// x or 0, by a bit mask: what follows an episode's end may hold NaN, and a branch would stop vectorisation.
-template <class T>
-inline T keep_if(bool condition, T x) {
-  using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  Word bits;
-  std::memcpy(&bits, &x, sizeof(T));
-  bits &= Word{0} - static_cast<Word>(condition);
-  std::memcpy(&x, &bits, sizeof(T));
-  return x;
-}
-
-template <class T>
-void scan(const T* __restrict reward, const T* __restrict value, const uint8_t* __restrict terminated,
-          const uint8_t* __restrict truncated, T gamma, T lam, int64_t steps, int64_t batch, int64_t begin,
-          int64_t end, T* __restrict advantage, T* __restrict target) {
-  std::vector<T> storage(end - begin);
-  T* __restrict carry = storage.data();
-  for (int64_t t = steps - 1; t >= 0; --t) {
-    const int64_t at = t * batch + begin;
-    for (int64_t i = 0; i < end - begin; ++i) {
-      const T now = value[at + i];
-      const T bootstrap = keep_if(!terminated[at + i], value[at + batch + i]);
-      const T trace = keep_if(!(terminated[at + i] | truncated[at + i]), carry[i]);
-      const T a = (reward[at + i] + gamma * bootstrap - now) + gamma * lam * trace;
-      advantage[at + i] = a;
-      target[at + i] = a + now;
-      carry[i] = a;
+// Plain code for float64, which only tests and references use.
+void scan(const Gae<double>& a, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    double trace = 0;
+    for (int64_t t = a.steps - 1; t >= 0; --t) {
+      const int64_t at = t * a.batch + i;
+      // Chosen, not multiplied: what follows an episode's end may hold NaN.
+      const double bootstrap = a.terminated[at] ? 0 : a.gamma * a.value[at + a.batch];
+      const double carried = a.terminated[at] || a.truncated[at] ? 0 : a.gamma * a.lam * trace;
+      trace = a.reward[at] + bootstrap - a.value[at] + carried;
+      a.advantage[at] = trace;
+      a.target[at] = trace + a.value[at];
     }
   }
 }
 
 std::tuple<Tensor, Tensor> gae(const Tensor reward, const Tensor value, const Tensor terminated,
-                               const Tensor truncated, double gamma, double lam) {
+                               const Tensor truncated, double gamma, double lam, int64_t isa) {
   STD_TORCH_CHECK(reward.dim() == 2, "gae: reward must be [T,B]");
   const int64_t steps = reward.size(0), batch = reward.size(1);
   const auto dtype = reward.scalar_type();
@@ -66,18 +49,19 @@ std::tuple<Tensor, Tensor> gae(const Tensor reward, const Tensor value, const Te
       "gae: tensors must be contiguous");
   Tensor advantage = empty_cpu_like(reward), target = empty_cpu_like(reward);
   if (reward.numel() == 0) return {advantage, target};
-  const auto* over = static_cast<const uint8_t*>(terminated.const_data_ptr());
-  const auto* cut = static_cast<const uint8_t*>(truncated.const_data_ptr());
-  const auto run = [&](auto zero) {
+  const auto run = [&](auto zero, auto kernel) {
     using T = decltype(zero);
-    torch::stable::parallel_for(0, batch, 1 + (1 << 15) / steps, [&](int64_t begin, int64_t end) {
-      scan(static_cast<const T*>(reward.const_data_ptr()), static_cast<const T*>(value.const_data_ptr()), over, cut,
-           static_cast<T>(gamma), static_cast<T>(lam), steps, batch, begin, end,
-           static_cast<T*>(advantage.mutable_data_ptr()), static_cast<T*>(target.mutable_data_ptr()));
-    });
+    const Gae<T> a{static_cast<const T*>(reward.const_data_ptr()), static_cast<const T*>(value.const_data_ptr()),
+                   static_cast<const uint8_t*>(terminated.const_data_ptr()),
+                   static_cast<const uint8_t*>(truncated.const_data_ptr()),
+                   static_cast<T*>(advantage.mutable_data_ptr()), static_cast<T*>(target.mutable_data_ptr()),
+                   static_cast<T>(gamma), static_cast<T>(lam), steps, batch};
+    const int64_t grain = 1 + (1 << 15) / steps;
+    if (batch <= grain) kernel(a, 0, batch);
+    else torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   };
-  if (dtype == ScalarType::Float) run(float{});
-  else run(double{});
+  if (dtype == ScalarType::Float) run(float{}, action_kernels(isa).gae);
+  else run(double{}, scan);
   return {advantage, target};
 }
 

@@ -30,7 +30,7 @@ void* current_stream(const Tensor& t) {
 void check_launch(int code, const char* op) { STD_TORCH_CHECK(code == 0, op, ": CUDA launch failed with code ", code); }
 
 std::tuple<Tensor, Tensor> gae(const Tensor reward, const Tensor value, const Tensor terminated,
-                               const Tensor truncated, double gamma, double lam) {
+                               const Tensor truncated, double gamma, double lam, int64_t /* isa */) {
   STD_TORCH_CHECK(reward.dim() == 2, "gae: reward must be [T,B]");
   const auto dtype = reward.scalar_type();
   const int64_t steps = reward.size(0), batch = reward.size(1);

@@ -105,12 +105,19 @@ def pointwise(ops, best: int) -> None:
         raise AssertionError("accepted a bad weight")
 
 
-def gae(ops, _: int) -> None:
+def gae(ops, best: int) -> None:
     steps, batch = random.randint(0, 40), random.randint(0, 40)
     dtype = random.choice([torch.float32, torch.float64])
     masks = [torch.rand(steps, batch) < 0.1 for _ in range(2)]
     reward = torch.randn(steps, batch, dtype=dtype)
-    ops.gae(reward, torch.randn(steps + 1, batch, dtype=dtype), *masks, 0.9, 0.9)
+    ops.gae(
+        reward,
+        torch.randn(steps + 1, batch, dtype=dtype),
+        *masks,
+        0.9,
+        0.9,
+        random.randint(-1, min(best, 2)),
+    )
 
 
 def main() -> None:

@@ -75,6 +75,25 @@ def test_gae_scan_matches_the_loop(shape, dtype):
 
 
 @needs_cpp
+@pytest.mark.parametrize("isa", [0, 1, 2], ids=["portable", "avx2", "avx512"])
+def test_every_instruction_set_and_nan_after_an_end(isa):
+    if isa > torch.ops.worldenv.best_isa():
+        pytest.skip("this CPU has no such instructions")
+    generator = torch.Generator().manual_seed(0)
+    for batch in (1, 67, 130):
+        reward = torch.randn(9, batch, generator=generator)
+        value = torch.randn(10, batch, generator=generator)
+        over, cut = episode_masks(9, batch, generator)
+        over[4], value[5] = True, float("nan")  # what was never reached
+        reward[5:], over[5:], cut[5:] = float("nan"), False, False
+        reached = (reward[:5], torch.cat((value[:5], torch.zeros(1, batch))), over[:5], cut[:5])
+        want = gae(*reached, backend="reference")
+        got = torch.ops.worldenv.gae(reward, value, over, cut, 0.99, 0.95, isa)
+        for w, g in zip(want, got, strict=True):
+            torch.testing.assert_close(g[:5], w)
+
+
+@needs_cpp
 def test_gae_opcheck_and_compile():
     reward, value = torch.randn(4, 3), torch.randn(5, 3)
     masks = episode_masks(4, 3, torch.Generator().manual_seed(0))

@@ -174,5 +174,6 @@ if backends.NO_CPP is None:
         truncated: Tensor,
         gamma: float,
         lam: float,
+        isa: int = -1,
     ) -> tuple[Tensor, Tensor]:
         return torch.empty_like(reward), torch.empty_like(reward)

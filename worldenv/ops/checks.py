@@ -46,7 +46,7 @@ def check_shape(
 ) -> None:
     """Raise ValueError unless `tensor` has exactly the expected shape (`letters` names its
     axes)."""
-    if tuple(tensor.shape) != tuple(expected):
+    if tensor.shape != expected:
         raise ValueError(
             f"{op}: {name} must be [{letters}] = {tuple(expected)}, got {shape_of(tensor)}"
         )
