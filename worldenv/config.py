@@ -122,6 +122,9 @@ class SimulatorConfig:
     """Windows per step."""
     frames: int = 3
     """Target frames per training window."""
+    balance: bool = True
+    """Draw successes and failures equally often. A simulator that has seen mostly successes imagines
+    success where a grasp is in doubt."""
     lr: float = 1.5e-3
     """Peak learning rate."""
     self_history_start: float = 0.4
@@ -143,13 +146,19 @@ class ReflectorConfig:
     encoder_channels: int = 16
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
     steps: int = 900
-    """Optimiser steps in each round. A third of that ended many episodes too early."""
+    """Optimiser steps in the first round. A third of that ended many episodes too early."""
+    refresh_steps: int = 300
+    """Optimiser steps in each later round, from the last weights."""
     batch: int = 48
     """Frames per step."""
     lr: float = 1e-3
     """Peak learning rate."""
     threshold: float = 0.7
-    """eta: an episode ends as a success where the reward exceeds it."""
+    """eta: an episode ends as a success where the reward exceeds it, unless it is calibrated."""
+    calibrate: bool = True
+    """Choose eta anew in each round, such that the policy that explored succeeds as often in its
+    imagination as it did in reality. With a fixed one some worlds call nearly everything a success,
+    and nothing is learned there."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +174,9 @@ class PosttrainConfig:
     """Rounds of (collect, simulator, reflector, post-train)."""
     contexts: int = 16
     """Contexts (first frames) per iteration."""
+    draws: int = 3
+    """Draws of contexts per iteration at most: until half as many groups as contexts have both
+    successes and failures (dynamic sampling, as in DAPO), for others teach nothing."""
     group: int = 8
     """G, rollouts per context."""
     advantage: Literal["loop", "grpo", "gae"] = "loop"

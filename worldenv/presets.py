@@ -40,7 +40,7 @@ def _smoke() -> Config:
         simulator=SimulatorConfig(
             width=64, layers=2, heads=2, window=2, steps=8, refresh_steps=4, batch=4, frames=2
         ),
-        reflector=ReflectorConfig(steps=5, batch=12),
+        reflector=ReflectorConfig(steps=5, refresh_steps=3, batch=12),
         posttrain=PosttrainConfig(
             rounds=2,
             iterations=2,
@@ -87,7 +87,7 @@ def _suite(suite: str) -> Config:
             frames=8,
             lr=3e-4,
         ),
-        reflector=replace(base.reflector, steps=10_000, batch=256),
+        reflector=replace(base.reflector, steps=10_000, refresh_steps=3_000, batch=256),
         posttrain=replace(
             base.posttrain,
             rounds=2,

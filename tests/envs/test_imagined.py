@@ -33,9 +33,9 @@ def make(rows: int, threshold: float = 2.0, **changes) -> ImaginedVectorEnv:
     torch.manual_seed(0)
     config = SimulatorConfig(width=48, layers=1, heads=2, window=2)
     simulator = Simulator(config, image_size=16)
-    reflector = Reflector(ReflectorConfig(width=16, encoder_channels=8), 16)
+    reflector = Reflector(ReflectorConfig(width=16, encoder_channels=8, threshold=threshold), 16)
     contexts = [*first_frames([sequence()]), *middle_frames([sequence()], 8)]
-    options = {"max_chunks": 4, "sampling_steps": 1, "threshold": threshold, **changes}
+    options = {"max_chunks": 4, "sampling_steps": 1, **changes}
     return ImaginedVectorEnv(simulator, reflector, contexts, rows, **options)
 
 
@@ -103,6 +103,4 @@ def test_bad_input_is_named():
     with pytest.raises(UserError, match=r"\(2, 8, 7\)"):
         env.step(torch.zeros(2, 7))
     with pytest.raises(UserError, match="at least one context"):
-        ImaginedVectorEnv(
-            env.simulator, env.reflector, [], 2, max_chunks=4, sampling_steps=1, threshold=0.5
-        )
+        ImaginedVectorEnv(env.simulator, env.reflector, [], 2, max_chunks=4, sampling_steps=1)

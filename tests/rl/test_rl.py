@@ -10,7 +10,7 @@ from torch import nn
 from worldenv.config import PosttrainConfig
 from worldenv.envs.start import Start
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages
-from worldenv.rl.rollout import rollout, sample_laplace
+from worldenv.rl.rollout import join, rollout, sample_laplace
 from worldenv.rl.update import Learner, update
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -77,6 +77,11 @@ def test_an_episode_is_the_same_in_any_row_and_company():
     assert many.length.sum() == len(many.episode)
     assert many.length.max() <= 3
     assert (many.final_reward > 0).equal(many.terminated)
+    parts = (slice(0, 3), slice(3, 8))
+    joined = join([rollout(ToyEnv(2), policy, starts(8)[p], seeds=seeds(8)[p]) for p in parts])
+    for name in ("action", "episode", "step", "final_reward", "instruction", "info"):
+        got, want = getattr(joined, name), getattr(many, name)
+        assert torch.equal(got, want) if torch.is_tensor(want) else got == want, name
     few = rollout(ToyEnv(5), policy, starts(2), seeds=seeds(2))
     assert torch.equal(few.action, many.action[many.episode < 2])
 

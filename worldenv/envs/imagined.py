@@ -70,7 +70,7 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
 class ImaginedVectorEnv(VectorEnv):
     """B imagined episodes. Observations and actions as in `envs.libero`, as tensors.
 
-    Reward: R in [0, 1] after each frame (0 for finished rows). terminated: R > threshold;
+    Reward: R in [0, 1] after each frame (0 for finished rows). terminated: R > the reflector's eta;
     truncated: the episode has `max_chunks` chunks, those before its context included.
     """
 
@@ -85,7 +85,6 @@ class ImaginedVectorEnv(VectorEnv):
         *,
         max_chunks: int,
         sampling_steps: int,
-        threshold: float,
         terminate: bool = True,
     ) -> None:
         if not contexts:
@@ -93,7 +92,7 @@ class ImaginedVectorEnv(VectorEnv):
         self.simulator, self.reflector = simulator.eval(), reflector.eval()
         self.contexts, self.num_envs = list(contexts), num_envs
         self.max_chunks, self.sampling_steps = max_chunks, sampling_steps
-        self.threshold, self.terminate = threshold, terminate
+        self.threshold, self.terminate = float(reflector.threshold), terminate
         frame, proprio = contexts[0].image, contexts[0].proprio
         self.single_observation_space = spaces.Dict(
             {

@@ -2,6 +2,7 @@
 
 World-Env section 3.4 (arXiv 2509.24948): R(o_{1:t}, g) = sigmoid(head(h_t)), trained by binary
 cross-entropy on per-frame success labels; R > eta ends the episode and R at the end is its reward.
+eta travels with the weights, for it is calibrated after training (see stages/reflector.py).
 h_t joins the features of frame t with those of frame 1, so that it can tell what has changed, and
 with the instruction. Liberties: of o_{1:t} only the ends are used; the small presets train a
 convolutional encoder per camera where the paper freezes a VLM.
@@ -25,6 +26,7 @@ class Reflector(nn.Module):
         super().__init__()
         self.config = config
         features = 64
+        self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
         self.register_buffer("proprio_mean", torch.zeros(proprio))
         self.register_buffer("proprio_std", torch.ones(proprio))
         self.encoders = nn.ModuleList(

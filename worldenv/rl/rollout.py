@@ -119,6 +119,23 @@ def rollout(
     return recorder.result()
 
 
+def join(parts: Sequence[Trajectories]) -> Trajectories:
+    """The episodes of several rollouts, in order, as if of one."""
+    flat = ("image", "proprio", "action", "mu", "log_scale", "logprob", "step", "reward")
+    whole = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in (*flat, "final_reward", "length", "terminated")
+    }
+    before = np.cumsum([0, *(len(part.length) for part in parts)])
+    episode = torch.cat([p.episode + int(n) for p, n in zip(parts, before, strict=False)])
+    return Trajectories(
+        **whole,
+        episode=episode,
+        instruction=[word for part in parts for word in part.instruction],
+        info=[info for part in parts for info in part.info],
+    )
+
+
 def _as_tensors(observation: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: torch.as_tensor(value) if key != "instruction" else value

@@ -75,7 +75,7 @@ def evaluate_policy(
     device = policy.proprio_mean.device
     policy = policy.cpu().eval()
     env = make_env(run.config, terminate="success" if reflector is None else "never")
-    ruling = _Ruling(env, reflector.cpu(), run.config.reflector.threshold) if reflector else None
+    ruling = _Ruling(env, reflector.cpu()) if reflector else None
     outcomes: list[dict] = []
     use_cores(1)  # the simulators need the cores
     try:
@@ -119,9 +119,9 @@ def evaluate_policy(
 class _Ruling:
     """The reflector's verdicts during real episodes, which go on until both judges have spoken."""
 
-    def __init__(self, env, reflector: Reflector, threshold: float) -> None:
+    def __init__(self, env, reflector: Reflector) -> None:
         self.judge = Judge(reflector, env.num_envs)
-        self.threshold = threshold
+        self.threshold = float(reflector.threshold)
         self.episode = np.full(env.num_envs, -1)
         self.verdicts: dict[int, dict] = {}
 

@@ -49,8 +49,8 @@ def run(run: Run, mark: str, number: int) -> dict:
         "episodes": len(real),
         "sampling_steps": steps,
         **horizon_errors(real, imagined),
-        **outcome_agreement(reflector, real, imagined, config.reflector.threshold),
-        "reflector": reflector_quality(reflector, real, config.reflector.threshold),
+        **outcome_agreement(reflector, real, imagined),
+        "reflector": reflector_quality(reflector, real),
     }
     for horizon, value in measured["psnr_per_horizon"].items():
         run.logger.log(f"fidelity-{number}", int(horizon), psnr=value)
@@ -89,7 +89,6 @@ def outcome_agreement(
     reflector: Reflector,
     real: list[FrameSequence],
     imagined: list[FrameSequence],
-    threshold: float,
 ) -> dict:
     """Do imagined replays end as the real episodes did, by the reflector's word?
 
@@ -97,6 +96,7 @@ def outcome_agreement(
     """
     top = [float(s.max()) for s in score(reflector, imagined)]
     truth = [bool(r.success.any()) for r in real]
+    threshold = float(reflector.threshold)
     agreed = [(t > threshold) == y for t, y in zip(top, truth, strict=True)]
     return {
         "outcome_agreement": round(sum(agreed) / len(agreed), 4),
@@ -104,11 +104,12 @@ def outcome_agreement(
     }
 
 
-def reflector_quality(reflector: Reflector, real: list[FrameSequence], threshold: float) -> dict:
+def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
     """Frame-wise ROC on real frames, and how often an episode is stopped before it succeeded."""
     scores = score(reflector, real)
     frames = torch.cat(scores).tolist()
     labels = torch.cat([r.success for r in real]).tolist()
+    threshold = float(reflector.threshold)
     false_stops = missed = successes = 0
     for s, r in zip(scores, real, strict=True):
         over = (s > threshold).nonzero()

@@ -124,7 +124,6 @@ def _act(
         1,
         max_chunks=run.config.max_chunks,
         sampling_steps=steps,
-        threshold=run.config.reflector.threshold,
     )
     images, poses = [sequence.images[0]], [sequence.proprio[0]]
 

@@ -97,21 +97,23 @@ def _plan(
         ),
         "reflector": (
             (config.reflector, config.sampling_steps(number)),
-            (f"simulator-{number}",),
-            lambda mark: reflector.run(run, mark, number),
+            (f"simulator-{number}", *((f"reflector-{number - 1}",) if number else ())),
+            lambda mark: reflector.run(
+                run, mark, number, run.path("checkpoints", f"{last}.safetensors")
+            ),
         ),
         "fidelity": (
-            (config.sampling_steps(number), config.reflector.threshold),
+            (config.sampling_steps(number),),
             (f"reflector-{number}",),
             lambda mark: fidelity.run(run, mark, number),
         ),
         "posttrain": (
-            (rl, config.reflector.threshold),
+            (rl,),
             (before, f"fidelity-{number}"),
             lambda mark: posttrain.run(run, mark, number),
         ),
         "evaluate": (
-            (world, config.evaluate, config.reflector.threshold),
+            (world, config.evaluate),
             ("sft", f"posttrain-{rl.rounds - 1}"),
             lambda mark: evaluate.run(
                 run, mark, {"sft": "policy-sft", "posttrained": f"policy-{rl.rounds - 1}"}

@@ -1,8 +1,9 @@
 """LOOP inside the learned world (World-Env section 3.5): the policy never touches the real one.
 
-Each iteration draws contexts, rolls out G imagined episodes from each, and makes one guarded
-update. Now and then the policy is checked in the real benchmark on tuning starts, to watch the gap
-between imagined and real success; the checks train nothing and choose nothing.
+Each iteration draws contexts, rolls out G imagined episodes from each until enough of them can
+teach, and makes one guarded update. Now and then the policy is checked in the real benchmark on
+tuning starts, to watch the gap between imagined and real success; the checks train nothing and
+choose nothing.
 """
 
 import time
@@ -14,7 +15,8 @@ from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import Context, ImaginedVectorEnv, first_frames, middle_frames
 from worldenv.envs.start import Start
 from worldenv.models.policy import Critic, Policy
-from worldenv.rl.rollout import Trajectories, rollout
+from worldenv.rl.loss import episode_rewards, group_advantages
+from worldenv.rl.rollout import Trajectories, join, rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, progress
 from worldenv.runtime.seeds import derive, generator
@@ -87,7 +89,6 @@ def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], lis
         config.posttrain.rows,
         max_chunks=config.max_chunks,
         sampling_steps=config.sampling_steps(number),
-        threshold=config.reflector.threshold,
     )
     split = len(firsts)
     return env, list(range(split)), list(range(split, split + len(middles)))
@@ -106,7 +107,6 @@ def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learne
     return Learner(policy, reference, optimizer, rl, critic, values)
 
 
-@torch.no_grad()
 def _imagine(
     run: Run,
     learner: Learner,
@@ -116,19 +116,40 @@ def _imagine(
     number: int,
     step: int,
 ) -> Trajectories:
-    """G episodes from each of the iteration's contexts, G consecutive."""
+    """Episodes of contexts drawn until enough of them are informative, G consecutive of each."""
+    rl = run.config.posttrain
+    parts: list[Trajectories] = []
+    informative = 0
+    for draw in range(rl.draws):
+        keys = (number, step, draw) if draw else (number, step)
+        parts.append(_imagine_contexts(run, learner, env, firsts, middles, keys))
+        reward = episode_rewards(parts[-1], rl.reward)
+        informative += int(group_advantages(reward, rl.group, "loop")[1].sum()) // rl.group
+        if rl.advantage == "gae" or 2 * informative >= rl.contexts:
+            break
+    return join(parts)
+
+
+@torch.no_grad()
+def _imagine_contexts(
+    run: Run,
+    learner: Learner,
+    env: ImaginedVectorEnv,
+    firsts: list[int],
+    middles: list[int],
+    key: tuple[int, ...],
+) -> Trajectories:
+    """G episodes from each of `contexts` contexts; key: of this draw's random numbers."""
     config, rl = run.config, run.config.posttrain
-    g = generator(config.seed, "contexts", number, step)
+    g = generator(config.seed, "contexts", *key)
     chosen = []
     for _ in range(rl.contexts):
         draw = float(torch.rand((), generator=g))
         pool = middles if middles and draw < rl.middle_contexts else firsts
         chosen.append(pool[int(torch.randint(len(pool), (), generator=g))])
-    keys = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
-    starts = [
-        Start(0, chosen[c], derive(config.seed, "world", number, step, c, n)) for c, n in keys
-    ]
-    seeds = [derive(config.seed, "action", number, step, c, n) for c, n in keys]
+    pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
+    starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c, n)) for c, n in pairs]
+    seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
     return rollout(env, learner.behaviour, starts, seeds=seeds)
 
 

@@ -1,18 +1,26 @@
 """Train the reflector on real frames and on imagined replays of them (World-Env section 3.4).
 
 The replays (the simulator driven by an episode's real actions) carry the real labels, so that the
-reflector learns to judge the frames it will be shown in post-training.
+reflector learns to judge the frames it will be shown in post-training. Then its threshold eta is
+calibrated: simulators differ in how readily they imagine success, and the real outcomes of the
+explored episodes say how often it should be found.
 """
+
+import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, chunk_sequences
+from worldenv.envs.imagined import ImaginedVectorEnv, first_frames
+from worldenv.envs.start import Start
 from worldenv.models.layers import views_to_channels
-from worldenv.models.policy import augment
+from worldenv.models.policy import Policy, augment
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
+from worldenv.rl.rollout import rollout
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import load_round, statistics
@@ -20,24 +28,31 @@ from worldenv.stages.replay import padded, replay
 from worldenv.stages.run import Run, use_cores
 
 
-def run(run: Run, mark: str, number: int) -> dict:
-    """Stage `reflector-N`: writes checkpoints/reflector-N.safetensors."""
+def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
+    """Stage `reflector-N`: writes checkpoints/reflector-N.safetensors.
+
+    Later rounds continue from the weights of the round before, on all episodes so far.
+    policy_path: of the policy that explored in this round.
+    """
     config, part = run.config, run.config.reflector
     use_cores()
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     own = chunk_sequences(explored, config.env.chunk)
-    simulator: Simulator = store.load(
-        "simulator", run.path("checkpoints", f"simulator-{number}.safetensors"), run.device
-    )
+    simulator_path = run.path("checkpoints", f"simulator-{number}.safetensors")
+    simulator: Simulator = store.load("simulator", simulator_path, run.device)
     steps = config.sampling_steps(number)
     imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
     data = padded([*sequences, *imagined], run.device)
     del simulator
     torch.manual_seed(derive(config.seed, "reflector weights", number))
-    reflector: Reflector = store.build("reflector", config)
-    reflector.set_statistics(*statistics([*demonstrations, *explored]))
-    reflector.to(run.device)
+    if number:
+        previous = run.path("checkpoints", f"reflector-{number - 1}.safetensors")
+        reflector: Reflector = store.load("reflector", previous, run.device)
+    else:
+        reflector = store.build("reflector", config)
+        reflector.set_statistics(*statistics([*demonstrations, *explored]))
+        reflector.to(run.device)
     sampler = _BalancedFrames(data)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -50,9 +65,14 @@ def run(run: Run, mark: str, number: int) -> dict:
         return loss, {"loss": loss.detach(), "accuracy": right}
 
     name = f"reflector-{number}"
+    steps = part.refresh_steps if number else part.steps
     tail = training.train(
-        run, name, mark, reflector, loss_at, steps=part.steps, lr=part.lr, weight_decay=0.05
+        run, name, mark, reflector, loss_at, steps=steps, lr=part.lr, weight_decay=0.05
     )
+    if part.calibrate and explored:
+        simulator = store.load("simulator", simulator_path, run.device)
+        policy = store.load("policy", policy_path, run.device)
+        reflector.threshold.fill_(_calibrated(run, number, policy, simulator, reflector))
     store.save("reflector", reflector, config, run.path("checkpoints", f"{name}.safetensors"))
     training.finish(run, name)
     return {
@@ -60,8 +80,51 @@ def run(run: Run, mark: str, number: int) -> dict:
         "imagined_sequences": len(imagined),
         "positives": int((data["success"] & data["valid"]).sum()),
         "negatives": int((~data["success"] & data["valid"]).sum()),
+        "threshold": round(float(reflector.threshold), 4),
         **tail,
     }
+
+
+CALIBRATION_EPISODES = 2  # imagined from every explored start
+
+
+def _calibrated(
+    run: Run, number: int, policy: Policy, simulator: Simulator, reflector: Reflector
+) -> float:
+    """The eta at which the policy that explored succeeds in imagination, from the same first frames
+    and with the same noise, as often as it did in reality."""
+    config = run.config
+    _, earlier, _ = load_round(run, number - 1)
+    explored = load_round(run, number)[1][len(earlier) :]
+    contexts = first_frames(chunk_sequences(explored, config.env.chunk))
+    env = ImaginedVectorEnv(
+        simulator,
+        reflector,
+        contexts,
+        config.posttrain.rows,
+        max_chunks=config.max_chunks,
+        sampling_steps=config.sampling_steps(number),
+        terminate=False,
+    )
+    keys = [(c, n) for c in range(len(contexts)) for n in range(CALIBRATION_EPISODES)]
+    starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
+    seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
+    wider, policy = math.log(config.collect.scale), policy.eval()
+
+    def actor(observation: dict) -> tuple[Tensor, Tensor]:
+        mu, log_scale = policy(observation)
+        return mu, log_scale + wider
+
+    imagined = rollout(env, actor, starts, seeds=seeds)
+    top = torch.zeros(len(starts), device=imagined.reward.device)
+    top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
+    rate = sum(e.success for e in explored) / len(explored)
+    return threshold_at(top, rate)
+
+
+def threshold_at(top: Tensor, rate: float) -> float:
+    """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [0.3, 0.99]."""
+    return float(torch.quantile(top, 1 - rate).clamp(0.3, 0.99))
 
 
 LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from worldenv.data.windows import FrameWindows, chunk_sequences
+from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.simulator import Simulator
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime.seeds import derive, generator
@@ -21,7 +21,8 @@ def run(run: Run, mark: str, number: int) -> dict:
     use_cores()
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
-    windows = FrameWindows(sequences, part.frames + 1, padded=False).to(run.device)
+    weights = _balanced(sequences) if part.balance else None
+    windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
     torch.manual_seed(derive(config.seed, "simulator weights"))
     if number:
         previous = run.path("checkpoints", f"simulator-{number - 1}.safetensors")
@@ -47,6 +48,12 @@ def run(run: Run, mark: str, number: int) -> dict:
     training.finish(run, name)
     parameters = sum(p.numel() for p in simulator.parameters())
     return {"windows": len(windows), "parameters": parameters, **tail}
+
+
+def _balanced(sequences: list[FrameSequence]) -> list[float]:
+    """Weights by which as many successes as failures are drawn."""
+    won = [bool(s.success.any()) for s in sequences]
+    return [1 / won.count(w) for w in won]
 
 
 def _train_tokenizer(run: Run, mark: str, simulator: Simulator, windows: FrameWindows) -> None:
