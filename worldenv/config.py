@@ -123,8 +123,8 @@ class SimulatorConfig:
     frames: int = 3
     """Target frames per training window."""
     balance: bool = True
-    """Draw successes and failures equally often. A simulator that has seen mostly successes imagines
-    success where a grasp is in doubt."""
+    """Draw successes and failures equally often: a simulator that has seen mostly successes
+    imagines one where a grasp is in doubt."""
     lr: float = 1.5e-3
     """Peak learning rate."""
     self_history_start: float = 0.4
@@ -205,6 +205,8 @@ class PosttrainConfig:
     """Denoising steps per imagined frame in each later round."""
     middle_contexts: float = 0.3
     """Fraction of contexts taken from the middle of real episodes."""
+    lost_contexts: float = 0.5
+    """Fraction of contexts taken from real episodes that failed: there is most to gain."""
     max_clip_fraction: float = 0.5
     """Guard: an update beyond this is undone and the learning rate halved."""
     max_mu_change: float = 0.1

@@ -36,6 +36,7 @@ class Context:
     task: int
     instruction: str
     elapsed: int  # chunks executed before the last context frame
+    won: bool  # whether the real episode succeeded
 
 
 def first_frames(sequences: Sequence[FrameSequence]) -> list[Context]:
@@ -64,6 +65,7 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
         sequence.task,
         sequence.instruction,
         elapsed,
+        bool(sequence.success.any()),
     )
 
 

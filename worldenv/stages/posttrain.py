@@ -144,8 +144,10 @@ def _imagine_contexts(
     g = generator(config.seed, "contexts", *key)
     chosen = []
     for _ in range(rl.contexts):
-        draw = float(torch.rand((), generator=g))
-        pool = middles if middles and draw < rl.middle_contexts else firsts
+        middle, lost = torch.rand(2, generator=g).tolist()
+        pool = middles if middles and middle < rl.middle_contexts else firsts
+        outcome = lost >= rl.lost_contexts
+        pool = [c for c in pool if env.contexts[c].won == outcome] or pool
         chosen.append(pool[int(torch.randint(len(pool), (), generator=g))])
     pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
     starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c, n)) for c, n in pairs]
