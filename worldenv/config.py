@@ -123,8 +123,8 @@ class SimulatorConfig:
     frames: int = 3
     """Target frames per training window."""
     balance: bool = True
-    """Draw successes and failures equally often: a simulator that has seen mostly successes
-    imagines one where a grasp is in doubt."""
+    """Train as if there were as many failures as successes: a simulator that has seen mostly
+    successes imagines one where a grasp is in doubt."""
     lr: float = 1.5e-3
     """Peak learning rate."""
     self_history_start: float = 0.4
@@ -173,7 +173,7 @@ class PosttrainConfig:
     rounds: int = 1
     """Rounds of (collect, simulator, reflector, post-train)."""
     contexts: int = 16
-    """Contexts (first frames) per iteration."""
+    """Contexts per draw."""
     draws: int = 3
     """Draws of contexts per iteration at most: until half as many groups as contexts have both
     successes and failures (dynamic sampling, as in DAPO), for others teach nothing."""

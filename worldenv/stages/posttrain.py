@@ -11,6 +11,7 @@ import time
 import torch
 from torch import Tensor
 
+from worldenv.config import PosttrainConfig
 from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import Context, ImaginedVectorEnv, first_frames, middle_frames
 from worldenv.envs.start import Start
@@ -141,18 +142,33 @@ def _imagine_contexts(
 ) -> Trajectories:
     """G episodes from each of `contexts` contexts; key: of this draw's random numbers."""
     config, rl = run.config, run.config.posttrain
-    g = generator(config.seed, "contexts", *key)
+    won = [context.won for context in env.contexts]
+    chosen = choose_contexts(won, firsts, middles, rl, generator(config.seed, "contexts", *key))
+    pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
+    starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c, n)) for c, n in pairs]
+    seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
+    return rollout(env, learner.behaviour, starts, seeds=seeds)
+
+
+def choose_contexts(
+    won: list[bool],
+    firsts: list[int],
+    middles: list[int],
+    rl: PosttrainConfig,
+    g: torch.Generator,
+) -> list[int]:
+    """Indices of `contexts` contexts, some from mid-episode and some from real failures.
+
+    won: of every context, whether its real episode succeeded.
+    """
     chosen = []
     for _ in range(rl.contexts):
         middle, lost = torch.rand(2, generator=g).tolist()
         pool = middles if middles and middle < rl.middle_contexts else firsts
         outcome = lost >= rl.lost_contexts
-        pool = [c for c in pool if env.contexts[c].won == outcome] or pool
+        pool = [c for c in pool if won[c] == outcome] or pool
         chosen.append(pool[int(torch.randint(len(pool), (), generator=g))])
-    pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
-    starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c, n)) for c, n in pairs]
-    seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
-    return rollout(env, learner.behaviour, starts, seeds=seeds)
+    return chosen
 
 
 def _check_reality(

@@ -51,7 +51,7 @@ def run(run: Run, mark: str, number: int) -> dict:
 
 
 def _balanced(sequences: list[FrameSequence]) -> list[float]:
-    """Weights by which as many successes as failures are drawn."""
+    """Weights as if there were as many failures as successes."""
     won = [bool(s.success.any()) for s in sequences]
     return [1 / won.count(w) for w in won]
 

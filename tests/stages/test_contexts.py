@@ -1,0 +1,39 @@
+"""Which episodes the simulator trains on and which contexts post-training begins in."""
+
+import pytest
+import torch
+
+from worldenv.config import PosttrainConfig
+from worldenv.data.windows import FrameSequence
+from worldenv.runtime.seeds import generator
+from worldenv.stages.posttrain import choose_contexts
+from worldenv.stages.simulator import _balanced
+
+
+@pytest.mark.parametrize("lost", [0.0, 0.5, 1.0])
+def test_shares_of_failures_and_of_mid_episode_contexts(lost):
+    won = [True] * 70 + [False] * 10 + [True] * 15 + [False] * 5
+    rl = PosttrainConfig(contexts=2000, middle_contexts=0.3, lost_contexts=lost)
+    firsts, middles = list(range(80)), list(range(80, 100))
+    chosen = choose_contexts(won, firsts, middles, rl, generator("contexts"))
+    assert len(chosen) == 2000
+    assert abs(sum(c >= 80 for c in chosen) / 2000 - 0.3) < 0.03
+    assert abs(sum(not won[c] for c in chosen) / 2000 - lost) < 0.03
+
+
+def test_without_failures_any_context_serves():
+    rl = PosttrainConfig(contexts=8, lost_contexts=1.0)
+    assert set(choose_contexts([True] * 3, [0, 1, 2], [], rl, generator("contexts"))) <= {0, 1, 2}
+
+
+def test_the_simulator_trains_as_if_there_were_as_many_failures():
+    def episode(success: bool) -> FrameSequence:
+        frames = torch.zeros(3, dtype=torch.bool)
+        frames[-1] = success
+        empty = torch.zeros(3, 0)
+        return FrameSequence(empty, empty, empty, frames, torch.arange(3), 0, 0, "lift the cup")
+
+    won = [True, True, False, True]
+    weights = torch.tensor(_balanced([episode(w) for w in won]))
+    lost = ~torch.tensor(won)
+    torch.testing.assert_close(weights[lost].sum(), weights[~lost].sum())
