@@ -90,7 +90,7 @@ WORLDENV_INLINE void score_tile(const Problem<Op>& x, int64_t row, const typenam
     Vec partial = load(sums + r * 16);
 #pragma GCC unroll 16
     for (int v = 0; v < NV; ++v) {
-      const Vec s = sizeof(typename Op::Probability) == 4 ? acc[r][v] : acc[r][v] * x.scale;
+      const Vec s = acc[r][v] * x.scale;  // scaled queries would round once more
       if (x.running) {
         store(x.raw + at + r * kKeyBlock + v * kLanes, s);
         continue;
@@ -227,19 +227,16 @@ inline void widen_tile(const uint16_t* from, int64_t pairs, int64_t width, float
     }
 }
 
-// Queries as operands: floats are scaled on the way, pairs of bf16 stand as they are (their scores are scaled).
-inline void copy_row(const float* from, float scale, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i] * scale;
+inline void copy_row(const float* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
 }
-inline void copy_row(const uint16_t* from, float scale, int64_t n, float* to) {
+inline void copy_row(const uint16_t* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    to[i] = value * scale;
+    std::memcpy(to + i, &bits, 4);
   }
 }
-inline void copy_row(const uint16_t* from, float, int64_t n, uint32_t* to) {
+inline void copy_row(const uint16_t* from, int64_t n, uint32_t* to) {
   std::memcpy(to, from, 2 * n);
 }
 inline void write_row(const float* from, float factor, int64_t n, float* to) {
@@ -310,7 +307,7 @@ void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
     std::memset(q_rows, 0, 4 * x.rows * x.depth);
     for (int64_t r = 0; r < x.rows; ++r) {
       const T* q = static_cast<const T*>(a.q) + b * a.q_stride[0] + (first + r) * a.q_stride[1] + h * a.q_stride[2];
-      copy_row(q, x.scale, a.dim, reinterpret_cast<E*>(q_rows) + r * x.depth);
+      copy_row(q, a.dim, reinterpret_cast<E*>(q_rows) + r * x.depth);
     }
     for (int attempt = 0; attempt < 2; ++attempt) {
       x.running = attempt == 1;
