@@ -154,11 +154,11 @@ class ReflectorConfig:
     lr: float = 1e-3
     """Peak learning rate."""
     threshold: float = 0.7
-    """eta: an episode ends as a success where the reward exceeds it. The least, if calibrated."""
+    """eta: an episode ends as a success where the reward exceeds it, unless it is calibrated."""
     calibrate: bool = True
-    """Raise eta, in each round, until the policy that explored succeeds in its imagination no more
-    often than it did in reality: some worlds else call nearly everything a success, and nothing is
-    learned there. Lowering it as well was seen to reward failures."""
+    """Choose eta anew in each round, such that the policy that explored succeeds as often in its
+    imagination as it did in reality. With a fixed one some worlds call nearly everything a success,
+    and nothing is learned there."""
 
 
 @dataclass(frozen=True)

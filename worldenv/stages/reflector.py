@@ -119,13 +119,12 @@ def _calibrated(
     top = torch.zeros(len(starts), device=imagined.reward.device)
     top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
     rate = sum(e.success for e in explored) / len(explored)
-    return threshold_at(top, rate, config.reflector.threshold)
+    return threshold_at(top, rate)
 
 
-def threshold_at(top: Tensor, rate: float, least: float) -> float:
-    """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [least, 0.99]:
-    a world that imagines success too seldom must not be helped by calling failures successes."""
-    return float(torch.quantile(top, 1 - rate).clamp(least, 0.99))
+def threshold_at(top: Tensor, rate: float) -> float:
+    """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [0.3, 0.99]."""
+    return float(torch.quantile(top, 1 - rate).clamp(0.3, 0.99))
 
 
 LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do
