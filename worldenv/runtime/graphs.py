@@ -13,6 +13,7 @@ class Captured:
 
     The function must decide nothing on the host and allocate nothing that outlives a call, except
     in place: what it writes elsewhere is written again at each replay, at the same addresses.
+    Not yet run on a GPU.
 
     Args:
         function: tensors to tensors, all on one CUDA device, without gradients.
