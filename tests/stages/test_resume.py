@@ -32,10 +32,10 @@ TINY = [
 TIMEOUT = 600.0
 
 
-def launch(folder: Path) -> subprocess.Popen:
+def launch(folder: Path, *more: str) -> subprocess.Popen:
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *TINY, "--run-dir", str(folder)],
+            [sys.executable, "-c", PROGRAM, *TINY, "--run-dir", str(folder), *more],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # so that a kill takes the simulator processes along
@@ -59,8 +59,8 @@ def stop_when(folder: Path, reached: Callable[[], bool], how: signal.Signals) ->
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def complete(folder: Path) -> None:
-    process = launch(folder)
+def complete(folder: Path, *more: str) -> None:
+    process = launch(folder, *more)
     try:
         status = process.wait(timeout=TIMEOUT)
     finally:
@@ -98,6 +98,12 @@ def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone(tmp_path):
         assert results[0][key] == results[1][key], key
     for stage in ("sft", "simulator-0", "reflector-0", "posttrain-0"):
         assert rows(whole, stage) == rows(broken, stage)
+
+    complete(whole, "--posttrain.rounds", "2")  # one round more repeats none
+    log = (tmp_path / "whole.log").read_text()
+    assert "posttrain-0: done in an earlier run" in log
+    assert "posttrain-1: done in an earlier run" not in log
+    assert json.loads((whole / "results.json").read_text())["stages"].keys() >= {"posttrain-1"}
 
 
 def rows(folder: Path, stage: str) -> list[dict]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from worldenv.config import fingerprint
@@ -108,7 +109,8 @@ def _plan(
             lambda mark: fidelity.run(run, mark, number),
         ),
         "posttrain": (
-            (rl,),
+            # One round more continues a finished run: how many there are changes none of them.
+            (replace(rl, rounds=1),),
             (before, f"fidelity-{number}"),
             lambda mark: posttrain.run(run, mark, number),
         ),

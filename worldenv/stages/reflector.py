@@ -23,7 +23,7 @@ from worldenv.models.simulator import Simulator
 from worldenv.rl.rollout import rollout
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
-from worldenv.stages.collect import load_round, statistics
+from worldenv.stages.collect import load_round
 from worldenv.stages.replay import padded, replay
 from worldenv.stages.run import Run, use_cores
 
@@ -45,14 +45,7 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
     data = padded([*sequences, *imagined], run.device)
     del simulator
-    torch.manual_seed(derive(config.seed, "reflector weights", number))
-    if number:
-        previous = run.path("checkpoints", f"reflector-{number - 1}.safetensors")
-        reflector: Reflector = store.load("reflector", previous, run.device)
-    else:
-        reflector = store.build("reflector", config)
-        reflector.set_statistics(*statistics([*demonstrations, *explored]))
-        reflector.to(run.device)
+    reflector: Reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
     sampler = _BalancedFrames(data)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:

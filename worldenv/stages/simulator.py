@@ -6,9 +6,9 @@ from torch import Tensor
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.simulator import Simulator
 from worldenv.models.tokenizer import AutoencoderTokenizer
-from worldenv.runtime.seeds import derive, generator
+from worldenv.runtime.seeds import generator
 from worldenv.stages import store, training
-from worldenv.stages.collect import load_round, statistics
+from worldenv.stages.collect import load_round
 from worldenv.stages.run import Run, use_cores
 
 
@@ -23,14 +23,8 @@ def run(run: Run, mark: str, number: int) -> dict:
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     weights = _balanced(sequences) if part.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
-    torch.manual_seed(derive(config.seed, "simulator weights"))
-    if number:
-        previous = run.path("checkpoints", f"simulator-{number - 1}.safetensors")
-        simulator: Simulator = store.load("simulator", previous, run.device)
-    else:
-        simulator = store.build("simulator", config)
-        simulator.set_statistics(*statistics([*demonstrations, *explored]))
-        simulator.to(run.device)
+    simulator: Simulator = training.begin(run, "simulator", number, [*demonstrations, *explored])
+    if not number:
         _train_tokenizer(run, mark, simulator, windows)
     steps = part.refresh_steps if number else part.steps
     begin_self_history = 0 if number else int(part.self_history_start * steps)

@@ -14,8 +14,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from worldenv.data.episode import Episode
+from worldenv.data.windows import NormalizationStats
 from worldenv.runtime import checkpoint, progress
 from worldenv.runtime.logging import check_finite
+from worldenv.runtime.seeds import derive
+from worldenv.stages import store
 from worldenv.stages.run import Run
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -52,6 +56,19 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
         yield pressed
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Module:
+    """What round `number` trains (kind: simulator, reflector): the round before's, or a new one
+    that knows the proprio statistics of `episodes`.
+    """
+    torch.manual_seed(derive(run.config.seed, f"{kind} weights"))
+    if number:
+        previous = run.path("checkpoints", f"{kind}-{number - 1}.safetensors")
+        return store.load(kind, previous, run.device)
+    module, stats = store.build(kind, run.config), NormalizationStats.from_episodes(episodes)
+    module.set_statistics(torch.as_tensor(stats.proprio_mean), torch.as_tensor(stats.proprio_std))
+    return module.to(run.device)
 
 
 def train(
