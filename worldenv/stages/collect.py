@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.data.windows import NormalizationStats
 from worldenv.envs.libero import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
@@ -256,3 +258,9 @@ def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], lis
         a, b = split_held_out(episodes, run.config.collect.held_out)
         train, held_out = train + a, held_out + b
     return demonstrations, train, held_out
+
+
+def statistics(episodes: list[Episode]) -> tuple[Tensor, Tensor]:
+    """Proprio mean and standard deviation over frames."""
+    stats = NormalizationStats.from_episodes(episodes)
+    return torch.as_tensor(stats.proprio_mean), torch.as_tensor(stats.proprio_std)

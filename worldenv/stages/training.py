@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
-from worldenv.data.windows import NormalizationStats
 from worldenv.runtime import checkpoint, progress
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
+from worldenv.stages.collect import statistics
 from worldenv.stages.run import Run
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -66,8 +66,8 @@ def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Modul
     if number:
         previous = run.path("checkpoints", f"{kind}-{number - 1}.safetensors")
         return store.load(kind, previous, run.device)
-    module, stats = store.build(kind, run.config), NormalizationStats.from_episodes(episodes)
-    module.set_statistics(torch.as_tensor(stats.proprio_mean), torch.as_tensor(stats.proprio_std))
+    module = store.build(kind, run.config)
+    module.set_statistics(*statistics(episodes))
     return module.to(run.device)
 
 
