@@ -114,6 +114,23 @@ def test_unpadded_windows_lie_wholly_inside(make_episode):
         FrameWindows(sequences, 7, padded=False)
 
 
+def test_references_are_frames_of_the_episode_up_to_the_window(make_episode):
+    episodes = [make_episode(64, 8, seed=i) for i in range(2)]  # nine frames each
+    for number, episode in enumerate(episodes):
+        episode.images[:] = (20 * number + np.arange(9))[:, None, None, None, None]
+    windows = FrameWindows(chunk_sequences(episodes), 3, padded=False)
+    batch = windows.sample(generator(0, "references"), 4000)
+    reference = batch["reference"].flatten(1)[:, 0].long()
+    begin = batch["image"].flatten(1)[:, 0].long()
+    pairs = {(b, r) for b, r in zip(begin.tolist(), reference.tolist(), strict=True)}
+    assert pairs == {
+        (20 * n + b, 20 * n + r) for n in range(2) for b in range(7) for r in range(b + 1)
+    }
+    late = begin % 20 == 6
+    share = (reference[late] % 20 == 0).float().mean()  # half always, and one in seven of the rest
+    assert share == pytest.approx(0.5 + 0.5 / 7, abs=0.08)
+
+
 def test_action_windows_stay_inside_and_pad_the_tail(make_episode):
     episodes = [marked(make_episode, i, 11 + i, every, seed=i) for i, every in enumerate((1, 8, 3))]
     windows = ActionWindows(episodes, chunk=8)

@@ -52,7 +52,7 @@ def test_cache_holds_what_recomputing_the_window_gives(frames):
     led = torch.cat([action, actions.transpose(0, 1)], 1)
     position = torch.arange(latents.shape[1]).expand(3, -1)
     with torch.no_grad():
-        stored = model._history(latents, states, led, position)
+        stored = model._history(latents, latents[:, 0], states, led, position)
     for layer, (k, v) in enumerate(stored):
         keys, values, valid = state.cache.gather(layer)
         assert valid.all()
@@ -108,7 +108,7 @@ def test_without_a_window_nothing_is_cached():
 def test_training_lowers_the_loss_and_reaches_every_parameter(prediction):
     model = simulator(prediction=prediction).train()
     image, proprio, action = contexts(4, 3)
-    batch = {"image": image, "proprio": proprio, "action": action}
+    batch = {"image": image, "reference": image[:, 0], "proprio": proprio, "action": action}
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for step in range(60):
@@ -128,13 +128,19 @@ def test_executed_actions_are_clipped_and_the_gripper_is_binary():
     assert executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
 
 
-def test_the_head_keeps_or_redraws_each_block():
+def test_the_head_keeps_recalls_or_redraws_each_block():
     head = FrameHead(width=8, channels=12, block=4)
-    x, last = torch.randn(2, 3, 8), torch.randn(2, 3, 12)
-    torch.testing.assert_close(head(x, last), last * torch.sigmoid(torch.tensor(4.0)))
-    with torch.no_grad():  # erase everything and paint it with 0.5
-        head.redraw[-1].bias.copy_(torch.tensor([-50.0, 0.5, 0.5, 0.5, 0.5]))
-    torch.testing.assert_close(head(x, last), torch.full_like(last, 0.5))
+    x, last, real = torch.randn(2, 3, 8), torch.randn(2, 3, 12), torch.randn(2, 3, 12)
+    share = torch.sigmoid(torch.tensor(4.0))
+    torch.testing.assert_close(head(x, last, real), (last + real) / 2 * share)
+    for bias, expected in (
+        ([50.0, -50.0, 0.0, 0.0, 0.0, 0.0], last),
+        ([50.0, 50.0, 0.0, 0.0, 0.0, 0.0], real),
+        ([-50.0, 0.0, 0.5, 0.5, 0.5, 0.5], torch.full_like(last, 0.5)),
+    ):
+        with torch.no_grad():
+            head.redraw[-1].bias.copy_(torch.tensor(bias))
+        torch.testing.assert_close(head(x, last, real), expected)
 
 
 def test_one_step_draws_the_mean_and_several_steps_a_sample():

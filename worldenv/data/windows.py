@@ -191,9 +191,17 @@ class FrameWindows:
 
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """A batch of B windows drawn with replacement by a CPU generator; see `batch` for its
-        content.
+        content. Besides, reference [B, V, H, W, 3] uint8: the first frame of the sequence or,
+        half of the time, any frame up to the window's first.
         """
-        return self.batch(_draw(generator, batch, len(self), self._weights))
+        windows = _draw(generator, batch, len(self), self._weights)
+        ends = self._ends[windows]
+        first = self._first[ends]
+        begin = torch.maximum(ends - self.frames + 1, first)
+        any_of_them, place = torch.rand(2, batch, generator=generator)
+        offset = (any_of_them < 0.5) * place * (begin - first + 1)
+        rows = (first + offset.long()).to(self.images.device)
+        return {**self.batch(windows), "reference": self.images[rows]}
 
     def batch(self, windows: Tensor) -> dict[str, Tensor]:
         """Windows by index [B] in 0..len-1.

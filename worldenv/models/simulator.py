@@ -2,10 +2,11 @@
 
 World-Env section 3.3 (arXiv 2509.24948): o_t, a_t, s_{t+1} -> o_{t+1}. A Wan-shaped transformer is
 trained by flow matching, z = (1 - sigma) x + sigma noise, on one target frame per chunk of actions.
-Past frames reach it twice: the last one on the channels, beside the noisy one (as in Wan's
-image-to-video model), and the last `window` ones through the keys and values they left in the
-cache. The next proprio is predicted from proprio and actions, conditions the frame, and is refined
-from the denoised tokens.
+Past frames reach it on the channels, beside the noisy one (as in Wan's image-to-video model): the
+last one, and the one the imagination began with, which is real and says for good what stands where.
+The last `window` ones also reach it through the keys and values they left in the cache. The next
+proprio is predicted from proprio and actions, conditions the frame, and is refined from the
+denoised tokens.
 
 Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
 training the cached keys and values carry no gradient (as in Transformer-XL), so a training step
@@ -35,6 +36,7 @@ class SimulatorState:
     """B worlds in progress. Everything but the cache's positions lives on the device."""
 
     latents: Tensor  # [B, S, Z] last frame
+    reference: Tensor  # [B, S, Z] the real frame each began with
     proprio: Tensor  # [B, P]
     previous_proprio: Tensor  # [B, P]
     seeds: Tensor  # [B] int64, of the noise
@@ -52,10 +54,12 @@ class Conditioning:
 
 
 class FrameHead(nn.Module):
-    """Tokens to a clean frame: of every block of the last frame, keep a share and add to it.
+    """Tokens to a clean frame: every block mixes the last frame with the real one the imagination
+    began with, keeps a share of that and adds to it.
 
     A token's E numbers cannot erase its Z old ones, so a plain residual leaves ghosts behind
-    whatever moved; one gate per block can, and a small network per block redraws it.
+    whatever moved; gates per block can, and a small network per block redraws it. What stands still
+    is taken from the real frame, so that no error accumulates there.
     """
 
     def __init__(self, width: int, channels: int, block: int, hidden: int = 24) -> None:
@@ -63,16 +67,19 @@ class FrameHead(nn.Module):
         self.block = block
         self.spread = nn.Linear(width, channels // block * hidden)
         self.redraw = nn.Sequential(
-            nn.Linear(hidden + block, 96), nn.SiLU(), zeroed(nn.Linear(96, 1 + block))
+            nn.Linear(hidden + 2 * block, 96), nn.SiLU(), zeroed(nn.Linear(96, 2 + block))
         )
         nn.init.constant_(self.redraw[-1].bias[:1], 4.0)  # begins by keeping 98 % of everything
 
-    def forward(self, x: Tensor, last: Tensor) -> Tensor:
-        """x `[..., S, E]` and the last frame `[..., S, Z]` to the next one `[..., S, Z]`."""
-        old = last.unflatten(-1, (-1, self.block))  # [..., S, N, block]
+    def forward(self, x: Tensor, last: Tensor, reference: Tensor) -> Tensor:
+        """x `[..., S, E]`, the last frame and the reference `[..., S, Z]` to the next frame."""
+        old, real = (
+            y.unflatten(-1, (-1, self.block)) for y in (last, reference)
+        )  # [..., N, block]
         tokens = self.spread(x).unflatten(-1, (old.shape[-2], -1))
-        keep, new = self.redraw(torch.cat([tokens, old], -1)).float().tensor_split([1], -1)
-        return (keep.sigmoid() * old + new).flatten(-2)
+        drawn = self.redraw(torch.cat([tokens, old, real], -1)).float()
+        keep, recall, new = drawn.tensor_split([1, 2], -1)
+        return (keep.sigmoid() * old.lerp(real, recall.sigmoid()) + new).flatten(-2)
 
 
 class Simulator(nn.Module):
@@ -96,7 +103,7 @@ class Simulator(nn.Module):
         self.tokens = views * self.tokenizer.grid**2
         self.register_buffer("proprio_mean", torch.zeros(proprio))
         self.register_buffer("proprio_std", torch.ones(proprio))
-        self.patch_in = nn.Linear(2 * z, e)
+        self.patch_in = nn.Linear(3 * z, e)
         self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
         self.rotary = Rotary3D(e // config.heads, views, self.tokenizer.grid)
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
@@ -146,6 +153,7 @@ class Simulator(nn.Module):
         self,
         noisy: Tensor,  # [B, F, S, Z]
         last: Tensor,  # [B, F, S, Z] the frame before each
+        reference: Tensor,  # [B, S, Z] a real frame before all of them
         sigma: Tensor,  # [B, F] noise level in [0, 1]
         condition: Conditioning,
         rotary: Tensor,  # [B, F, S, D/2] complex
@@ -155,7 +163,8 @@ class Simulator(nn.Module):
         s, clean = sigma[..., None, None], self.config.prediction == "sample"
         # Pure noise says nothing about the clean frame; unscaled it shows as grain.
         seen = (1 - s) * noisy if clean else noisy
-        x = self.patch_in(torch.cat([seen, last], -1)) + self.position
+        reference = reference[:, None].expand_as(last)
+        x = self.patch_in(torch.cat([seen, last, reference], -1)) + self.position
         time = self.time_in(sinusoidal(1000 * sigma, 256).to(x.dtype))
         modulation = self.time_out(time).unflatten(-1, (6, -1))
         for block, attend in zip(self.blocks, attends, strict=True):
@@ -163,7 +172,7 @@ class Simulator(nn.Module):
         x = self.norm(x)
         refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
         if clean:
-            return self.head(x, last), refined
+            return self.head(x, last, reference), refined
         return noisy - s * self.head(x).float(), refined
 
     # ---------------------------------------------------------------- training
@@ -171,19 +180,20 @@ class Simulator(nn.Module):
     def loss(
         self, batch: dict[str, Tensor], generator: torch.Generator, self_history: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Flow-matching loss on windows `[B, F, ...]` of `data.windows.FrameWindows`.
+        """Flow-matching loss on windows `[B, F, ...]` of `data.windows.FrameWindows.sample`.
 
         self_history: history frames are the simulator's own one-step predictions, so that it
         learns to continue from its own errors. Returns (loss, metrics of 0-d tensors).
         """
         clean = self.tokenizer.encode(batch["image"])
+        reference = self.tokenizer.encode(batch["reference"])
         proprio, action = batch["proprio"], batch["action"]
         history, q = clean[:, :-1], proprio[:, :-1]
         if self_history:
             with torch.no_grad():
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
-                frames, states, _ = self._targets(z, ones, history, q, action)
+                frames, states, _ = self._targets(z, ones, history, reference, q, action)
                 history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
                 states = states * self.proprio_std + self.proprio_mean
                 q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
@@ -193,7 +203,7 @@ class Simulator(nn.Module):
         sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
-        frames, states, predicted = self._targets(z, sigma, history, q, action)
+        frames, states, predicted = self._targets(z, sigma, history, reference, q, action)
         # Pixels that move matter most and are few (prototype: five times the weight).
         error = frames - target
         moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
@@ -211,7 +221,13 @@ class Simulator(nn.Module):
         }
 
     def _targets(
-        self, noisy: Tensor, sigma: Tensor, history: Tensor, proprio: Tensor, action: Tensor
+        self,
+        noisy: Tensor,
+        sigma: Tensor,
+        history: Tensor,
+        reference: Tensor,
+        proprio: Tensor,
+        action: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
         count = history.shape[1]
@@ -220,16 +236,16 @@ class Simulator(nn.Module):
         condition = self.condition(proprio, previous, action[:, 1:])
         if self.config.window:
             with torch.no_grad():
-                past = self._history(history, proprio, action[:, :-1], position[:, :-1])
+                past = self._history(history, reference, proprio, action[:, :-1], position[:, :-1])
             attends = [_over_history(k, v, self.config.window) for k, v in past]
         else:
             attends = [spatial_attention] * len(self.blocks)
         rotary = self.rotary(position[:, 1:])
-        frames, states = self.denoise(noisy, history, sigma, condition, rotary, attends)
+        frames, states = self.denoise(noisy, history, reference, sigma, condition, rotary, attends)
         return frames, states, condition.proprio
 
     def _history(
-        self, frames: Tensor, proprio: Tensor, action: Tensor, position: Tensor
+        self, frames: Tensor, reference: Tensor, proprio: Tensor, action: Tensor, position: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
         """Keys and values per layer of clean frames `[B, F, S, Z]` (what prefill would cache)."""
         stored: list[tuple[Tensor, Tensor]] = []
@@ -244,7 +260,8 @@ class Simulator(nn.Module):
         zeros = torch.zeros(frames.shape[:2], device=frames.device)
         condition = self.condition(q1, q0, action)
         attends = [attend] * len(self.blocks)
-        self.denoise(frames, before, zeros, condition, self.rotary(position), attends)
+        rotary = self.rotary(position)
+        self.denoise(frames, before, reference, zeros, condition, rotary, attends)
         return stored
 
     def _sample_sigma(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -274,7 +291,8 @@ class Simulator(nn.Module):
         proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
-        return SimulatorState(latents, proprio, proprio.clone(), count, count.clone(), cache, {})
+        pair = (latents, latents.clone(), proprio, proprio.clone(), count, count.clone())
+        return SimulatorState(*pair, cache, {})
 
     @torch.no_grad()
     def prefill(
@@ -289,7 +307,7 @@ class Simulator(nn.Module):
         """Begin new worlds in `rows` without touching the others."""
         index = torch.as_tensor(np.flatnonzero(rows)).to(state.latents.device)
         latents = self.tokenizer.encode(image).float()
-        state.latents[index] = latents[:, -1]
+        state.latents[index], state.reference[index] = latents[:, -1], latents[:, 0]
         state.proprio[index] = proprio[:, -1]
         state.previous_proprio[index] = proprio[:, max(proprio.shape[1] - 2, 0)]
         state.seeds[index] = seeds
@@ -300,7 +318,7 @@ class Simulator(nn.Module):
         cache.reset(rows)
         count = latents.shape[1]
         position = torch.arange(count, device=latents.device).expand(len(latents), -1)
-        stored = self._history(latents, proprio, action, position)
+        stored = self._history(latents, latents[:, 0], proprio, action, position)
         for f in range(count):
             for layer, (k, v) in enumerate(stored):
                 # Rows that do not advance lose nothing: their slot in progress is rewritten.
@@ -323,8 +341,8 @@ class Simulator(nn.Module):
         keep = torch.as_tensor(active).to(device, non_blocking=True)
         position = state.step if cache is None else torch.as_tensor(cache.positions)
         inputs = (
-            *(state.latents, state.proprio, state.previous_proprio, state.seeds, state.step),
-            *(position.to(device, non_blocking=True), action, keep),
+            *(state.latents, state.reference, state.proprio, state.previous_proprio),
+            *(state.seeds, state.step, position.to(device, non_blocking=True), action, keep),
         )
         frame = functools.partial(self._frame, cache, steps)
         if device.type == "cuda" and (cache is None or cache.capturable):
@@ -341,6 +359,7 @@ class Simulator(nn.Module):
         cache: FrameCache | None,
         steps: int,
         latents: Tensor,  # [B, S, Z] and the rest of a state
+        reference: Tensor,
         proprio: Tensor,
         previous: Tensor,
         seeds: Tensor,
@@ -360,12 +379,13 @@ class Simulator(nn.Module):
         z = counter_normal(seeds, count, last.shape[2:])[:, None]
         for now, after in itertools.pairwise(sigmas):
             level = z.new_full(z.shape[:2], now)
-            frame, refined = self.denoise(z, last, level, condition, rotary, attends)
+            frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
             z = frame + (after / now) * (z - frame)
         frame = frame.clamp(-1, 1)
         if cache is not None:
             attends = [_remembering(cache, i) for i in layers]
-            self.denoise(frame, last, torch.zeros_like(level), condition, rotary, attends)
+            clean = torch.zeros_like(level)
+            self.denoise(frame, last, reference, clean, condition, rotary, attends)
         reached = refined[:, 0] * self.proprio_std + self.proprio_mean
         previous = torch.where(keep[:, None], proprio, previous)
         proprio = torch.where(keep[:, None], reached, proprio)
