@@ -20,6 +20,17 @@ def test_auto_takes_the_first_that_can_run_and_says_so_once(caplog):
     ]
 
 
+def test_an_extension_that_is_not_built_is_warned_of_once(caplog, monkeypatch):
+    monkeypatch.setattr(backends, "NO_CPP", "it is not built (build it)")
+    with caplog.at_level(logging.WARNING, logger="worldenv.ops"):
+        for op in ("one_op_of_this_test", "another_op_of_this_test"):
+            backends.choose(op, "auto", {"cpp": "not built", "reference": None})
+    assert [r.getMessage() for r in caplog.records] == [
+        "slow: one_op_of_this_test runs in plain torch, as other ops may, for "
+        "it is not built (build it)"
+    ]
+
+
 def test_forced_backend_raises_with_the_reason():
     with pytest.raises(BackendUnavailable, match=r"triton.*no GPU here"):
         backends.choose("op", "triton", {"triton": "no GPU here", "reference": None})

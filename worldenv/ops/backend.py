@@ -151,5 +151,8 @@ def _announce(op: str, name: str, why_not: Mapping[str, str | None]) -> None:
     if (op, name) in _announced:  # on the way of every call
         return
     _announced.add((op, name))
+    if name == "reference" and NO_CPP is not None and ("all", NO_CPP) not in _announced:
+        _announced.add(("all", NO_CPP))
+        _log.warning("slow: %s runs in plain torch, as other ops may, for %s", op, NO_CPP)
     passed = [f"{other}: {reason}" for other, reason in why_not.items() if reason is not None]
     _log.info("%s runs on %s%s", op, name, f" ({'; '.join(passed)})" if passed else "")
