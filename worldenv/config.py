@@ -170,9 +170,9 @@ class PosttrainConfig:
     success rises on, real success falls."""
     refresh_iterations: int = 8
     """Iterations in each later round."""
-    rounds: int = 2
-    """Rounds of (collect, simulator, reflector, post-train). How much the first gains varies from
-    run to run; the second sees what the improved policy still fails at."""
+    rounds: int = 1
+    """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
+    the second round sees what the improved policy still fails at."""
     contexts: int = 16
     """Contexts per draw."""
     draws: int = 3
