@@ -24,11 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
+from worldenv.models.layers import (
+    OPENING,
+    DenoiserBlock,
+    ProprioScale,
+    Rotary3D,
+    log_opening,
+    sinusoidal,
+)
 from worldenv.models.tokenizer import build_tokenizer
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
 from worldenv.runtime.graphs import Captured
-from worldenv.runtime.seeds import counter_normal
+from worldenv.runtime.seeds import counter_normal, counter_uniform
 
 
 @dataclass
@@ -82,6 +89,39 @@ class FrameHead(nn.Module):
         return (keep.sigmoid() * old.lerp(real, recall.sigmoid()) + new).flatten(-2)
 
 
+class OpeningHead(nn.Module):
+    """How wide the gripper will be open: a distribution over its logarithm, from the last frame and
+    the actions.
+
+    Whether a grasp holds is seldom certain from 64 pixels, and a frame in between is neither: an
+    expected frame lets the next actions decide, and they assume success. So the opening is drawn,
+    and the frame follows it.
+    """
+
+    BINS, WIDEST = 128, 5.8  # of log_opening; the last is 16 cm
+
+    def __init__(self, tokens: int, channels: int, inputs: int) -> None:
+        super().__init__()
+        self.look = nn.Linear(channels, 16)
+        self.net = nn.Sequential(
+            nn.Linear(16 * tokens + inputs, 256), nn.SiLU(), nn.Linear(256, self.BINS)
+        )
+
+    def forward(self, last: Tensor, inputs: Tensor) -> Tensor:
+        """The last frame `[..., S, Z]` and `chunk_inputs` to logits `[..., BINS]`."""
+        return self.net(torch.cat([self.look(last).flatten(-2), inputs], -1)).float()
+
+    def loss(self, logits: Tensor, opening: Tensor) -> Tensor:
+        """Cross entropy with true log openings `[...]`."""
+        bins = (opening * (self.BINS - 1) / self.WIDEST).round().clamp(0, self.BINS - 1).long()
+        return F.cross_entropy(logits.flatten(0, -2), bins.flatten())
+
+    def draw(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Log openings `[...]` drawn by uniform numbers `[...]`."""
+        below = logits.softmax(-1).cumsum(-1) < uniform[..., None]
+        return below.sum(-1).clamp_max(self.BINS - 1) * (self.WIDEST / (self.BINS - 1))
+
+
 class Simulator(nn.Module):
     """See the module's docstring. Shapes: S tokens = views * grid**2, Z latent channels."""
 
@@ -101,8 +141,7 @@ class Simulator(nn.Module):
         self.tokenizer.requires_grad_(False)
         e, z = config.width, self.tokenizer.channels
         self.tokens = views * self.tokenizer.grid**2
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
+        self.scale = ProprioScale(proprio)
         self.patch_in = nn.Linear(3 * z, e)
         self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
         self.rotary = Rotary3D(e // config.heads, views, self.tokenizer.grid)
@@ -111,6 +150,7 @@ class Simulator(nn.Module):
         self.action_in = nn.Sequential(
             nn.Linear(3 * proprio + commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
         )
+        self.opening = OpeningHead(self.tokens, z, 2 * proprio + commands)
         self.dynamics = nn.Sequential(
             nn.Linear(2 * proprio + commands, 256),
             nn.SiLU(),
@@ -121,6 +161,7 @@ class Simulator(nn.Module):
         self.blocks = nn.ModuleList(
             DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
         )
+        self.register_buffer("is_opening", torch.arange(proprio) == OPENING, persistent=False)
         self.norm = nn.LayerNorm(e, eps=1e-6)
         if config.prediction == "sample":
             self.head = FrameHead(e, z, self.tokenizer.block)
@@ -130,24 +171,26 @@ class Simulator(nn.Module):
         for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
             zeroed(layer)
 
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Proprio normalisation `[P]`, from the training data."""
-        self.proprio_mean.copy_(mean)
-        self.proprio_std.copy_(std)
-
     # ---------------------------------------------------------------- the network
 
-    def condition(self, proprio: Tensor, previous: Tensor, action: Tensor) -> Conditioning:
-        """Predict the proprio a chunk leads to, and embed what leads there.
+    def chunk_inputs(self, proprio: Tensor, previous: Tensor, action: Tensor) -> Tensor:
+        """What is known of a chunk of actions, normalised: `[B, F, ...]`.
 
         proprio, previous `[B, F, P]` (raw, of the frame before and the one before that), action
         `[B, F, C, A]` as the policy commands it.
         """
-        q1, q0 = self._normalise(proprio), self._normalise(previous)
-        a = executed(action).flatten(-2)
-        predicted = q1 + self.dynamics(torch.cat([q1, q0, a], -1))
-        inputs = torch.cat([q1, q0, a, predicted.detach()], -1)
-        return Conditioning(self.action_in(inputs), predicted)
+        states = self.scale(proprio), self.scale(previous)
+        return torch.cat([*states, executed(action).flatten(-2)], -1)
+
+    def condition(self, inputs: Tensor, opening: Tensor) -> Conditioning:
+        """Predict the proprio a chunk leads to, and embed what leads there.
+
+        inputs: of `chunk_inputs`; opening `[B, F]`: the gripper's then, normalised: the true one
+        in training, a drawn one in imagination.
+        """
+        predicted = inputs[..., : len(self.scale.mean)] + self.dynamics(inputs)
+        predicted = torch.where(self.is_opening, opening[..., None], predicted)
+        return Conditioning(self.action_in(torch.cat([inputs, predicted.detach()], -1)), predicted)
 
     def denoise(
         self,
@@ -170,7 +213,8 @@ class Simulator(nn.Module):
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, modulation, condition.action, rotary, attend)
         x = self.norm(x)
-        refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
+        known = condition.proprio.detach()
+        refined = known + ~self.is_opening * self.proprio_out(x.mean(-2)).float()
         if clean:
             return self.head(x, last, reference), refined
         return noisy - s * self.head(x).float(), refined
@@ -188,36 +232,38 @@ class Simulator(nn.Module):
         clean = self.tokenizer.encode(batch["image"])
         reference = self.tokenizer.encode(batch["reference"])
         proprio, action = batch["proprio"], batch["action"]
-        history, q = clean[:, :-1], proprio[:, :-1]
+        history, q, truth = clean[:, :-1], proprio[:, :-1], self.scale(proprio[:, 1:])
         if self_history:
             with torch.no_grad():
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
-                frames, states, _ = self._targets(z, ones, history, reference, q, action)
+                frames, states, *_ = self._targets(z, ones, history, reference, q, action, truth)
                 history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
-                states = states * self.proprio_std + self.proprio_mean
-                q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
+                q = torch.cat([proprio[:, :1], self.scale.inverse(states[:, :-1])], 1)
         amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
         history = history + amount.to(clean.device) * self._noise(history, generator)
         target = clean[:, 1:]
         sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
-        frames, states, predicted = self._targets(z, sigma, history, reference, q, action)
+        frames, states, predicted, logits = self._targets(
+            z, sigma, history, reference, q, action, truth
+        )
         # Pixels that move matter most and are few (prototype: five times the weight).
         error = frames - target
         moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
         weight = moved / s.clamp_min(0.25).square()
         image = (weight * error.square()).mean() + 0.1 * (moved * error.abs()).mean()
-        truth = self._normalise(proprio[:, 1:])
+        opening = self.opening.loss(logits, log_opening(proprio[:, 1:])[..., OPENING])
         dynamics = F.smooth_l1_loss(predicted, truth, beta=0.1)
         refined = F.smooth_l1_loss(states, truth, beta=0.1)
-        loss = image + 0.3 * (dynamics + refined)
+        loss = image + 0.3 * (dynamics + refined) + 0.1 * opening
         mse = error.detach().square().mean()
         return loss, {
             "loss": loss.detach(),
             "psnr": -10 * torch.log10(mse / 4),
             "proprio_error": refined.detach(),
+            "opening_loss": opening.detach(),
         }
 
     def _targets(
@@ -228,12 +274,15 @@ class Simulator(nn.Module):
         reference: Tensor,
         proprio: Tensor,
         action: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
+        truth: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Denoise frames 1..F-1 given frames 0..F-2 and the true opening (in truth, normalised):
+        (frames, proprio, predicted proprio, logits of the opening)."""
         count = history.shape[1]
         position = torch.arange(count + 1, device=noisy.device).expand(len(noisy), -1)
         previous = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
-        condition = self.condition(proprio, previous, action[:, 1:])
+        inputs = self.chunk_inputs(proprio, previous, action[:, 1:])
+        condition = self.condition(inputs, truth[..., OPENING])
         if self.config.window:
             with torch.no_grad():
                 past = self._history(history, reference, proprio, action[:, :-1], position[:, :-1])
@@ -242,7 +291,7 @@ class Simulator(nn.Module):
             attends = [spatial_attention] * len(self.blocks)
         rotary = self.rotary(position[:, 1:])
         frames, states = self.denoise(noisy, history, reference, sigma, condition, rotary, attends)
-        return frames, states, condition.proprio
+        return frames, states, condition.proprio, self.opening(history, inputs)
 
     def _history(
         self, frames: Tensor, reference: Tensor, proprio: Tensor, action: Tensor, position: Tensor
@@ -258,7 +307,8 @@ class Simulator(nn.Module):
         q1 = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
         q0 = torch.cat([q1[:, :1], q1[:, :-1]], 1)
         zeros = torch.zeros(frames.shape[:2], device=frames.device)
-        condition = self.condition(q1, q0, action)
+        inputs = self.chunk_inputs(q1, q0, action)
+        condition = self.condition(inputs, self.scale(proprio)[..., OPENING])
         attends = [attend] * len(self.blocks)
         rotary = self.rotary(position)
         self.denoise(frames, before, reference, zeros, condition, rotary, attends)
@@ -273,9 +323,6 @@ class Simulator(nn.Module):
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like.device)
 
-    def _normalise(self, proprio: Tensor) -> Tensor:
-        return (proprio - self.proprio_mean) / self.proprio_std
-
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
@@ -288,7 +335,7 @@ class Simulator(nn.Module):
             cache = FrameCache(
                 config.layers, batch, config.window, self.tokens, config.heads, dim, device=device
             )
-        proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
+        proprio = torch.zeros(batch, len(self.scale.mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
         pair = (latents, latents.clone(), proprio, proprio.clone(), count, count.clone())
@@ -371,7 +418,10 @@ class Simulator(nn.Module):
         """Image, and the state after it. On the device alone, so that it can be captured; the
         cache gets the frame's keys and values but does not advance."""
         last = latents[:, None]
-        condition = self.condition(proprio[:, None], previous[:, None], action[:, None])
+        inputs = self.chunk_inputs(proprio[:, None], previous[:, None], action[:, None])
+        drawn = self.opening.draw(self.opening(last, inputs), counter_uniform(~seeds, count, (1,)))
+        opening = (drawn - self.scale.mean[OPENING]) / self.scale.std[OPENING]
+        condition = self.condition(inputs, opening)
         rotary = self.rotary(position[:, None])
         layers = range(self.config.layers)
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
@@ -386,7 +436,7 @@ class Simulator(nn.Module):
             attends = [_remembering(cache, i) for i in layers]
             clean = torch.zeros_like(level)
             self.denoise(frame, last, reference, clean, condition, rotary, attends)
-        reached = refined[:, 0] * self.proprio_std + self.proprio_mean
+        reached = self.scale.inverse(refined[:, 0])
         previous = torch.where(keep[:, None], proprio, previous)
         proprio = torch.where(keep[:, None], reached, proprio)
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)

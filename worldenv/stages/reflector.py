@@ -164,7 +164,7 @@ class _BalancedFrames:
             views.device
         )
         jitter = 0.05 * torch.randn(proprio.shape, generator=g).to(proprio.device)
-        proprio = proprio + jitter * reflector.proprio_std
+        proprio = reflector.scale.inverse(reflector.scale(proprio) + jitter)
         features = reflector.features(views, proprio).unflatten(0, (len(rows), 2))
         words = reflector.words([self.data["instruction"][r] for r in rows.tolist()])
         return reflector.judge(features[:, 1], features[:, 0], words)
@@ -175,7 +175,7 @@ def score(reflector: Reflector, sequences: list[FrameSequence]) -> list[Tensor]:
     out = []
     with torch.no_grad():
         for s in sequences:
-            device = reflector.proprio_mean.device
+            device = reflector.scale.mean.device
             logits = reflector(
                 s.images[None].to(device), s.proprio[None].to(device), [s.instruction]
             )
