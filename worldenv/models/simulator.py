@@ -15,6 +15,7 @@ sees exactly what generation sees.
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ from worldenv.models.tokenizer import build_tokenizer
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
 from worldenv.runtime.graphs import Captured
 from worldenv.runtime.seeds import counter_normal, counter_uniform
+
+WAVES = 16  # features of the gripper's opening
 
 
 @dataclass
@@ -136,7 +139,7 @@ class Simulator(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.views = config, views
-        commands = chunk * actions
+        inputs = 2 * proprio + chunk * actions + WAVES  # of chunk_inputs
         self.tokenizer = build_tokenizer(config, image_size)
         self.tokenizer.requires_grad_(False)
         e, z = config.width, self.tokenizer.channels
@@ -148,11 +151,11 @@ class Simulator(nn.Module):
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.time_out = nn.Linear(e, 6 * e)
         self.action_in = nn.Sequential(
-            nn.Linear(3 * proprio + commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
+            nn.Linear(inputs + proprio + WAVES, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
         )
-        self.opening = OpeningHead(self.tokens, z, 2 * proprio + commands)
+        self.opening = OpeningHead(self.tokens, z, inputs)
         self.dynamics = nn.Sequential(
-            nn.Linear(2 * proprio + commands, 256),
+            nn.Linear(inputs, 256),
             nn.SiLU(),
             nn.Linear(256, 256),
             nn.SiLU(),
@@ -179,8 +182,14 @@ class Simulator(nn.Module):
         proprio, previous `[B, F, P]` (raw, of the frame before and the one before that), action
         `[B, F, C, A]` as the policy commands it.
         """
-        states = self.scale(proprio), self.scale(previous)
-        return torch.cat([*states, executed(action).flatten(-2)], -1)
+        now, before = self.scale(proprio), self.scale(previous)
+        commands = executed(action).flatten(-2)
+        return torch.cat([now, before, commands, self._embedded(now[..., OPENING])], -1)
+
+    def _embedded(self, opening: Tensor) -> Tensor:
+        """Waves of the log opening, normalised `[...]`: a small difference must not be lost."""
+        raw = opening * self.scale.std[OPENING] + self.scale.mean[OPENING]
+        return sinusoidal(8 * raw, WAVES, 16.0)
 
     def condition(self, inputs: Tensor, opening: Tensor) -> Conditioning:
         """Predict the proprio a chunk leads to, and embed what leads there.
@@ -190,7 +199,8 @@ class Simulator(nn.Module):
         """
         predicted = inputs[..., : len(self.scale.mean)] + self.dynamics(inputs)
         predicted = torch.where(self.is_opening, opening[..., None], predicted)
-        return Conditioning(self.action_in(torch.cat([inputs, predicted.detach()], -1)), predicted)
+        leads = torch.cat([inputs, predicted.detach(), self._embedded(opening)], -1)
+        return Conditioning(self.action_in(leads), predicted)
 
     def denoise(
         self,
@@ -376,11 +386,17 @@ class Simulator(nn.Module):
 
     @torch.no_grad()
     def step(
-        self, state: SimulatorState, action: Tensor, steps: int, active: np.ndarray
+        self,
+        state: SimulatorState,
+        action: Tensor,
+        steps: int,
+        active: np.ndarray,
+        opening: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Generate the frame that a chunk of actions `[B, C, A]` leads to, in `steps` passes.
 
-        Rows where active (bool [B], host) is False keep their frame. Returns image
+        Rows where active (bool [B], host) is False keep their frame. opening: the gripper's after
+        the chunk, as of `log_opening` `[B]`; where NaN, or without it, it is drawn. Returns image
         `[B, V, H, W, 3]` uint8 and proprio `[B, P]`; nothing is read back from the device. On a
         GPU the whole frame is one CUDA graph, recorded at the first call.
         """
@@ -390,6 +406,7 @@ class Simulator(nn.Module):
         inputs = (
             *(state.latents, state.reference, state.proprio, state.previous_proprio),
             *(state.seeds, state.step, position.to(device, non_blocking=True), action, keep),
+            torch.full_like(state.proprio[:, 0], math.nan) if opening is None else opening,
         )
         frame = functools.partial(self._frame, cache, steps)
         if device.type == "cuda" and (cache is None or cache.capturable):
@@ -414,13 +431,15 @@ class Simulator(nn.Module):
         position: Tensor,  # [B] int64, of the new frame
         action: Tensor,  # [B, C, A]
         keep: Tensor,  # [B] bool, rows that move on
+        given: Tensor,  # [B] log opening, NaN: drawn
     ) -> tuple[Tensor, ...]:
         """Image, and the state after it. On the device alone, so that it can be captured; the
         cache gets the frame's keys and values but does not advance."""
         last = latents[:, None]
         inputs = self.chunk_inputs(proprio[:, None], previous[:, None], action[:, None])
         drawn = self.opening.draw(self.opening(last, inputs), counter_uniform(~seeds, count, (1,)))
-        opening = (drawn - self.scale.mean[OPENING]) / self.scale.std[OPENING]
+        opening = torch.where(given.isnan()[:, None], drawn, given[:, None])
+        opening = (opening - self.scale.mean[OPENING]) / self.scale.std[OPENING]
         condition = self.condition(inputs, opening)
         rotary = self.rotary(position[:, None])
         layers = range(self.config.layers)

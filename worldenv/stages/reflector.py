@@ -42,7 +42,8 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     simulator_path = run.path("checkpoints", f"simulator-{number}.safetensors")
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
     steps = config.sampling_steps(number)
-    imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
+    seed = derive(config.seed, "reflector replay", number)
+    imagined = replay(simulator, own, steps, seed, true_opening=True)
     data = padded([*sequences, *imagined], run.device)
     del simulator
     reflector: Reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
