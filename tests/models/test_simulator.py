@@ -180,6 +180,18 @@ def test_openings_are_drawn_as_often_as_they_are_likely():
     assert wide.float().mean() == pytest.approx(0.75, abs=0.03)
 
 
+def test_a_given_opening_is_kept_and_others_are_drawn():
+    model = simulator()
+    state = model.start(3)
+    model.prefill(state, ALL, *contexts(3), torch.arange(3))
+    given = torch.tensor([1.5, math.nan, 2.5])
+    _, reached = model.step(state, torch.zeros(3, 8, 7), 1, ALL, given)
+    openings = log_opening(reached)[:, OPENING]
+    torch.testing.assert_close(openings[[0, 2]], given[[0, 2]], rtol=1e-4, atol=1e-4)
+    step = OpeningHead.WIDEST / (OpeningHead.BINS - 1)
+    assert float(openings[1] / step) == pytest.approx(round(float(openings[1] / step)), abs=1e-2)
+
+
 def test_proprio_survives_its_scale():
     scale = ProprioScale(8)
     proprio = torch.randn(500, 8, generator=generator("proprio"))

@@ -59,8 +59,8 @@ def run(run: Run, mark: str, number: int) -> dict:
     if config.posttrain.require_fidelity and ours <= copy:
         raise UserError(
             f"fidelity: one chunk ahead the simulator reaches {ours:.1f} dB, a still picture "
-            f"{copy:.1f} dB. Train it longer (simulator.steps), or set "
-            "posttrain.require_fidelity False to go on regardless."
+            f"{copy:.1f} dB. Train it longer (simulator.steps), or pass "
+            "--posttrain.no-require-fidelity to go on regardless."
         )
     return measured
 
