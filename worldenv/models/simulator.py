@@ -4,9 +4,9 @@ World-Env section 3.3 (arXiv 2509.24948): o_t, a_t, s_{t+1} -> o_{t+1}. A Wan-sh
 trained by flow matching, z = (1 - sigma) x + sigma noise, on one target frame per chunk of actions.
 Past frames reach it on the channels, beside the noisy one (as in Wan's image-to-video model): the
 last one, and the one the imagination began with, which is real and says for good what stands where.
-The last `window` ones also reach it through the keys and values they left in the cache. The next
-proprio is predicted from proprio and actions, conditions the frame, and is refined from the
-denoised tokens.
+The last `window` ones also reach it through the keys and values they left in the cache. Of the next
+proprio, which conditions the frame, the gripper's opening is drawn from a predicted distribution;
+the rest is predicted from proprio and actions and refined from the denoised tokens.
 
 Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
 training the cached keys and values carry no gradient (as in Transformer-XL), so a training step
@@ -83,9 +83,8 @@ class FrameHead(nn.Module):
 
     def forward(self, x: Tensor, last: Tensor, reference: Tensor) -> Tensor:
         """x `[..., S, E]`, the last frame and the reference `[..., S, Z]` to the next frame."""
-        old, real = (
-            y.unflatten(-1, (-1, self.block)) for y in (last, reference)
-        )  # [..., N, block]
+        # [..., S, N, block]
+        old, real = (y.unflatten(-1, (-1, self.block)) for y in (last, reference))
         tokens = self.spread(x).unflatten(-1, (old.shape[-2], -1))
         drawn = self.redraw(torch.cat([tokens, old, real], -1)).float()
         keep, recall, new = drawn.tensor_split([1, 2], -1)

@@ -145,8 +145,8 @@ def _imagine_contexts(
     won = [context.won for context in env.contexts]
     chosen = choose_contexts(won, firsts, middles, rl, generator(config.seed, "contexts", *key))
     pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
-    # One world seed for a group (common random numbers): its episodes differ by their actions alone,
-    # and the baseline takes the world's luck away.
+    # One world seed for a group (common random numbers): its episodes differ by their actions
+    # alone, and the baseline takes the world's luck away.
     starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c)) for c, _ in pairs]
     seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
     return rollout(env, learner.behaviour, starts, seeds=seeds)
