@@ -119,7 +119,7 @@ def _calibrated(
 def threshold_at(top: Tensor, rate: float) -> float:
     """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [0.3, 0.9].
 
-    Beyond that, a reflector that is sure of most successes misses many real ones (44% at 0.987).
+    Beyond that, a reflector that is sure of most successes misses many real ones (4 of 9 at 0.987).
     """
     return float(torch.quantile(top, 1 - rate).clamp(0.3, 0.9))
 
