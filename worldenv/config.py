@@ -124,7 +124,7 @@ class SimulatorConfig:
     """Target frames per training window."""
     balance: bool = False
     """Train as if there were as many failures as successes. It helped where most episodes succeed,
-    before the gripper's opening was drawn; since then grasps fail about as often as they do."""
+    before the gripper's opening was drawn; since then, in seed 4, grasps fail as they do."""
     lr: float = 1.5e-3
     """Peak learning rate."""
     self_history_start: float = 0.4

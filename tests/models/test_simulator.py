@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
+from worldenv.models.heads import FrameHead, OpeningHead
 from worldenv.models.layers import OPENING, ProprioScale, log_opening
-from worldenv.models.simulator import FrameHead, OpeningHead, Simulator, executed
+from worldenv.models.simulator import Simulator, executed
 from worldenv.runtime.seeds import generator
 
 TINY = SimulatorConfig(width=48, layers=2, heads=2, patch=8, window=2, frames=2)
