@@ -1,14 +1,11 @@
 """The simulator's generation against recomputation, its noise, and its training."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.heads import FrameHead, OpeningHead
-from worldenv.models.layers import OPENING, ProprioScale, log_opening
+from worldenv.models.heads import FrameHead
 from worldenv.models.simulator import Simulator, executed
 from worldenv.runtime.seeds import generator
 
@@ -147,10 +144,8 @@ def test_the_head_keeps_recalls_or_redraws_each_block():
         torch.testing.assert_close(head(x, last, real), expected)
 
 
-def test_given_the_opening_one_step_draws_the_mean_and_several_steps_a_sample():
+def test_one_step_draws_the_mean_and_several_steps_a_sample():
     model = simulator()
-    with torch.no_grad():
-        model.opening.net[-1].bias[40] += 50
     image, proprio, action = contexts(3)
     image, proprio, action = (x[:1].expand(3, *x.shape[1:]) for x in (image, proprio, action))
     frames = []
@@ -161,46 +156,3 @@ def test_given_the_opening_one_step_draws_the_mean_and_several_steps_a_sample():
         frames.append(state.latents)
     torch.testing.assert_close(frames[0][0], frames[0][1])
     assert (frames[1][0] - frames[1][1]).abs().mean() > 1e-3
-
-
-def test_openings_are_drawn_as_often_as_they_are_likely():
-    model = simulator()
-    with torch.no_grad():
-        model.opening.net[-1].weight.zero_()
-        model.opening.net[-1].bias.fill_(-50)
-        model.opening.net[-1].bias[10], model.opening.net[-1].bias[40] = 0.0, math.log(3)
-    image, proprio, action = (x.expand(2000, *x.shape[1:]) for x in contexts(1))
-    state = model.start(2000)
-    everyone = np.ones(2000, bool)
-    model.prefill(state, everyone, image, proprio, action, torch.arange(2000))
-    _, reached = model.step(state, torch.zeros(2000, 8, 7), 1, everyone)
-    logarithm = log_opening(reached)[:, OPENING]
-    wide = logarithm > 1
-    bins = torch.where(wide, 40.0, 10.0) * OpeningHead.WIDEST / (OpeningHead.BINS - 1)
-    torch.testing.assert_close(logarithm, bins, rtol=1e-4, atol=1e-4)
-    assert wide.float().mean() == pytest.approx(0.75, abs=0.03)
-
-
-def test_a_given_opening_is_kept_and_others_are_drawn():
-    model = simulator()
-    state = model.start(3)
-    model.prefill(state, ALL, *contexts(3), torch.arange(3))
-    given = torch.tensor([1.5, math.nan, 2.5])
-    _, reached = model.step(state, torch.zeros(3, 8, 7), 1, ALL, given)
-    openings = log_opening(reached)[:, OPENING]
-    torch.testing.assert_close(openings[[0, 2]], given[[0, 2]], rtol=1e-4, atol=1e-4)
-    step = OpeningHead.WIDEST / (OpeningHead.BINS - 1)
-    assert float(openings[1] / step) == pytest.approx(round(float(openings[1] / step)), abs=1e-2)
-
-
-def test_proprio_survives_its_scale():
-    scale = ProprioScale(8)
-    proprio = torch.randn(500, 8, generator=generator("proprio"))
-    proprio[:, 6], proprio[:, 7] = proprio[:, 6].abs() * 0.02, -proprio[:, 7].abs() * 0.02
-    scale.fit(proprio)
-    features = scale(proprio)
-    torch.testing.assert_close(features.mean(0), torch.zeros(8), rtol=0, atol=1e-4)
-    torch.testing.assert_close(features.std(0, correction=0), torch.ones(8), rtol=1e-4, atol=0)
-    torch.testing.assert_close(scale.inverse(features), proprio, rtol=1e-4, atol=1e-5)
-    held, empty = (torch.tensor([0.0] * 6 + [w, -w]) for w in (0.002, 0.0005))
-    assert scale(held)[OPENING] - scale(empty)[OPENING] > 0.3

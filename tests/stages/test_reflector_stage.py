@@ -45,5 +45,5 @@ def test_the_threshold_is_exceeded_as_often_as_reality_succeeds():
     for rate in (0.4, 0.5, 0.65):
         share = (top > threshold_at(top, rate)).float().mean()
         assert abs(float(share) - rate) < 0.01
-    assert abs(threshold_at(top, 0.0) - 0.9) < 1e-6
+    assert abs(threshold_at(top, 0.0) - 0.99) < 1e-6
     assert abs(threshold_at(top, 1.0) - 0.3) < 1e-6

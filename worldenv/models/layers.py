@@ -20,51 +20,6 @@ from worldenv.ops import gelu, modulated_norm, norm_rotary
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-OPENING = 6  # index of the gripper's opening after `log_opening`
-_NARROW = 5e-4  # metres; openings well below it are alike
-
-
-def log_opening(proprio: Tensor) -> Tensor:
-    """LIBERO's proprio `[..., 8]` with its two finger joints (metres) turned into the logarithm of
-    their distance and their sum.
-
-    A gripper that closed on a bowl's rim is 4 mm open, an empty one 1 mm, an open one 80 mm: on a
-    linear scale the difference that decides an episode is lost.
-    """
-    pose, left, right = proprio.tensor_split([6, 7], -1)
-    opening = (left - right).clamp_min(0) / _NARROW
-    return torch.cat([pose, opening.log1p(), left + right], -1)
-
-
-def from_log_opening(features: Tensor) -> Tensor:
-    """The inverse of `log_opening`."""
-    pose, opening, both = features.tensor_split([6, 7], -1)
-    distance = opening.expm1() * _NARROW
-    return torch.cat([pose, (both + distance) / 2, (both - distance) / 2], -1)
-
-
-class ProprioScale(nn.Module):
-    """Proprio `[..., P]` to features of mean 0 and standard deviation 1, and back."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(size))
-        self.register_buffer("std", torch.ones(size))
-
-    def fit(self, proprio: Tensor) -> None:
-        """Statistics of the training data `[N, P]`; what never moved gets a deviation of 1e-3."""
-        features = log_opening(proprio.double())
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0, correction=0).clamp_min(1e-3))
-
-    def forward(self, proprio: Tensor) -> Tensor:
-        return (log_opening(proprio) - self.mean) / self.std
-
-    def inverse(self, features: Tensor) -> Tensor:
-        """Raw proprio of features."""
-        return from_log_opening(features * self.std + self.mean)
-
-
 def sinusoidal(x: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """Sinusoidal features `[..., dim]` of scalars x, cosines first (Wan's timestep embedding)."""
     half = dim // 2

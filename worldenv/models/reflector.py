@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
-from worldenv.models.layers import ConvEncoder, ProprioScale, WordEncoder, views_to_channels
+from worldenv.models.layers import ConvEncoder, WordEncoder, views_to_channels
 
 
 class Reflector(nn.Module):
@@ -27,7 +27,8 @@ class Reflector(nn.Module):
         self.config = config
         features = 64
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
-        self.scale = ProprioScale(proprio)
+        self.register_buffer("proprio_mean", torch.zeros(proprio))
+        self.register_buffer("proprio_std", torch.ones(proprio))
         self.encoders = nn.ModuleList(
             ConvEncoder(image_size, config.encoder_channels, features) for _ in range(views)
         )
@@ -40,10 +41,15 @@ class Reflector(nn.Module):
             nn.Linear(config.width, 1),
         )
 
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Proprio normalisation `[P]`, from the training data."""
+        self.proprio_mean.copy_(mean)
+        self.proprio_std.copy_(std)
+
     def features(self, views: Tensor, proprio: Tensor) -> Tensor:
         """Float images `[V, N, 3, H, W]` and proprio `[N, P]` to features `[N, size]`."""
         seen = [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]
-        q = self.scale(proprio).clamp(-3, 3)
+        q = ((proprio - self.proprio_mean) / self.proprio_std).clamp(-3, 3)
         return torch.cat([*seen, q], -1)
 
     def judge(self, features: Tensor, first: Tensor, words: Tensor) -> Tensor:
@@ -65,7 +71,7 @@ class Judge:
     """A reflector watching B episodes at once, frame by frame, on the device."""
 
     def __init__(self, reflector: Reflector, batch: int) -> None:
-        device = reflector.scale.mean.device
+        device = reflector.proprio_mean.device
         self.reflector = reflector
         self.first = torch.zeros(batch, reflector.size, device=device)
         self.fresh = torch.ones(batch, 1, dtype=torch.bool, device=device)

@@ -4,9 +4,9 @@ World-Env section 3.3 (arXiv 2509.24948): o_t, a_t, s_{t+1} -> o_{t+1}. A Wan-sh
 trained by flow matching, z = (1 - sigma) x + sigma noise, on one target frame per chunk of actions.
 Past frames reach it on the channels, beside the noisy one (as in Wan's image-to-video model): the
 last one, and the one the imagination began with, which is real and says for good what stands where.
-The last `window` ones also reach it through the keys and values they left in the cache. Of the next
-proprio, which conditions the frame, the gripper's opening is drawn from a predicted distribution;
-the rest is predicted from proprio and actions and refined from the denoised tokens.
+The last `window` ones also reach it through the keys and values they left in the cache. The next
+proprio is predicted from proprio and actions, conditions the frame, and is refined from the
+denoised tokens.
 
 Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
 training the cached keys and values carry no gradient (as in Transformer-XL), so a training step
@@ -15,7 +15,6 @@ sees exactly what generation sees.
 
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,21 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.heads import FrameHead, OpeningHead, zeroed
-from worldenv.models.layers import (
-    OPENING,
-    DenoiserBlock,
-    ProprioScale,
-    Rotary3D,
-    log_opening,
-    sinusoidal,
-)
+from worldenv.models.heads import FrameHead, zeroed
+from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
 from worldenv.runtime.graphs import Captured
-from worldenv.runtime.seeds import counter_normal, counter_uniform
-
-WAVES = 16  # features of the gripper's opening
+from worldenv.runtime.seeds import counter_normal
 
 
 @dataclass
@@ -78,23 +68,23 @@ class Simulator(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.views = config, views
-        inputs = 2 * proprio + chunk * actions + WAVES  # of chunk_inputs
+        commands = chunk * actions
         self.tokenizer = build_tokenizer(config, image_size)
         self.tokenizer.requires_grad_(False)
         e, z = config.width, self.tokenizer.channels
         self.tokens = views * self.tokenizer.grid**2
-        self.scale = ProprioScale(proprio)
+        self.register_buffer("proprio_mean", torch.zeros(proprio))
+        self.register_buffer("proprio_std", torch.ones(proprio))
         self.patch_in = nn.Linear(3 * z, e)
         self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
         self.rotary = Rotary3D(e // config.heads, views, self.tokenizer.grid)
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.time_out = nn.Linear(e, 6 * e)
         self.action_in = nn.Sequential(
-            nn.Linear(inputs + proprio + WAVES, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
+            nn.Linear(3 * proprio + commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
         )
-        self.opening = OpeningHead(self.tokens, z, inputs)
         self.dynamics = nn.Sequential(
-            nn.Linear(inputs, 256),
+            nn.Linear(2 * proprio + commands, 256),
             nn.SiLU(),
             nn.Linear(256, 256),
             nn.SiLU(),
@@ -103,7 +93,6 @@ class Simulator(nn.Module):
         self.blocks = nn.ModuleList(
             DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
         )
-        self.register_buffer("is_opening", torch.arange(proprio) == OPENING, persistent=False)
         self.norm = nn.LayerNorm(e, eps=1e-6)
         if config.prediction == "sample":
             self.head = FrameHead(e, z, self.tokenizer.block)
@@ -113,33 +102,24 @@ class Simulator(nn.Module):
         for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
             zeroed(layer)
 
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Proprio normalisation `[P]`, from the training data."""
+        self.proprio_mean.copy_(mean)
+        self.proprio_std.copy_(std)
+
     # ---------------------------------------------------------------- the network
 
-    def chunk_inputs(self, proprio: Tensor, previous: Tensor, action: Tensor) -> Tensor:
-        """What is known of a chunk of actions, normalised: `[B, F, ...]`.
+    def condition(self, proprio: Tensor, previous: Tensor, action: Tensor) -> Conditioning:
+        """Predict the proprio a chunk leads to, and embed what leads there.
 
         proprio, previous `[B, F, P]` (raw, of the frame before and the one before that), action
         `[B, F, C, A]` as the policy commands it.
         """
-        now, before = self.scale(proprio), self.scale(previous)
-        commands = executed(action).flatten(-2)
-        return torch.cat([now, before, commands, self._embedded(now[..., OPENING])], -1)
-
-    def _embedded(self, opening: Tensor) -> Tensor:
-        """Waves of the log opening, normalised `[...]`: a small difference must not be lost."""
-        raw = opening * self.scale.std[OPENING] + self.scale.mean[OPENING]
-        return sinusoidal(8 * raw, WAVES, 16.0)
-
-    def condition(self, inputs: Tensor, opening: Tensor) -> Conditioning:
-        """Predict the proprio a chunk leads to, and embed what leads there.
-
-        inputs: of `chunk_inputs`; opening `[B, F]`: the gripper's then, normalised: the true one
-        in training, a drawn one in imagination.
-        """
-        predicted = inputs[..., : len(self.scale.mean)] + self.dynamics(inputs)
-        predicted = torch.where(self.is_opening, opening[..., None], predicted)
-        leads = torch.cat([inputs, predicted.detach(), self._embedded(opening)], -1)
-        return Conditioning(self.action_in(leads), predicted)
+        q1, q0 = self._normalise(proprio), self._normalise(previous)
+        a = executed(action).flatten(-2)
+        predicted = q1 + self.dynamics(torch.cat([q1, q0, a], -1))
+        inputs = torch.cat([q1, q0, a, predicted.detach()], -1)
+        return Conditioning(self.action_in(inputs), predicted)
 
     def denoise(
         self,
@@ -162,8 +142,7 @@ class Simulator(nn.Module):
         for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, modulation, condition.action, rotary, attend)
         x = self.norm(x)
-        known = condition.proprio.detach()
-        refined = known + ~self.is_opening * self.proprio_out(x.mean(-2)).float()
+        refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
         if clean:
             return self.head(x, last, reference), refined
         return noisy - s * self.head(x).float(), refined
@@ -181,38 +160,36 @@ class Simulator(nn.Module):
         clean = self.tokenizer.encode(batch["image"])
         reference = self.tokenizer.encode(batch["reference"])
         proprio, action = batch["proprio"], batch["action"]
-        history, q, truth = clean[:, :-1], proprio[:, :-1], self.scale(proprio[:, 1:])
+        history, q = clean[:, :-1], proprio[:, :-1]
         if self_history:
             with torch.no_grad():
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
-                frames, states, *_ = self._targets(z, ones, history, reference, q, action, truth)
+                frames, states, _ = self._targets(z, ones, history, reference, q, action)
                 history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
-                q = torch.cat([proprio[:, :1], self.scale.inverse(states[:, :-1])], 1)
+                states = states * self.proprio_std + self.proprio_mean
+                q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
         amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
         history = history + amount.to(clean.device) * self._noise(history, generator)
         target = clean[:, 1:]
         sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
-        frames, states, predicted, logits = self._targets(
-            z, sigma, history, reference, q, action, truth
-        )
+        frames, states, predicted = self._targets(z, sigma, history, reference, q, action)
         # Pixels that move matter most and are few (prototype: five times the weight).
         error = frames - target
         moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
         weight = moved / s.clamp_min(0.25).square()
         image = (weight * error.square()).mean() + 0.1 * (moved * error.abs()).mean()
-        opening = self.opening.loss(logits, log_opening(proprio[:, 1:])[..., OPENING])
+        truth = self._normalise(proprio[:, 1:])
         dynamics = F.smooth_l1_loss(predicted, truth, beta=0.1)
         refined = F.smooth_l1_loss(states, truth, beta=0.1)
-        loss = image + 0.3 * (dynamics + refined) + 0.1 * opening
+        loss = image + 0.3 * (dynamics + refined)
         mse = error.detach().square().mean()
         return loss, {
             "loss": loss.detach(),
             "psnr": -10 * torch.log10(mse / 4),
             "proprio_error": refined.detach(),
-            "opening_loss": opening.detach(),
         }
 
     def _targets(
@@ -223,15 +200,12 @@ class Simulator(nn.Module):
         reference: Tensor,
         proprio: Tensor,
         action: Tensor,
-        truth: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Denoise frames 1..F-1 given frames 0..F-2 and the true opening (in truth, normalised):
-        (frames, proprio, predicted proprio, logits of the opening)."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
         count = history.shape[1]
         position = torch.arange(count + 1, device=noisy.device).expand(len(noisy), -1)
         previous = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
-        inputs = self.chunk_inputs(proprio, previous, action[:, 1:])
-        condition = self.condition(inputs, truth[..., OPENING])
+        condition = self.condition(proprio, previous, action[:, 1:])
         if self.config.window:
             with torch.no_grad():
                 past = self._history(history, reference, proprio, action[:, :-1], position[:, :-1])
@@ -240,7 +214,7 @@ class Simulator(nn.Module):
             attends = [spatial_attention] * len(self.blocks)
         rotary = self.rotary(position[:, 1:])
         frames, states = self.denoise(noisy, history, reference, sigma, condition, rotary, attends)
-        return frames, states, condition.proprio, self.opening(history, inputs)
+        return frames, states, condition.proprio
 
     def _history(
         self, frames: Tensor, reference: Tensor, proprio: Tensor, action: Tensor, position: Tensor
@@ -256,8 +230,7 @@ class Simulator(nn.Module):
         q1 = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
         q0 = torch.cat([q1[:, :1], q1[:, :-1]], 1)
         zeros = torch.zeros(frames.shape[:2], device=frames.device)
-        inputs = self.chunk_inputs(q1, q0, action)
-        condition = self.condition(inputs, self.scale(proprio)[..., OPENING])
+        condition = self.condition(q1, q0, action)
         attends = [attend] * len(self.blocks)
         rotary = self.rotary(position)
         self.denoise(frames, before, reference, zeros, condition, rotary, attends)
@@ -272,6 +245,9 @@ class Simulator(nn.Module):
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like.device)
 
+    def _normalise(self, proprio: Tensor) -> Tensor:
+        return (proprio - self.proprio_mean) / self.proprio_std
+
     # ---------------------------------------------------------------- generation
 
     @torch.no_grad()
@@ -284,7 +260,7 @@ class Simulator(nn.Module):
             cache = FrameCache(
                 config.layers, batch, config.window, self.tokens, config.heads, dim, device=device
             )
-        proprio = torch.zeros(batch, len(self.scale.mean), device=device)
+        proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
         pair = (latents, latents.clone(), proprio, proprio.clone(), count, count.clone())
@@ -325,17 +301,11 @@ class Simulator(nn.Module):
 
     @torch.no_grad()
     def step(
-        self,
-        state: SimulatorState,
-        action: Tensor,
-        steps: int,
-        active: np.ndarray,
-        opening: Tensor | None = None,
+        self, state: SimulatorState, action: Tensor, steps: int, active: np.ndarray
     ) -> tuple[Tensor, Tensor]:
         """Generate the frame that a chunk of actions `[B, C, A]` leads to, in `steps` passes.
 
-        Rows where active (bool [B], host) is False keep their frame. opening: the gripper's after
-        the chunk, as of `log_opening` `[B]`; where NaN, or without it, it is drawn. Returns image
+        Rows where active (bool [B], host) is False keep their frame. Returns image
         `[B, V, H, W, 3]` uint8 and proprio `[B, P]`; nothing is read back from the device. On a
         GPU the whole frame is one CUDA graph, recorded at the first call.
         """
@@ -345,7 +315,6 @@ class Simulator(nn.Module):
         inputs = (
             *(state.latents, state.reference, state.proprio, state.previous_proprio),
             *(state.seeds, state.step, position.to(device, non_blocking=True), action, keep),
-            torch.full_like(state.proprio[:, 0], math.nan) if opening is None else opening,
         )
         frame = functools.partial(self._frame, cache, steps)
         if device.type == "cuda" and (cache is None or cache.capturable):
@@ -370,16 +339,11 @@ class Simulator(nn.Module):
         position: Tensor,  # [B] int64, of the new frame
         action: Tensor,  # [B, C, A]
         keep: Tensor,  # [B] bool, rows that move on
-        given: Tensor,  # [B] log opening, NaN: drawn
     ) -> tuple[Tensor, ...]:
         """Image, and the state after it. On the device alone, so that it can be captured; the
         cache gets the frame's keys and values but does not advance."""
         last = latents[:, None]
-        inputs = self.chunk_inputs(proprio[:, None], previous[:, None], action[:, None])
-        drawn = self.opening.draw(self.opening(last, inputs), counter_uniform(~seeds, count, (1,)))
-        opening = torch.where(given.isnan()[:, None], drawn, given[:, None])
-        opening = (opening - self.scale.mean[OPENING]) / self.scale.std[OPENING]
-        condition = self.condition(inputs, opening)
+        condition = self.condition(proprio[:, None], previous[:, None], action[:, None])
         rotary = self.rotary(position[:, None])
         layers = range(self.config.layers)
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
@@ -394,7 +358,7 @@ class Simulator(nn.Module):
             attends = [_remembering(cache, i) for i in layers]
             clean = torch.zeros_like(level)
             self.denoise(frame, last, reference, clean, condition, rotary, attends)
-        reached = self.scale.inverse(refined[:, 0])
+        reached = refined[:, 0] * self.proprio_std + self.proprio_mean
         previous = torch.where(keep[:, None], proprio, previous)
         proprio = torch.where(keep[:, None], reached, proprio)
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from worldenv.data.windows import FrameSequence
-from worldenv.models.layers import OPENING, log_opening
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import progress
 from worldenv.runtime.seeds import derive
@@ -19,31 +18,24 @@ def replay(
     steps: int,
     seed: int,
     batch: int = 32,
-    true_opening: bool = False,
 ) -> list[FrameSequence]:
     """Imagined versions of sequences: same first frame and actions, generated frames and proprio.
 
-    steps: denoising steps per frame. true_opening: the gripper opens as it did, so that a grasp
-    that failed fails again; else the simulator draws it. Sequences of like length run together.
+    steps: denoising steps per frame. Sequences of like length run together.
     """
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     imagined: dict[int, FrameSequence] = {}
     with progress.bar(len(sequences), "imagined replays") as bar:
         for begin in range(0, len(order), batch):
             group = order[begin : begin + batch]
-            new = _replay(simulator, sequences, group, steps, seed, true_opening)
-            imagined.update(zip(group, new, strict=True))
+            for i, s in zip(group, _replay(simulator, sequences, group, steps, seed), strict=True):
+                imagined[i] = s
             bar.advance(len(group))
     return [imagined[i] for i in range(len(sequences))]
 
 
 def _replay(
-    simulator: Simulator,
-    sequences: list[FrameSequence],
-    group: list[int],
-    steps: int,
-    seed: int,
-    true_opening: bool,
+    simulator: Simulator, sequences: list[FrameSequence], group: list[int], steps: int, seed: int
 ) -> list[FrameSequence]:
     device = simulator.position.device
     chosen = [sequences[i] for i in group]
@@ -58,11 +50,7 @@ def _replay(
     for t in range(max(len(s) for s in chosen) - 1):
         action = torch.stack([s.actions[min(t, len(s) - 2)] for s in chosen]).to(device)
         live = np.array([t < len(s) - 1 for s in chosen])
-        opening = None
-        if true_opening:
-            reached = torch.stack([s.proprio[min(t + 1, len(s) - 1)] for s in chosen])
-            opening = log_opening(reached)[:, OPENING].to(device)
-        picture, after = simulator.step(state, action, steps, live, opening)
+        picture, after = simulator.step(state, action, steps, live)
         frames.append(picture.cpu())
         states.append(after.cpu())
     pictures, poses = torch.stack(frames, 1), torch.stack(states, 1)

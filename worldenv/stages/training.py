@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +19,7 @@ from worldenv.runtime import checkpoint, progress
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
+from worldenv.stages.collect import statistics
 from worldenv.stages.run import Run
 
 Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -67,7 +67,7 @@ def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Modul
         previous = run.path("checkpoints", f"{kind}-{number - 1}.safetensors")
         return store.load(kind, previous, run.device)
     module = store.build(kind, run.config)
-    module.scale.fit(torch.from_numpy(np.concatenate([e.proprio for e in episodes])))
+    module.set_statistics(*statistics(episodes))
     return module.to(run.device)
 
 
