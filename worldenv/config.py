@@ -48,6 +48,9 @@ class CollectConfig:
     """Policy episodes per task in the first round."""
     refresh_episodes: int = 40
     """Policy episodes per task in each later round."""
+    record_every: int = 4
+    """Control steps between recorded frames of policy episodes (a divisor of env.chunk). Each chunk
+    can begin at any of them, so that the world learns from more poses of the same episodes."""
     scale: float = 1.5
     """Exploration noise: multiple of the policy's Laplace scale."""
     fresh: float = 1.0
@@ -287,6 +290,12 @@ def validate(config: Config) -> None:
         "simulator.patch",
         f"a divisor of image_size {env.image_size}",
         config.simulator.patch,
+    )
+    require(
+        config.collect.record_every >= 1 and env.chunk % config.collect.record_every == 0,
+        "collect.record_every",
+        f"a divisor of env.chunk {env.chunk}",
+        config.collect.record_every,
     )
     for name in ("policy", "simulator"):
         part = getattr(config, name)

@@ -9,6 +9,7 @@ from worldenv.data.windows import (
     FrameWindows,
     NormalizationStats,
     chunk_sequences,
+    from_first_step,
     padded_chunks,
 )
 from worldenv.runtime.errors import UserError
@@ -52,6 +53,12 @@ def test_dense_episode_yields_every_offset(make_episode):
     for s in sequences:
         assert np.array_equal(s.images, episode.images[s.steps])
         assert np.array_equal(s.actions[0], episode.actions[s.steps[0] : s.steps[0] + 8])
+
+
+def test_one_sequence_of_an_episode_begins_with_it(make_episode):
+    episodes = [make_episode(20, 4), make_episode(16, 8)]
+    first = from_first_step(chunk_sequences(episodes))
+    assert [(s.episode, s.steps.tolist()) for s in first] == [(0, [0, 8, 16, 20]), (1, [0, 8, 16])]
 
 
 def test_no_transition_anywhere_is_an_error(make_episode):

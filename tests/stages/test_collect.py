@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
+from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError
-from worldenv.stages.collect import _missing
+from worldenv.stages.collect import EpisodeRecorder, _missing
 
 STARTS = [Start(3, 0, 7), Start(3, 1, 7)]
 
@@ -48,3 +50,27 @@ def test_a_run_replaces_its_own_data_and_refuses_the_users(tmp_path):
     with pytest.raises(UserError, match="no run recorded"):
         _missing(tmp_path / "users", "new", STARTS)
     assert len(read_episodes(tmp_path / "users")) == 1
+
+
+def view(step: int) -> dict:
+    """What a row shows after `step` steps, and the proprio that says so."""
+    return {"image": np.full((2, 4, 4, 3), step, np.uint8), "proprio": np.full(8, step, np.float32)}
+
+
+def test_an_episode_keeps_every_recorded_frame():
+    recorder = EpisodeRecorder(Config(), [Start(8, None, 5)], "policy")
+    rows, commands = np.array([0]), torch.arange(16).repeat(7, 1).T.reshape(1, 16, 7).float()
+    for begin, end in ((0, 8), (8, 14)):  # the second chunk is cut short
+        steps = [s for s in (begin + 4, begin + 8) if s < end] + [end]
+        frames = {k: np.stack([view(s)[k] for s in steps]) for k in ("image", "proprio")}
+        frames |= {"steps": np.array(steps), "dones": np.arange(begin, end) == 13}
+        before = {k: torch.from_numpy(v)[None] for k, v in view(begin).items()}
+        info = {"steps": np.array([end]), "success": np.array([True]), "frames": [frames]}
+        before["instruction"] = ("lift the cup",)
+        recorder.step(rows, before, commands[:, begin : begin + 8], {}, info)
+    episode = recorder.finish(0, {"success": True})
+    assert episode.frame_steps.tolist() == [0, 4, 8, 12, 14]
+    assert episode.actions[:, 0].tolist() == list(range(14))
+    assert (episode.images[:, 0, 0, 0, 0] == episode.frame_steps).all()
+    assert (episode.proprio[:, 3] == episode.frame_steps).all()
+    assert np.flatnonzero(episode.dones).tolist() == [13]

@@ -90,6 +90,11 @@ def chunk_sequences(episodes: Sequence[Episode], chunk: int = 8) -> list[FrameSe
     return sequences
 
 
+def from_first_step(sequences: Sequence[FrameSequence]) -> list[FrameSequence]:
+    """Those that begin with their episode: one per episode, at the places the policy decided."""
+    return [s for s in sequences if int(s.steps[0]) == 0]
+
+
 def _chains(frame_steps: np.ndarray, steps: int, chunk: int) -> list[np.ndarray]:
     """Row indices of maximal runs of frames `chunk` apart, at least two; T may end one early."""
     row_of = {int(step): row for row, step in enumerate(frame_steps)}

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from worldenv.data.windows import FrameSequence
+from worldenv.data.windows import FrameSequence, from_first_step
 from worldenv.envs.start import Start
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.models.simulator import Simulator
@@ -41,7 +41,7 @@ class Context:
 
 def first_frames(sequences: Sequence[FrameSequence]) -> list[Context]:
     """One context per sequence that begins at step 0."""
-    return [_context(s, 0, 1) for s in sequences if int(s.steps[0]) == 0]
+    return [_context(s, 0, 1) for s in from_first_step(sequences)]
 
 
 def middle_frames(sequences: Sequence[FrameSequence], chunk: int) -> list[Context]:

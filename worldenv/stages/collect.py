@@ -120,7 +120,7 @@ def _roll_out(
         return info["success"] & (info["steps"] >= info["success_step"] + hold)
 
     use_cores(1)  # the simulators need the cores
-    env = make_env(config, terminate="never", record_every=config.env.chunk)
+    env = make_env(config, terminate="never", record_every=config.collect.record_every)
     recorder = EpisodeRecorder(config, starts, "policy")
     won = 0
     try:
@@ -181,10 +181,10 @@ class EpisodeRecorder:
             )
             done = int(info["steps"][row]) - parts["steps"][-1]
             parts["action"].append(action[row, :done].cpu().numpy())
-            parts["dones"].append(info["frames"][row]["dones"])
-            parts["image"].append(after["image"][row].numpy().copy())
-            parts["proprio"].append(after["proprio"][row].numpy().copy())
-            parts["steps"].append(int(info["steps"][row]))
+            frames = info["frames"][row]
+            parts["dones"].append(frames["dones"])
+            for name in ("image", "proprio", "steps"):
+                parts[name].extend(frames[name])
 
     def finish(self, episode: int, info: dict) -> Episode:
         """The recorded episode; what was held of it is let go."""

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from worldenv.data.windows import FrameSequence, chunk_sequences
+from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.runtime.errors import UserError
@@ -35,7 +35,7 @@ def run(run: Run, mark: str, number: int) -> dict:
         raise UserError(
             "fidelity: no held-out episodes. Raise collect.episodes or collect.held_out."
         )
-    real = chunk_sequences(held_out, config.env.chunk)
+    real = from_first_step(chunk_sequences(held_out, config.env.chunk))
     checkpoints = run.path("checkpoints")
     simulator: Simulator = store.load(
         "simulator", checkpoints / f"simulator-{number}.safetensors", run.device

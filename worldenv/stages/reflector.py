@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldenv.data.windows import FrameSequence, chunk_sequences
+from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.envs.imagined import ImaginedVectorEnv, first_frames
 from worldenv.envs.start import Start
 from worldenv.models.layers import views_to_channels
@@ -38,7 +38,7 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     use_cores()
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
-    own = chunk_sequences(explored, config.env.chunk)
+    own = from_first_step(chunk_sequences(explored, config.env.chunk))
     simulator_path = run.path("checkpoints", f"simulator-{number}.safetensors")
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
     steps = config.sampling_steps(number)
