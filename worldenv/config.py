@@ -125,6 +125,8 @@ class SimulatorConfig:
     """Windows per step."""
     frames: int = 3
     """Target frames per training window."""
+    dynamics_batch: int = 256
+    """Transitions per step that train the prediction of proprio alone."""
     balance: bool = True
     """Train as if there were as many failures as successes: a simulator that has seen mostly
     successes imagines one where a grasp is in doubt."""

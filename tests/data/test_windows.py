@@ -138,6 +138,29 @@ def test_references_are_frames_of_the_episode_up_to_the_window(make_episode):
     assert share == pytest.approx(0.5 + 0.5 / 7, abs=0.08)
 
 
+def test_transitions_and_windows_know_what_was_before(make_episode):
+    episodes = [marked(make_episode, i, 32, 8, seed=i) for i in range(2)]
+    windows = FrameWindows(chunk_sequences(episodes), 2, padded=False)
+    got = windows.transitions(generator(0, "transitions"), 500)
+    number, step = got["proprio"][:, 0], got["proprio"][:, 1]
+    assert set(zip(number.tolist(), step.tolist(), strict=True)) == {
+        (n, s) for n in (0.0, 1.0) for s in (0.0, 8.0, 16.0, 24.0)
+    }
+    assert torch.equal(got["next_proprio"][:, :2], torch.stack([number, step + 8], 1))
+    assert torch.equal(got["action"][:, 0, :2], torch.stack([number + 1, step], 1))
+    began = step == 0
+    earlier = torch.where(began, step, step - 8)
+    assert torch.equal(got["previous_proprio"][:, :2], torch.stack([number, earlier], 1))
+    assert (got["previous_action"][began] == 0).all()
+    led = torch.stack([number + 1, earlier], 1)[~began]
+    assert torch.equal(got["previous_action"][~began, 0, :2], led)
+    batch = windows.batch(torch.arange(len(windows)))
+    first = batch["steps"][:, 0]
+    assert torch.equal(batch["previous_proprio"][:, 1], (first - 8).clamp_min(0).float())
+    led = batch["previous_action"][:, 0, 1]
+    assert torch.equal(led, (first - 8).clamp_min(0).float())
+
+
 def test_action_windows_stay_inside_and_pad_the_tail(make_episode):
     episodes = [marked(make_episode, i, 11 + i, every, seed=i) for i, every in enumerate((1, 8, 3))]
     windows = ActionWindows(episodes, chunk=8)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.heads import FrameHead
+from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.simulator import Simulator, executed
 from worldenv.runtime.seeds import generator
 
@@ -94,6 +94,22 @@ def test_frozen_rows_keep_their_frame_and_their_memory():
     assert not torch.equal(state.latents[0], before[0][0])
 
 
+def test_a_chunk_is_judged_by_the_pose_and_by_the_chunk_before():
+    model = simulator()
+    zeroed(model.proprio_out)
+    image, proprio, action = contexts(3, 2)
+    state = model.start(3)
+    model.prefill(state, ALL, image, proprio, action, torch.arange(3))
+    actions = torch.randn(3, 3, 8, 7, generator=generator("actions"))
+    seen = [q for _, q in generate(model, state, actions)]
+    poses, chunks = [*proprio.unbind(1), *seen], [action[:, 1], *actions]
+    for k, reached in enumerate(seen):
+        known = (poses[k + 1], poses[k], chunks[k], chunks[k + 1])
+        with torch.no_grad():
+            expected = model.condition(*(x[:, None] for x in known)).proprio[:, 0]
+        torch.testing.assert_close(reached, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_without_a_window_nothing_is_cached():
     model = simulator(window=0)
     image, proprio, action = contexts(3)
@@ -109,7 +125,9 @@ def test_without_a_window_nothing_is_cached():
 def test_training_lowers_the_loss_and_reaches_every_parameter(prediction):
     model = simulator(prediction=prediction).train()
     image, proprio, action = contexts(4, 3)
+    before = {"previous_proprio": proprio[:, 0], "previous_action": action[:, 0]}
     batch = {"image": image, "reference": image[:, 0], "proprio": proprio, "action": action}
+    batch |= before
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     losses = []
     for step in range(60):

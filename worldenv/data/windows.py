@@ -177,6 +177,7 @@ class FrameWindows:
         rows = torch.arange(len(owner))
         least = min(frames - 1, 1) if padded else frames - 1
         self._ends = rows[rows - self._first >= least]
+        self._reached = rows[rows > self._first]
         if not len(self._ends):
             raise UserError(
                 f"expected a sequence of at least {least + 1} frames, got none longer than "
@@ -208,12 +209,41 @@ class FrameWindows:
         rows = (first + offset.long()).to(self.images.device)
         return {**self.batch(windows), "reference": self.images[rows]}
 
+    def transitions(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
+        """B steps between consecutive frames without their pictures, drawn uniformly.
+
+        Returns proprio, next_proprio, previous_proprio [B, P], and action, previous_action
+        [B, C, A]: the chunk from the frame and the one that led there (see `batch`).
+        """
+        after = self._reached[_draw(generator, batch, len(self._reached), None)]
+        now = after - 1
+        rows, before = self._with_before(now)
+        return {
+            "proprio": self.proprio[rows],
+            "action": self.actions[after.to(self.images.device)],
+            "next_proprio": self.proprio[after.to(self.images.device)],
+            **before,
+        }
+
+    def _with_before(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Frames [B] on the device, and what was before them: at a sequence's first frame the
+        frame itself, and an action of zeros."""
+        index = rows.to(self.images.device)
+        earlier = torch.maximum(rows - 1, self._first[rows]).to(self.images.device)
+        before = {
+            "previous_proprio": self.proprio[earlier],
+            "previous_action": self.actions[index],
+        }
+        return index, before
+
     def batch(self, windows: Tensor) -> dict[str, Tensor]:
         """Windows by index [B] in 0..len-1.
 
         Returns image [B, F, V, H, W, 3] uint8, proprio [B, F, P], action [B, F, C, A] (action[:, f]
-        leads to frame f; zeros where the frame before it is outside the window), valid [B, F] bool,
-        success [B, F] bool, steps [B, F] int64, task [B] int64, episode [B] int64.
+        leads to frame f; zeros where the frame before it is outside the window), previous_proprio
+        [B, P] and previous_action [B, C, A] (of the frame before the window and from there; where
+        there is none the first frame's own and zeros), valid [B, F] bool, success [B, F] bool,
+        steps [B, F] int64, task [B] int64, episode [B] int64.
         """
         ends = self._ends[windows]
         rows = ends[:, None] + torch.arange(1 - self.frames, 1)
@@ -228,6 +258,7 @@ class FrameWindows:
             "image": self.images[index],
             "proprio": self.proprio[index],
             "action": self.actions[index] * led[..., None, None],
+            **self._with_before(rows[:, 0])[1],
             "valid": inside,
             "success": self.success[index],
             "steps": self.steps[index],

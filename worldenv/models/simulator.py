@@ -40,6 +40,7 @@ class SimulatorState:
     reference: Tensor  # [B, S, Z] the real frame each began with
     proprio: Tensor  # [B, P]
     previous_proprio: Tensor  # [B, P]
+    previous_action: Tensor  # [B, C, A] the chunk that led to the last frame
     seeds: Tensor  # [B] int64, of the noise
     step: Tensor  # [B] int64, frames generated since the context
     cache: FrameCache | None
@@ -68,7 +69,7 @@ class Simulator(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.views = config, views
-        commands = chunk * actions
+        self.chunk, commands = (chunk, actions), chunk * actions
         self.tokenizer = build_tokenizer(config, image_size)
         self.tokenizer.requires_grad_(False)
         e, z = config.width, self.tokenizer.channels
@@ -81,10 +82,10 @@ class Simulator(nn.Module):
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.time_out = nn.Linear(e, 6 * e)
         self.action_in = nn.Sequential(
-            nn.Linear(3 * proprio + commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
+            nn.Linear(3 * proprio + 2 * commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
         )
         self.dynamics = nn.Sequential(
-            nn.Linear(2 * proprio + commands, 256),
+            nn.Linear(2 * (proprio + commands), 256),
             nn.SiLU(),
             nn.Linear(256, 256),
             nn.SiLU(),
@@ -109,17 +110,19 @@ class Simulator(nn.Module):
 
     # ---------------------------------------------------------------- the network
 
-    def condition(self, proprio: Tensor, previous: Tensor, action: Tensor) -> Conditioning:
+    def condition(
+        self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
+    ) -> Conditioning:
         """Predict the proprio a chunk leads to, and embed what leads there.
 
-        proprio, previous `[B, F, P]` (raw, of the frame before and the one before that), action
-        `[B, F, C, A]` as the policy commands it.
+        proprio, previous `[B, F, P]` (raw, of the frame before and the one before that); led,
+        action `[B, F, C, A]` as the policy commands them: the chunk that led to the frame before
+        (how fast the arm still moves is in neither pose) and the one from there.
         """
         q1, q0 = self._normalise(proprio), self._normalise(previous)
-        a = executed(action).flatten(-2)
-        predicted = q1 + self.dynamics(torch.cat([q1, q0, a], -1))
-        inputs = torch.cat([q1, q0, a, predicted.detach()], -1)
-        return Conditioning(self.action_in(inputs), predicted)
+        known = torch.cat([q1, q0, *(executed(a).flatten(-2) for a in (led, action))], -1)
+        predicted = q1 + self.dynamics(known)
+        return Conditioning(self.action_in(torch.cat([known, predicted.detach()], -1)), predicted)
 
     def denoise(
         self,
@@ -161,11 +164,12 @@ class Simulator(nn.Module):
         reference = self.tokenizer.encode(batch["reference"])
         proprio, action = batch["proprio"], batch["action"]
         history, q = clean[:, :-1], proprio[:, :-1]
+        before = batch["previous_proprio"], batch["previous_action"]
         if self_history:
             with torch.no_grad():
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
-                frames, states, _ = self._targets(z, ones, history, reference, q, action)
+                frames, states, _ = self._targets(z, ones, history, reference, q, action, before)
                 history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
                 states = states * self.proprio_std + self.proprio_mean
                 q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
@@ -175,7 +179,7 @@ class Simulator(nn.Module):
         sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
-        frames, states, predicted = self._targets(z, sigma, history, reference, q, action)
+        frames, states, predicted = self._targets(z, sigma, history, reference, q, action, before)
         # Pixels that move matter most and are few (prototype: five times the weight).
         error = frames - target
         moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
@@ -192,6 +196,15 @@ class Simulator(nn.Module):
             "proprio_error": refined.detach(),
         }
 
+    def dynamics_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Error of the predicted proprio alone, on transitions of `FrameWindows.transitions`.
+
+        It costs next to nothing, so it can see many more transitions than frames are drawn.
+        """
+        names = ("proprio", "previous_proprio", "previous_action", "action")
+        predicted = self.condition(*(batch[name][:, None] for name in names)).proprio[:, 0]
+        return F.smooth_l1_loss(predicted, self._normalise(batch["next_proprio"]), beta=0.1)
+
     def _targets(
         self,
         noisy: Tensor,
@@ -200,12 +213,14 @@ class Simulator(nn.Module):
         reference: Tensor,
         proprio: Tensor,
         action: Tensor,
+        before: tuple[Tensor, Tensor],  # proprio [B, P] and action [B, C, A] before all of them
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
         count = history.shape[1]
         position = torch.arange(count + 1, device=noisy.device).expand(len(noisy), -1)
-        previous = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
-        condition = self.condition(proprio, previous, action[:, 1:])
+        previous = torch.cat([before[0][:, None], proprio[:, :-1]], 1)
+        led = torch.cat([before[1][:, None], action[:, 1:-1]], 1)
+        condition = self.condition(proprio, previous, led, action[:, 1:])
         if self.config.window:
             with torch.no_grad():
                 past = self._history(history, reference, proprio, action[:, :-1], position[:, :-1])
@@ -230,7 +245,8 @@ class Simulator(nn.Module):
         q1 = torch.cat([proprio[:, :1], proprio[:, :-1]], 1)
         q0 = torch.cat([q1[:, :1], q1[:, :-1]], 1)
         zeros = torch.zeros(frames.shape[:2], device=frames.device)
-        condition = self.condition(q1, q0, action)
+        led = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
+        condition = self.condition(q1, q0, led, action)
         attends = [attend] * len(self.blocks)
         rotary = self.rotary(position)
         self.denoise(frames, before, reference, zeros, condition, rotary, attends)
@@ -263,8 +279,9 @@ class Simulator(nn.Module):
         proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
-        pair = (latents, latents.clone(), proprio, proprio.clone(), count, count.clone())
-        return SimulatorState(*pair, cache, {})
+        action = torch.zeros(batch, *self.chunk, device=device)
+        pairs = (latents, latents.clone(), proprio, proprio.clone(), action, count, count.clone())
+        return SimulatorState(*pairs, cache, {})
 
     @torch.no_grad()
     def prefill(
@@ -282,6 +299,7 @@ class Simulator(nn.Module):
         state.latents[index], state.reference[index] = latents[:, -1], latents[:, 0]
         state.proprio[index] = proprio[:, -1]
         state.previous_proprio[index] = proprio[:, max(proprio.shape[1] - 2, 0)]
+        state.previous_action[index] = action[:, -1]
         state.seeds[index] = seeds
         state.step[index] = 0
         cache = state.cache
@@ -313,7 +331,8 @@ class Simulator(nn.Module):
         keep = torch.as_tensor(active).to(device, non_blocking=True)
         position = state.step if cache is None else torch.as_tensor(cache.positions)
         inputs = (
-            *(state.latents, state.reference, state.proprio, state.previous_proprio),
+            *(state.latents, state.reference),
+            *(state.proprio, state.previous_proprio, state.previous_action),
             *(state.seeds, state.step, position.to(device, non_blocking=True), action, keep),
         )
         frame = functools.partial(self._frame, cache, steps)
@@ -321,7 +340,8 @@ class Simulator(nn.Module):
             if steps not in state.captured:
                 state.captured[steps] = Captured(frame, inputs)
             frame = state.captured[steps]
-        image, state.latents, state.proprio, state.previous_proprio, state.step = frame(*inputs)
+        image, state.latents, *poses, state.step = frame(*inputs)
+        state.proprio, state.previous_proprio, state.previous_action = poses
         if cache is not None:
             cache.advance(active)
         return image, state.proprio
@@ -334,6 +354,7 @@ class Simulator(nn.Module):
         reference: Tensor,
         proprio: Tensor,
         previous: Tensor,
+        led: Tensor,
         seeds: Tensor,
         count: Tensor,
         position: Tensor,  # [B] int64, of the new frame
@@ -343,7 +364,7 @@ class Simulator(nn.Module):
         """Image, and the state after it. On the device alone, so that it can be captured; the
         cache gets the frame's keys and values but does not advance."""
         last = latents[:, None]
-        condition = self.condition(proprio[:, None], previous[:, None], action[:, None])
+        condition = self.condition(*(x[:, None] for x in (proprio, previous, led, action)))
         rotary = self.rotary(position[:, None])
         layers = range(self.config.layers)
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
@@ -360,10 +381,11 @@ class Simulator(nn.Module):
             self.denoise(frame, last, reference, clean, condition, rotary, attends)
         reached = refined[:, 0] * self.proprio_std + self.proprio_mean
         previous = torch.where(keep[:, None], proprio, previous)
+        led = torch.where(keep[:, None, None], action, led)
         proprio = torch.where(keep[:, None], reached, proprio)
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)
         image = self.tokenizer.decode(latents, self.views)
-        return image, latents, proprio, previous, count + keep
+        return image, latents, proprio, previous, led, count + keep
 
 
 def executed(action: Tensor) -> Tensor:

@@ -34,7 +34,9 @@ def run(run: Run, mark: str, number: int) -> dict:
         batch = windows.sample(g, part.batch)
         draw = float(torch.rand((), generator=g))
         own = step >= begin_self_history and draw < part.self_history
-        return simulator.loss(batch, g, own)
+        loss, metrics = simulator.loss(batch, g, own)
+        motion = simulator.dynamics_loss(windows.transitions(g, part.dynamics_batch))
+        return loss + motion, {**metrics, "dynamics_loss": motion.detach()}
 
     name = f"simulator-{number}"
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
