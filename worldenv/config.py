@@ -209,8 +209,11 @@ class PosttrainConfig:
     """Denoising steps per imagined frame in the first round."""
     refresh_sampling_steps: int = 1
     """Denoising steps per imagined frame in each later round."""
-    middle_contexts: float = 0.3
-    """Fraction of contexts taken from the middle of real episodes."""
+    middle_contexts: float = 0.8
+    """Fraction of contexts taken from real episodes on their way to a grasp: both cameras have seen
+    where the object is, which from the first frame alone is imagined near where it usually is."""
+    middle_from: int = 3
+    """Chunks after which such a context may begin."""
     lost_contexts: float = 0.5
     """Fraction of contexts taken from real episodes that failed: there is most to gain."""
     max_clip_fraction: float = 0.5

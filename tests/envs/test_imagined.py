@@ -54,6 +54,12 @@ def test_contexts_come_from_the_start_and_the_middle():
     assert not middle[1].action[0].any()
 
 
+def test_the_gripper_of_a_context_is_open_or_not():
+    s = sequence()
+    s.proprio[1, 6:], s.proprio[2, 6:] = torch.tensor([0.039, -0.039]), torch.tensor([0.03, -0.03])
+    assert [c.gripper_open for c in middle_frames([s], 8)][:2] == [True, False]
+
+
 def test_interface_and_truncation():
     env = make(3)
     starts = [Start(0, 0, 1), Start(0, 1, 2), Start(0, 3, 3)]

@@ -80,8 +80,11 @@ def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], lis
     own = chunk_sequences(explored, config.env.chunk)
     shown = chunk_sequences(demonstrations, config.env.chunk)
     firsts: list[Context] = first_frames([*shown, *own])
-    middles = middle_frames(own, config.env.chunk)
-    middles = [c for c in middles if c.elapsed < config.max_chunks - 2]
+    middles = [
+        c
+        for c in middle_frames(own, config.env.chunk)
+        if c.gripper_open and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
+    ]
     checkpoints = run.path("checkpoints")
     env = ImaginedVectorEnv(
         store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device),
