@@ -216,25 +216,22 @@ class FrameWindows:
         [B, C, A]: the chunk from the frame and the one that led there (see `batch`).
         """
         after = self._reached[_draw(generator, batch, len(self._reached), None)]
-        now = after - 1
-        rows, before = self._with_before(now)
+        reached = after.to(self.images.device)
         return {
-            "proprio": self.proprio[rows],
-            "action": self.actions[after.to(self.images.device)],
-            "next_proprio": self.proprio[after.to(self.images.device)],
-            **before,
+            "proprio": self.proprio[reached - 1],
+            "action": self.actions[reached],
+            "next_proprio": self.proprio[reached],
+            **self._before(after - 1),
         }
 
-    def _with_before(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Frames [B] on the device, and what was before them: at a sequence's first frame the
-        frame itself, and an action of zeros."""
-        index = rows.to(self.images.device)
-        earlier = torch.maximum(rows - 1, self._first[rows]).to(self.images.device)
-        before = {
-            "previous_proprio": self.proprio[earlier],
-            "previous_action": self.actions[index],
+    def _before(self, rows: Tensor) -> dict[str, Tensor]:
+        """What was before frames [B]: at a sequence's first the frame itself, and zeros."""
+        device = self.images.device
+        earlier = torch.maximum(rows - 1, self._first[rows])
+        return {
+            "previous_proprio": self.proprio[earlier.to(device)],
+            "previous_action": self.actions[rows.to(device)],
         }
-        return index, before
 
     def batch(self, windows: Tensor) -> dict[str, Tensor]:
         """Windows by index [B] in 0..len-1.
@@ -258,7 +255,7 @@ class FrameWindows:
             "image": self.images[index],
             "proprio": self.proprio[index],
             "action": self.actions[index] * led[..., None, None],
-            **self._with_before(rows[:, 0])[1],
+            **self._before(rows[:, 0]),
             "valid": inside,
             "success": self.success[index],
             "steps": self.steps[index],

@@ -119,10 +119,16 @@ class Simulator(nn.Module):
         action `[B, F, C, A]` as the policy commands them: the chunk that led to the frame before
         (how fast the arm still moves is in neither pose) and the one from there.
         """
+        known, predicted = self._dynamics(proprio, previous, led, action)
+        return Conditioning(self.action_in(torch.cat([known, predicted.detach()], -1)), predicted)
+
+    def _dynamics(
+        self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is known of a chunk (see `condition`), and the proprio it leads to; normalised."""
         q1, q0 = self._normalise(proprio), self._normalise(previous)
         known = torch.cat([q1, q0, *(executed(a).flatten(-2) for a in (led, action))], -1)
-        predicted = q1 + self.dynamics(known)
-        return Conditioning(self.action_in(torch.cat([known, predicted.detach()], -1)), predicted)
+        return known, q1 + self.dynamics(known)
 
     def denoise(
         self,
@@ -202,7 +208,7 @@ class Simulator(nn.Module):
         It costs next to nothing, so it can see many more transitions than frames are drawn.
         """
         names = ("proprio", "previous_proprio", "previous_action", "action")
-        predicted = self.condition(*(batch[name][:, None] for name in names)).proprio[:, 0]
+        _, predicted = self._dynamics(*(batch[name] for name in names))
         return F.smooth_l1_loss(predicted, self._normalise(batch["next_proprio"]), beta=0.1)
 
     def _targets(
