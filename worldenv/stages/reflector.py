@@ -116,8 +116,11 @@ def _calibrated(
 
 
 def threshold_at(top: Tensor, rate: float) -> float:
-    """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [0.3, 0.99]."""
-    return float(torch.quantile(top, 1 - rate).clamp(0.3, 0.99))
+    """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [0.5, 0.99].
+
+    A world harsher than reality is not made up for by believing what is likelier no success.
+    """
+    return float(torch.quantile(top, 1 - rate).clamp(0.5, 0.99))
 
 
 LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do
