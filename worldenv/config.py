@@ -44,9 +44,9 @@ class CollectConfig:
     """Scripted demonstrations per task (init states 0, 1, ...)."""
     demonstration_noise: float = 0.25
     """Std of the correlated action noise added while demonstrating, relative to the action."""
-    episodes: int = 100
+    episodes: int = 80
     """Policy episodes per task in the first round."""
-    refresh_episodes: int = 40
+    refresh_episodes: int = 50
     """Policy episodes per task in each later round."""
     record_every: int = 4
     """Control steps between recorded frames of policy episodes (a divisor of env.chunk). Each chunk
@@ -117,7 +117,7 @@ class SimulatorConfig:
     cores a window of 2 makes the default simulator learn 1.7 times slower."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
-    steps: int = 1000
+    steps: int = 800
     """Optimiser steps in the first round."""
     refresh_steps: int = 400
     """Optimiser steps in each later round, from the last weights."""
@@ -150,7 +150,7 @@ class ReflectorConfig:
     """Hidden width of the head."""
     encoder_channels: int = 16
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
-    steps: int = 900
+    steps: int = 700
     """Optimiser steps in the first round. A third of that ended many episodes too early."""
     refresh_steps: int = 300
     """Optimiser steps in each later round, from the last weights."""
@@ -170,14 +170,19 @@ class ReflectorConfig:
 class PosttrainConfig:
     """LOOP inside the learned world (paper section 3.5)."""
 
-    iterations: int = 8
-    """Iterations in the first round. Twice as many were seen to exploit the learned world: imagined
-    success rises on, real success falls."""
-    refresh_iterations: int = 8
-    """Iterations in each later round."""
-    rounds: int = 1
+    rounds: int = 2
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
-    the second round sees what the improved policy still fails at."""
+    a later round's world has seen where the policy before it failed."""
+    restart: bool = True
+    """Whether each round post-trains the imitated policy anew. The first learned world is too kind,
+    and its policy learns to exploit that: as a scout it shows the next world where, but what it
+    learned there wrongly is better forgotten than mended. Otherwise rounds go on from each other.
+    """
+    iterations: int = 5
+    """Iterations in the first round. Sixteen were seen to exploit the learned world: imagined
+    success rises on, real success falls."""
+    refresh_iterations: int = 10
+    """Iterations in each later round."""
     contexts: int = 16
     """Contexts per draw."""
     draws: int = 3

@@ -1,4 +1,4 @@
-"""Which episodes the simulator trains on and which contexts post-training begins in."""
+"""What the simulator trains on, and which policy and contexts post-training begins with."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from worldenv.config import PosttrainConfig
 from worldenv.data.windows import FrameSequence
 from worldenv.runtime.seeds import generator
-from worldenv.stages.posttrain import choose_contexts
+from worldenv.stages.posttrain import choose_contexts, starting_policy
 from worldenv.stages.simulator import _balanced
 
 
@@ -37,3 +37,9 @@ def test_the_simulator_trains_as_if_there_were_as_many_failures():
     weights = torch.tensor(_balanced([episode(w) for w in won]))
     lost = ~torch.tensor(won)
     torch.testing.assert_close(weights[lost].sum(), weights[~lost].sum())
+
+
+def test_a_later_round_begins_with_the_imitated_policy_unless_rounds_go_on():
+    anew, on = PosttrainConfig(), PosttrainConfig(restart=False)
+    assert [starting_policy(anew, n) for n in range(3)] == ["policy-sft"] * 3
+    assert [starting_policy(on, n) for n in range(3)] == ["policy-sft", "policy-0", "policy-1"]

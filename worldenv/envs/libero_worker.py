@@ -9,7 +9,10 @@ Liberties against LIBERO's own wrapper:
   sensors in the first substep;
 - reflections are not drawn (half the rendering time; pixels change by 0.9/255 on average);
 - fresh placements put objects relative to fixtures as a hard reset does; robosuite's soft reset
-  adds the previous episode's fixture pose to them, which throws objects off the table.
+  adds the previous episode's fixture pose to them, which throws objects off the table;
+- fresh placements are like the benchmark's init states: the arm's joints deviate as theirs do, and
+  objects are let down slowly; LIBERO draws them above the table, and those that overlap would throw
+  each other off it (one in twelve in libero_spatial's task 8).
 """
 
 import atexit
@@ -32,6 +35,9 @@ ACTION_DIMS = 7
 PROPRIO_DIMS = 8
 SETTLING_STEPS = 10
 SETTLING_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
+LETTING_DOWN = 250  # physics steps of 2 ms
+SLOW = np.array([0.1, 0.1, 0.2, 1.0, 1.0, 1.0])  # m/s, rad/s
+JOINT_NOISE = 0.02  # rad, standard deviation in the benchmark's init states
 
 
 class LiberoSimulator:
@@ -98,7 +104,10 @@ class LiberoSimulator:
             init_state = read_init_state(self.suite, start)
         env = self.env
         self._reset_scene(start.seed)
-        if init_state is not None:
+        if init_state is None:
+            self._disturb_arm()
+            self._let_down()
+        else:
             env.sim.set_state_from_flattened(init_state)
         env.sim.forward()
         env._check_success()  # reads switches (the stove's) here, which decide what is drawn
@@ -210,6 +219,28 @@ class LiberoSimulator:
                 continue
             break
         self._step.begin_episode()
+
+    def _disturb_arm(self) -> None:
+        arm = self.env.robots[0]._ref_joint_pos_indexes
+        noise = np.random.standard_normal(len(arm))  # noqa: NPY002 - seeded by `_reset_scene`
+        self.sim.data._data.qpos[arm] += JOINT_NOISE * noise
+
+    def _let_down(self) -> None:
+        """Sinks sampled objects to the table, pushing apart those that overlap; all else rests."""
+        import mujoco
+
+        model, data = self.sim.model._model, self.sim.data._data
+        free = np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_FREE)
+        speeds = model.jnt_dofadr[free][:, None] + np.arange(6)
+        poses = model.jnt_qposadr[free][:, None] + np.arange(7)
+        fixed = np.setdiff1d(np.arange(model.nq), poses)
+        still, time = data.qpos[fixed].copy(), data.time
+        for _ in range(LETTING_DOWN):
+            mujoco.mj_step(model, data)
+            slow = np.clip(data.qvel[speeds], -SLOW, SLOW)
+            data.qvel[:] = 0
+            data.qvel[speeds], data.qpos[fixed] = slow, still
+        data.qvel[:], data.time = 0, time
 
 
 def _pristine(problem: type, samples: int) -> type:

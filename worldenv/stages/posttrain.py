@@ -33,8 +33,8 @@ def run(run: Run, mark: str, number: int) -> dict:
     use_cores()
     checkpoints = run.path("checkpoints")
     reference: Policy = store.load("policy", checkpoints / "policy-sft.safetensors", run.device)
-    start = "policy-sft" if number == 0 else f"policy-{number - 1}"
-    policy: Policy = store.load("policy", checkpoints / f"{start}.safetensors", run.device)
+    start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
+    policy: Policy = store.load("policy", start, run.device)
     learner = _learner(run, policy, reference, number)
     env, firsts, middles = make_world(run, number)
     iterations = rl.refresh_iterations if number else rl.iterations
@@ -69,6 +69,11 @@ def run(run: Run, mark: str, number: int) -> dict:
     store.save("policy", policy, config, checkpoints / f"policy-{number}.safetensors")
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
+
+
+def starting_policy(rl: PosttrainConfig, number: int) -> str:
+    """Name of the checkpoint that round `number` post-trains."""
+    return "policy-sft" if rl.restart or number == 0 else f"policy-{number - 1}"
 
 
 def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], list[int]]:
