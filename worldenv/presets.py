@@ -1,6 +1,6 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop a quarter of an hour; `smoke` shows in two minutes that every part
+`default` takes a two-core laptop twenty minutes; `smoke` shows in two minutes that every part
 works; the `libero-*` presets run all ten tasks of a suite with the official assets.
 """
 
