@@ -46,7 +46,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
         for step in range(begin, iterations):
-            # The first check of a later round would repeat the last one of the round before.
+            # The policy a later round begins with has been checked in an earlier one.
             if rl.real_check_every and step % rl.real_check_every == 0 and (step or not number):
                 _check_reality(run, policy, env, firsts, number, step)
                 totals["checks"] += 1
