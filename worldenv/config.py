@@ -206,9 +206,6 @@ class PosttrainConfig:
     """Upper clip of the ratio: 1 + clip_high."""
     kl_weight: float = 0.0
     """Weight of the KL to the SFT policy."""
-    imitation_weight: float = 0.0
-    """Weight of the demonstrations' L1 loss, which keeps the policy's sight on real frames: what it
-    learns from imagined ones alone may not carry over."""
     entropy_weight: float = 0.0
     """Weight of the entropy bonus (only with a trainable scale)."""
     scale: float = 2.0
@@ -217,9 +214,6 @@ class PosttrainConfig:
     """Denoising steps per imagined frame in the first round."""
     refresh_sampling_steps: int = 1
     """Denoising steps per imagined frame in each later round."""
-    randomize: bool = False
-    """Show each imagined episode shifted by up to a pixel and in other colours, as imitation does:
-    what is learned must not hang on how imagined frames differ from real ones."""
     middle_contexts: float = 0.8
     """Fraction of contexts taken from real episodes on their way to a grasp: both cameras have seen
     where the object is, which from the first frame alone is imagined near where it usually is."""

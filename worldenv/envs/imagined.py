@@ -22,9 +22,7 @@ from worldenv.envs.start import Start
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.runtime.errors import UserError
-from worldenv.runtime.seeds import counter_normal, counter_uniform
 
-_SHIFT, _COLOUR = 0x51F7, 0xC0107  # draws under seeds of their own
 _LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-,.'"
 
 
@@ -77,24 +75,6 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
     )
 
 
-def disguised(images: Tensor, seeds: Tensor) -> Tensor:
-    """Images `[B, V, H, W, 3]` uint8 shifted by up to a pixel, of other contrast and colour cast,
-    as imitation varies them (`models.policy.augment`), but the same whenever a seed `[B]` is.
-    """
-    views = images.shape[1]
-    shift = (3 * counter_uniform(seeds ^ _SHIFT, 0, (views, 2))).long()  # 0, 1 or 2: one is none
-    colour = counter_normal(seeds ^ _COLOUR, 0, (views, 1, 1, 4))
-    rows, cols = (
-        (torch.arange(n, device=images.device) + shift[..., k, None] - 1).clamp(0, n - 1)
-        for k, n in enumerate(images.shape[2:4])
-    )  # [B, V, H], [B, V, W]
-    index = torch.arange(len(images), device=images.device)[:, None, None, None]
-    view = torch.arange(views, device=images.device)[:, None, None]
-    x = images[index, view, rows[..., None], cols[..., None, :]].float() - 127.5
-    x = x * (1 + 0.1 * colour[..., :1]) + 0.05 * 127.5 * colour[..., 1:]
-    return (x + 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
 class ImaginedVectorEnv(VectorEnv):
     """B imagined episodes. Observations and actions as in `envs.libero`, as tensors.
 
@@ -114,7 +94,6 @@ class ImaginedVectorEnv(VectorEnv):
         max_chunks: int,
         sampling_steps: int,
         terminate: bool = True,
-        randomize: bool = False,
     ) -> None:
         if not contexts:
             raise UserError("an imagined environment needs at least one context; collect episodes")
@@ -122,7 +101,6 @@ class ImaginedVectorEnv(VectorEnv):
         self.contexts, self.num_envs = list(contexts), num_envs
         self.max_chunks, self.sampling_steps = max_chunks, sampling_steps
         self.threshold, self.terminate = float(reflector.threshold), terminate
-        self.randomize = randomize
         frame, proprio = contexts[0].image, contexts[0].proprio
         self.single_observation_space = spaces.Dict(
             {
@@ -229,11 +207,8 @@ class ImaginedVectorEnv(VectorEnv):
         return self._observation(), reward, *flags, self._info()
 
     def _observation(self) -> dict[str, Any]:
-        image = self._image
-        if self.randomize:
-            image = disguised(image, self._state.seeds)
         return {
-            "image": image,
+            "image": self._image,
             "proprio": self._state.proprio,
             "instruction": tuple(self._instructions),
         }

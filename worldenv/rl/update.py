@@ -30,7 +30,6 @@ class Learner:
     config: PosttrainConfig
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
-    imitation: Callable[[torch.Generator], Tensor] | None = None  # loss on demonstrations
 
     def behaviour(self, observation: dict) -> tuple[Tensor, Tensor]:
         """The sampling policy: the policy's mean, and its scale times config.scale.
@@ -67,14 +66,9 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
     logged: list[dict[str, Tensor]] = []
     for epoch in range(config.epochs):
         order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
-        shown = generator(seed, "imitation", step, epoch)
         for part in rows[order.to(rows.device)].split(config.minibatch):
             batch = _minibatch(learner, trajectories, part, advantage)
             loss, values, mu = policy_loss(policy, batch, config)
-            if learner.imitation is not None:
-                imitated = learner.imitation(shown)
-                loss = loss + config.imitation_weight * imitated
-                values = {**values, "imitation": imitated.detach()}
             check_finite("posttrain loss", loss, step)
             learner.optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -7,14 +7,12 @@ choose nothing.
 """
 
 import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from worldenv.config import PosttrainConfig
-from worldenv.data.episodes import read_episodes
-from worldenv.data.windows import ActionWindows, chunk_sequences
+from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import Context, ImaginedVectorEnv, first_frames, middle_frames
 from worldenv.envs.start import Start
 from worldenv.models.policy import Critic, Policy
@@ -27,7 +25,6 @@ from worldenv.stages import store
 from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, use_cores
-from worldenv.stages.sft import imitate
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -101,7 +98,6 @@ def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], lis
         config.posttrain.rows,
         max_chunks=config.max_chunks,
         sampling_steps=config.sampling_steps(number),
-        randomize=config.posttrain.randomize,
     )
     split = len(firsts)
     return env, list(range(split)), list(range(split, split + len(middles)))
@@ -111,26 +107,13 @@ def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learne
     config, rl = run.config, run.config.posttrain
     reference.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), rl.lr, betas=(0.9, 0.95), weight_decay=0)
-    imitation = _imitation(run, policy) if rl.imitation_weight else None
     if rl.advantage != "gae":
-        return Learner(policy, reference, optimizer, rl, imitation=imitation)
+        return Learner(policy, reference, optimizer, rl)
     torch.manual_seed(derive(config.seed, "critic weights", number))
     critic = Critic(config.policy, config.env.image_size).to(run.device)
     critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
     values = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)
-    return Learner(policy, reference, optimizer, rl, critic, values, imitation)
-
-
-def _imitation(run: Run, policy: Policy) -> Callable[[torch.Generator], Tensor]:
-    config = run.config
-    episodes = read_episodes(run.path("data") / "demonstrations", config.env.image_size)
-    windows = ActionWindows(episodes, config.env.chunk).to(run.device)
-
-    def loss(g: torch.Generator) -> Tensor:
-        mu, _, action = imitate(policy, windows, config.sft, g)
-        return (mu - action).abs().mean()
-
-    return loss
+    return Learner(policy, reference, optimizer, rl, critic, values)
 
 
 def _imagine(

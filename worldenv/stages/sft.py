@@ -7,11 +7,10 @@ never trades against accuracy.
 import torch
 from torch import Tensor
 
-from worldenv.config import SFTConfig
 from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import ActionWindows
 from worldenv.models.layers import views_to_channels
-from worldenv.models.policy import Policy, augment
+from worldenv.models.policy import augment
 from worldenv.ops import action_logprob
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
@@ -31,12 +30,17 @@ def run(run: Run, mark: str) -> dict:
     policy = store.build("policy", config)
     policy.set_statistics(*statistics(episodes))
     policy.to(run.device)
+    noise = torch.tensor(PROPRIO_NOISE, device=run.device)
 
     def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         g = generator(config.seed, "sft", step)
-        mu, log_scale, action = imitate(policy, windows, sft, g)
-        l1 = (mu - action).abs().mean()
-        likelihood = action_logprob(mu.detach(), log_scale, action).mean()
+        batch = windows.sample(g, sft.batch)
+        views = augment(views_to_channels(batch["image"]), sft.shift, g)
+        jitter = torch.randn(sft.batch, 8, generator=g).to(run.device) * noise
+        words = policy.words([windows.instructions[t] for t in batch["task"].tolist()])
+        mu, log_scale = policy.decode(views, batch["proprio"] + jitter, words)
+        l1 = (mu - batch["action"]).abs().mean()
+        likelihood = action_logprob(mu.detach(), log_scale, batch["action"]).mean()
         likelihood = likelihood / mu.shape[-1]
         loss = l1 - sft.scale_weight * likelihood
         return loss, {
@@ -59,18 +63,3 @@ def run(run: Run, mark: str) -> dict:
     store.save("policy", policy, config, path)
     training.finish(run, "sft")
     return {"samples": len(windows), **tail}
-
-
-def imitate(
-    policy: Policy, windows: ActionWindows, config: SFTConfig, g: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy on a batch of augmented demonstrations: mu, log-scale and the demonstrated chunk,
-    each `[B, C, A]`.
-    """
-    batch = windows.sample(g, config.batch)
-    views = augment(views_to_channels(batch["image"]), config.shift, g)
-    jitter = torch.randn(config.batch, 8, generator=g) * torch.tensor(PROPRIO_NOISE)
-    words = policy.words([windows.instructions[t] for t in batch["task"].tolist()])
-    proprio = batch["proprio"] + jitter.to(batch["proprio"].device)
-    mu, log_scale = policy.decode(views, proprio, words)
-    return mu, log_scale, batch["action"]
