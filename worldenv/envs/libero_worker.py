@@ -10,9 +10,11 @@ Liberties against LIBERO's own wrapper:
 - reflections are not drawn (half the rendering time; pixels change by 0.9/255 on average);
 - fresh placements put objects relative to fixtures as a hard reset does; robosuite's soft reset
   adds the previous episode's fixture pose to them, which throws objects off the table;
-- fresh placements are like the benchmark's init states: the arm's joints deviate as theirs do, and
-  objects are let down slowly; LIBERO draws them above the table, and those that overlap would throw
-  each other off it (one in twelve in libero_spatial's task 8).
+- fresh placements are like the benchmark's init states: the arm's joints deviate as theirs do,
+  objects were placed among other fixtures than the episode's (which lie up to a centimetre and two
+  degrees off: a bowl is beside its place in the drawer), and are let down slowly; LIBERO draws them
+  above the table, and those that overlap would throw each other off it (one in twelve in
+  libero_spatial's task 8).
 """
 
 import atexit
@@ -102,13 +104,16 @@ class LiberoSimulator:
             )
         if init_state is None:
             init_state = read_init_state(self.suite, start)
-        env = self.env
+        env, sampled = self.env, init_state is None
+        if sampled:
+            self._reset_scene(placement_seed(start.seed))
+            self._let_down()
+            init_state = self.sim.get_state().flatten()
         self._reset_scene(start.seed)
-        if init_state is None:
+        env.sim.set_state_from_flattened(init_state)
+        if sampled:
             self._disturb_arm()
             self._let_down()
-        else:
-            env.sim.set_state_from_flattened(init_state)
         env.sim.forward()
         env._check_success()  # reads switches (the stove's) here, which decide what is drawn
         env._post_process()
@@ -257,6 +262,11 @@ def _pristine(problem: type, samples: int) -> type:
 
     # LIBERO compares the class's name with the problem's, so it is kept.
     return type(problem)(problem.__name__, (problem,), {"_initialize_sim": initialize})
+
+
+def placement_seed(seed: int) -> int:
+    """Seed of a sampled placement's objects in the episode whose fixtures `seed` draws."""
+    return int(np.random.SeedSequence(seed % 2**32).generate_state(1)[0])
 
 
 def read_init_state(suite: str, start: Start) -> np.ndarray | None:
