@@ -168,7 +168,7 @@ class ReflectorConfig:
 
 @dataclass(frozen=True)
 class PosttrainConfig:
-    """LOOP inside the learned world (paper section 3.5)."""
+    """PPO inside the learned world (paper section 3.5)."""
 
     rounds: int = 2
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
@@ -178,20 +178,23 @@ class PosttrainConfig:
     and its policy learns to exploit that: as a scout it shows the next world where, but what it
     learned there wrongly is better forgotten than mended. Otherwise rounds go on from each other.
     """
-    iterations: int = 5
-    """Iterations in the first round. Sixteen were seen to exploit the learned world: imagined
-    success rises on, real success falls."""
-    refresh_iterations: int = 10
+    iterations: int = 8
+    """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
+    real success falls."""
+    refresh_iterations: int = 16
     """Iterations in each later round."""
     contexts: int = 16
     """Contexts per draw."""
     draws: int = 3
-    """Draws of contexts per iteration at most: until half as many groups as contexts have both
-    successes and failures (dynamic sampling, as in DAPO), for others teach nothing."""
+    """Draws of contexts per iteration at most, without a critic: until half as many groups as
+    contexts have both successes and failures (dynamic sampling, as in DAPO); others teach nothing.
+    """
     group: int = 8
     """G, rollouts per context."""
-    advantage: Literal["loop", "grpo", "gae"] = "loop"
-    """Leave-one-out, group-normalised, or a learned critic with GAE."""
+    advantage: Literal["loop", "grpo", "gae", "loop-gae"] = "loop-gae"
+    """Leave-one-out (the paper's: one advantage for a whole episode), group-normalised, a learned
+    critic with GAE, or leave-one-out at the context and the critic from there on. A critic says
+    which of an episode's decisions earned its reward."""
     reward: Literal["binary", "continuous"] = "binary"
     """Reward of an episode: R > eta, or R itself."""
     lr: float = 1e-5
@@ -234,9 +237,14 @@ class PosttrainConfig:
     rows: int = 32
     """B, imagined environments running side by side."""
     gamma: float = 1.0
-    """Discount (GAE only)."""
-    gae_lambda: float = 0.95
-    """GAE lambda."""
+    """Discount (with a critic)."""
+    gae_lambda: float = 0.9
+    """GAE lambda (with a critic)."""
+
+    @property
+    def critic(self) -> bool:
+        """Whether advantages need a learned critic."""
+        return self.advantage in ("gae", "loop-gae")
 
 
 @dataclass(frozen=True)

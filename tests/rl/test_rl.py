@@ -129,6 +129,18 @@ def test_gae_carries_the_final_reward_back_and_never_bootstraps_a_failure():
     assert not target.any()
 
 
+def test_the_group_is_the_baseline_of_the_whole_episode():
+    """With lambda 1 the first decisions have LOOP's advantage, later ones R minus the critic's."""
+    t = rollout(ToyEnv(4), ToyPolicy(), starts(12), seeds=seeds(12))
+    reward, value = t.terminated.float(), torch.linspace(0, 1, len(t.episode))
+    assert reward.view(-1, 4).std(1).max() > 0
+    advantage, target = gae_advantages(t, reward, value, gamma=1.0, lam=1.0, group=4)
+    others = (reward.view(-1, 4).sum(1, keepdim=True) - reward.view(-1, 4)).flatten() / 3
+    raw = torch.where(t.step == 0, (reward - others)[t.episode], reward[t.episode] - value)
+    torch.testing.assert_close(advantage, (raw - raw.mean()) / raw.std())
+    torch.testing.assert_close(target, reward[t.episode])
+
+
 def learner(**changes) -> Learner:
     torch.manual_seed(0)
     policy, reference = ToyPolicy(), ToyPolicy()
@@ -168,7 +180,8 @@ def test_groups_without_signal_change_nothing():
     assert not any(p.any() for p in agent.policy.parameters())
 
 
-def test_gae_trains_policy_and_critic():
+@pytest.mark.parametrize("advantage", ["gae", "loop-gae"])
+def test_gae_trains_policy_and_critic(advantage):
     class Value(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -177,7 +190,7 @@ def test_gae_trains_policy_and_critic():
         def forward(self, observation):
             return self.net(observation["proprio"])[:, 0]
 
-    agent = learner(advantage="gae")
+    agent = learner(advantage=advantage)
     agent.critic = Value()
     agent.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), 0.05)
     before = agent.critic.net.bias.item()

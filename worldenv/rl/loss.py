@@ -2,7 +2,8 @@
 
 LOOP (World-Env section 3.5): A_n = R_n - mean of the other rollouts of the context, the same for
 all steps of episode n; ratio per chunk step over the action's dimensions. GRPO normalises by the
-group's deviation; GAE uses a learned critic.
+group's deviation. GAE lets a learned critic say which steps earned the reward; with the others'
+mean as the value of the context (loop-gae) the group stays the baseline of the whole episode.
 """
 
 from collections.abc import Mapping
@@ -38,12 +39,19 @@ def group_advantages(reward: Tensor, group: int, kind: str) -> tuple[Tensor, Ten
 
 
 def gae_advantages(
-    trajectories: Trajectories, reward: Tensor, value: Tensor, gamma: float, lam: float
+    trajectories: Trajectories,
+    reward: Tensor,
+    value: Tensor,
+    gamma: float,
+    lam: float,
+    group: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Per-decision advantages and value targets `[N]`; the reward arrives at the last decision.
 
-    value `[N]`: the critic's estimates. Running out of time is failing the task, so the last step
-    of a truncated episode is terminal too: bootstrapping there would hide the failure.
+    value `[N]`: the critic's estimates. In groups of more than one, the first decision's is
+    replaced by the mean reward of the group's other episodes (with lam 1 its advantage is LOOP's).
+    Running out of time is failing the task, so the last step of a truncated episode is terminal
+    too: bootstrapping there would hide the failure.
     """
     count, horizon = len(reward), int(trajectories.length.max())
     e, t = trajectories.episode, trajectories.step
@@ -51,6 +59,8 @@ def gae_advantages(
     rewards, values = torch.zeros(shape, device=device), torch.zeros(horizon + 1, count)
     values = values.to(device)
     values[t, e] = value
+    if group > 1:
+        values[0] = reward - leave_one_out(reward, group)
     last = trajectories.length - 1
     episodes = torch.arange(count, device=device)
     rewards[last, episodes] = reward

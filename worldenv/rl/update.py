@@ -135,7 +135,10 @@ def _critic_update(
         value = torch.cat(
             per_part(lambda r: learner.critic(_observation(trajectories, r)), everything)
         )
-    advantage, target = gae_advantages(trajectories, reward, value, config.gamma, config.gae_lambda)
+    group = config.group if config.advantage == "loop-gae" else 1
+    advantage, target = gae_advantages(
+        trajectories, reward, value, config.gamma, config.gae_lambda, group
+    )
 
     def fit(part: Tensor) -> Tensor:
         loss = (learner.critic(_observation(trajectories, part)) - target[part]).square().mean()

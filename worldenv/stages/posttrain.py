@@ -1,9 +1,9 @@
-"""LOOP inside the learned world (World-Env section 3.5): the policy never touches the real one.
+"""PPO inside the learned world (World-Env section 3.5): the policy never touches the real one.
 
-Each iteration draws contexts, rolls out G imagined episodes from each until enough of them can
-teach, and makes one guarded update. Now and then the policy is checked in the real benchmark on
-tuning starts, to watch the gap between imagined and real success; the checks train nothing and
-choose nothing.
+Each iteration draws contexts, rolls out G imagined episodes from each (without a critic, until
+enough of them can teach), and makes one guarded update. Now and then the policy is checked in the
+real benchmark on tuning starts, to watch the gap between imagined and real success; the checks
+train nothing and choose nothing.
 """
 
 import time
@@ -107,7 +107,7 @@ def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learne
     config, rl = run.config, run.config.posttrain
     reference.requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), rl.lr, betas=(0.9, 0.95), weight_decay=0)
-    if rl.advantage != "gae":
+    if not rl.critic:
         return Learner(policy, reference, optimizer, rl)
     torch.manual_seed(derive(config.seed, "critic weights", number))
     critic = Critic(config.policy, config.env.image_size).to(run.device)
@@ -125,7 +125,8 @@ def _imagine(
     number: int,
     step: int,
 ) -> Trajectories:
-    """Episodes of contexts drawn until enough of them are informative, G consecutive of each."""
+    """G consecutive episodes of each context; without a critic, contexts are drawn until enough of
+    them are informative."""
     rl = run.config.posttrain
     parts: list[Trajectories] = []
     informative = 0
@@ -134,7 +135,7 @@ def _imagine(
         parts.append(_imagine_contexts(run, learner, env, firsts, middles, keys))
         reward = episode_rewards(parts[-1], rl.reward)
         informative += int(group_advantages(reward, rl.group, "loop")[1].sum()) // rl.group
-        if rl.advantage == "gae" or 2 * informative >= rl.contexts:
+        if rl.critic or 2 * informative >= rl.contexts:
             break
     return join(parts)
 
