@@ -46,7 +46,7 @@ class CollectConfig:
     """Std of the correlated action noise added while demonstrating, relative to the action."""
     episodes: int = 80
     """Policy episodes per task in the first round."""
-    refresh_episodes: int = 50
+    refresh_episodes: int = 40
     """Policy episodes per task in each later round."""
     record_every: int = 4
     """Control steps between recorded frames of policy episodes (a divisor of env.chunk). Each chunk
@@ -117,9 +117,9 @@ class SimulatorConfig:
     cores a window of 2 makes the default simulator learn 1.7 times slower."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
-    steps: int = 800
+    steps: int = 600
     """Optimiser steps in the first round."""
-    refresh_steps: int = 400
+    refresh_steps: int = 250
     """Optimiser steps in each later round, from the last weights."""
     batch: int = 8
     """Windows per step."""
@@ -150,9 +150,9 @@ class ReflectorConfig:
     """Hidden width of the head."""
     encoder_channels: int = 16
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
-    steps: int = 700
-    """Optimiser steps in the first round. A third of that ended many episodes too early."""
-    refresh_steps: int = 300
+    steps: int = 500
+    """Optimiser steps in the first round. Half of that ended many episodes too early."""
+    refresh_steps: int = 150
     """Optimiser steps in each later round, from the last weights."""
     batch: int = 48
     """Frames per step."""
@@ -170,18 +170,17 @@ class ReflectorConfig:
 class PosttrainConfig:
     """PPO inside the learned world (paper section 3.5)."""
 
-    rounds: int = 2
+    rounds: int = 4
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""
-    restart: bool = True
-    """Whether each round post-trains the imitated policy anew. The first learned world is too kind,
-    and its policy learns to exploit that: as a scout it shows the next world where, but what it
-    learned there wrongly is better forgotten than mended. Otherwise rounds go on from each other.
+    restart: bool = False
+    """Whether each round post-trains the imitated policy anew: what was learned wrongly in a world
+    too kind is forgotten. Otherwise rounds go on from each other: few iterations in each allow it.
     """
-    iterations: int = 8
+    iterations: int = 5
     """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
     real success falls."""
-    refresh_iterations: int = 16
+    refresh_iterations: int = 4
     """Iterations in each later round."""
     contexts: int = 16
     """Contexts per draw."""

@@ -39,7 +39,7 @@ def test_the_simulator_trains_as_if_there_were_as_many_failures():
     torch.testing.assert_close(weights[lost].sum(), weights[~lost].sum())
 
 
-def test_a_later_round_begins_with_the_imitated_policy_unless_rounds_go_on():
-    anew, on = PosttrainConfig(), PosttrainConfig(restart=False)
+def test_rounds_go_on_from_each_other_unless_they_restart():
+    anew, on = PosttrainConfig(restart=True), PosttrainConfig()
     assert [starting_policy(anew, n) for n in range(3)] == ["policy-sft"] * 3
     assert [starting_policy(on, n) for n in range(3)] == ["policy-sft", "policy-0", "policy-1"]
