@@ -151,7 +151,7 @@ class ReflectorConfig:
     encoder_channels: int = 16
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
     steps: int = 500
-    """Optimiser steps in the first round. Half of that ended many episodes too early."""
+    """Optimiser steps in the first round. A third of 700 ended many episodes too early."""
     refresh_steps: int = 150
     """Optimiser steps in each later round, from the last weights."""
     batch: int = 48

@@ -1,6 +1,6 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop twenty minutes; `smoke` shows in two minutes that every part
+`default` takes a two-core laptop about 25 minutes; `smoke` shows in two minutes that every part
 works; the `libero-*` presets run all ten tasks of a suite with the official assets.
 """
 
@@ -91,6 +91,7 @@ def _suite(suite: str) -> Config:
         posttrain=replace(
             base.posttrain,
             rounds=2,
+            restart=True,
             iterations=50,
             refresh_iterations=50,
             contexts=64,

@@ -11,10 +11,9 @@ Liberties against LIBERO's own wrapper:
 - fresh placements put objects relative to fixtures as a hard reset does; robosuite's soft reset
   adds the previous episode's fixture pose to them, which throws objects off the table;
 - fresh placements are like the benchmark's init states: the arm's joints deviate as theirs do,
-  objects were placed among other fixtures than the episode's (which lie up to a centimetre and two
-  degrees off: a bowl is beside its place in the drawer), and are let down slowly; LIBERO draws them
-  above the table, and those that overlap would throw each other off it (one in twelve in
-  libero_spatial's task 8).
+  objects were placed among another draw's fixtures (a cabinet up to two centimetres off: a bowl is
+  beside its place in the drawer), and are let down slowly; LIBERO draws them above the table, and
+  those that overlap would throw each other off it (one in twelve in libero_spatial's task 8).
 """
 
 import atexit

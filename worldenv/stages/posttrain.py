@@ -130,12 +130,12 @@ def _imagine(
     rl = run.config.posttrain
     parts: list[Trajectories] = []
     informative = 0
-    for draw in range(rl.draws):
+    for draw in range(1 if rl.critic else rl.draws):
         keys = (number, step, draw) if draw else (number, step)
         parts.append(_imagine_contexts(run, learner, env, firsts, middles, keys))
         reward = episode_rewards(parts[-1], rl.reward)
         informative += int(group_advantages(reward, rl.group, "loop")[1].sum()) // rl.group
-        if rl.critic or 2 * informative >= rl.contexts:
+        if 2 * informative >= rl.contexts:
             break
     return join(parts)
 
