@@ -97,8 +97,10 @@ class CollectArguments:
     """Expert: std of the action noise, relative to the action."""
     policy: Path | None = None
     """Policy: checkpoint to roll out."""
+    push: float = 0.0
+    """Policy: Laplace scale of a push, the same for all actions of a chunk."""
     scale: float = 1.5
-    """Policy: multiple of its Laplace scale."""
+    """Policy, without a push: multiple of its Laplace scale."""
     assets: Path | None = None
     """Folder with LIBERO's asset files."""
     seed: int = 0
@@ -235,7 +237,12 @@ def _collect() -> None:
         env=env,
         seed=arguments.seed,
         run_dir=arguments.out,
-        collect=replace(base.collect, demonstration_noise=arguments.noise, scale=arguments.scale),
+        collect=replace(
+            base.collect,
+            demonstration_noise=arguments.noise,
+            push=arguments.push,
+            scale=arguments.scale,
+        ),
     )
     if arguments.source == "expert":
         record = collecting.record_expert(config, arguments.episodes, arguments.out)

@@ -44,15 +44,19 @@ class CollectConfig:
     """Scripted demonstrations per task (init states 0, 1, ...)."""
     demonstration_noise: float = 0.25
     """Std of the correlated action noise added while demonstrating, relative to the action."""
-    episodes: int = 80
+    episodes: int = 160
     """Policy episodes per task in the first round."""
-    refresh_episodes: int = 40
+    refresh_episodes: int = 80
     """Policy episodes per task in each later round."""
     record_every: int = 4
     """Control steps between recorded frames of policy episodes (a divisor of env.chunk). Each chunk
     can begin at any of them, so that the world learns from more poses of the same episodes."""
+    push: float = 0.053
+    """Exploration noise: Laplace scale of a push, the same for all actions of a chunk (1 moves the
+    hand by a centimetre a step). The world must have seen what such pushes lead to, and failures.
+    0: noise in every action by itself."""
     scale: float = 1.5
-    """Exploration noise: multiple of the policy's Laplace scale."""
+    """Without a push: multiple of the policy's Laplace scale."""
     fresh: float = 1.0
     """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19. With
     half from those twenty starts the policy improved less on others."""
@@ -117,9 +121,9 @@ class SimulatorConfig:
     cores a window of 2 makes the default simulator learn 1.7 times slower."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
-    steps: int = 600
+    steps: int = 1000
     """Optimiser steps in the first round."""
-    refresh_steps: int = 250
+    refresh_steps: int = 300
     """Optimiser steps in each later round, from the last weights."""
     batch: int = 8
     """Windows per step."""
@@ -150,9 +154,9 @@ class ReflectorConfig:
     """Hidden width of the head."""
     encoder_channels: int = 16
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
-    steps: int = 500
+    steps: int = 600
     """Optimiser steps in the first round. A third of 700 ended many episodes too early."""
-    refresh_steps: int = 150
+    refresh_steps: int = 200
     """Optimiser steps in each later round, from the last weights."""
     batch: int = 48
     """Frames per step."""
@@ -170,17 +174,17 @@ class ReflectorConfig:
 class PosttrainConfig:
     """PPO inside the learned world (paper section 3.5)."""
 
-    rounds: int = 4
+    rounds: int = 2
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""
     restart: bool = False
     """Whether each round post-trains the imitated policy anew: what was learned wrongly in a world
     too kind is forgotten. Otherwise rounds go on from each other: few iterations in each allow it.
     """
-    iterations: int = 5
+    iterations: int = 12
     """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
     real success falls."""
-    refresh_iterations: int = 4
+    refresh_iterations: int = 8
     """Iterations in each later round."""
     contexts: int = 16
     """Contexts per draw."""
@@ -196,8 +200,9 @@ class PosttrainConfig:
     which of an episode's decisions earned its reward."""
     reward: Literal["binary", "continuous"] = "binary"
     """Reward of an episode: R > eta, or R itself."""
-    lr: float = 1e-5
-    """Learning rate. 1e-4 was seen to collapse within one iteration."""
+    lr: float = 2e-5
+    """Learning rate. With noise in every action by itself 1e-4 was seen to collapse within one
+    iteration."""
     epochs: int = 1
     """Passes over the rollouts per iteration."""
     minibatch: int = 256
@@ -210,8 +215,11 @@ class PosttrainConfig:
     """Weight of the KL to the SFT policy."""
     entropy_weight: float = 0.0
     """Weight of the entropy bonus (only with a trainable scale)."""
+    push: float = 0.053
+    """Behaviour: Laplace scale of a push, the same for all actions of a chunk, and the only thing
+    that is scored. 0: noise in every action by itself, as in the paper."""
     scale: float = 2.0
-    """Behaviour scale: multiple of the policy's Laplace scale, whose head is not trained here."""
+    """Without a push: multiple of the policy's Laplace scale, whose head is not trained here."""
     sampling_steps: int = 1
     """Denoising steps per imagined frame in the first round."""
     refresh_sampling_steps: int = 1
@@ -227,10 +235,13 @@ class PosttrainConfig:
     """Guard: an update beyond this is undone and the learning rate halved."""
     max_mu_change: float = 0.1
     """Guard: mean absolute change of mu per iteration beyond which the update is undone."""
-    real_check_every: int = 10
+    real_check_every: int = 4
     """Iterations between checks in the real benchmark on tuning starts (0: never)."""
-    real_check_episodes: int = 12
-    """Episodes of such a check (starts 0-19)."""
+    real_check_episodes: int = 60
+    """Episodes of such a check per task (starts 0-19, without noise)."""
+    keep_best: bool = True
+    """Whether a round keeps the policy that did best in its checks, the one it began with included,
+    rather than the last one."""
     require_fidelity: bool = True
     """Refuse to train inside a simulator that predicts no better than a still picture."""
     rows: int = 32
@@ -319,6 +330,8 @@ def validate(config: Config) -> None:
         require(part.width % part.heads == 0, f"{name}.heads", "a divisor of width", part.heads)
     require(rl.group >= 2, "posttrain.group", "at least 2 rollouts per context", rl.group)
     require(rl.rounds >= 1, "posttrain.rounds", "at least 1", rl.rounds)
+    for name, push in (("collect.push", config.collect.push), ("posttrain.push", rl.push)):
+        require(push >= 0, name, "at least 0", push)
     lo, hi = config.evaluate.starts
     require(0 <= lo < hi <= 50, "evaluate.starts", "a range within 0..50", (lo, hi))
 

@@ -1,6 +1,6 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop about 25 minutes; `smoke` shows in two minutes that every part
+`default` takes a two-core laptop about 20 minutes; `smoke` shows in two minutes that every part
 works; the `libero-*` presets run all ten tasks of a suite with the official assets.
 """
 
@@ -98,6 +98,8 @@ def _suite(suite: str) -> Config:
             rows=256,
             sampling_steps=4,
             refresh_sampling_steps=4,
+            real_check_every=10,
+            real_check_episodes=6,
         ),
         evaluate=EvaluateConfig(fixture_seeds=(1000,)),
     )

@@ -10,7 +10,8 @@ from torch import nn
 from worldenv.config import PosttrainConfig
 from worldenv.envs.start import Start
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages
-from worldenv.rl.rollout import join, rollout, sample_laplace
+from worldenv.rl.noise import Noise, sample_laplace
+from worldenv.rl.rollout import join, rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -109,6 +110,20 @@ def test_samples_have_the_laplace_scale():
     assert abs(float(x.mean())) < 0.02
 
 
+def test_a_push_moves_the_whole_chunk_alike_and_is_all_that_is_scored():
+    noise, n = Noise(push=0.1), 4000
+    mu, log_scale = torch.randn(n, 8, 7), torch.full((n, 8, 7), -3.0)
+    drawn = noise.log_scale(log_scale)
+    zeros = torch.zeros(n, dtype=torch.int64)
+    action = noise.sample(mu, drawn, torch.arange(n), zeros)
+    push = action - mu
+    assert not push[..., 3:].any()
+    torch.testing.assert_close(push[..., :3], push[:, :1, :3].expand(-1, 8, -1), atol=1e-6, rtol=0)
+    assert push[:, 0, :3].abs().mean() == pytest.approx(0.1, rel=0.05)  # E|x| = b
+    density = torch.distributions.Laplace(0.0, 0.1).log_prob(push[:, 0, :3]).sum(1, keepdim=True)
+    torch.testing.assert_close(noise.logprob(mu, drawn, action), density, atol=1e-4, rtol=1e-4)
+
+
 def test_group_advantages():
     reward = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
     advantage, live = group_advantages(reward, 4, "loop")
@@ -145,16 +160,18 @@ def learner(**changes) -> Learner:
     torch.manual_seed(0)
     policy, reference = ToyPolicy(), ToyPolicy()
     changes = {"group": 4, "lr": 0.05, "max_mu_change": 10.0, "max_clip_fraction": 1.0, **changes}
+    changes = {"push": 0.0, **changes}
     config = PosttrainConfig(scale=1.0, **changes)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0)
     return Learner(policy, reference, optimizer, config)
 
 
-@pytest.mark.parametrize("advantage", ["loop", "grpo"])
-def test_updates_raise_success_and_the_first_ratio_is_one(advantage):
-    agent, rates = learner(advantage=advantage), []
+@pytest.mark.parametrize(("advantage", "push"), [("loop", 0.0), ("grpo", 0.0), ("loop", 0.4)])
+def test_updates_raise_success_and_the_first_ratio_is_one(advantage, push):
+    agent, rates = learner(advantage=advantage, push=push), []
     for step in range(15):
-        episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32, step))
+        own = seeds(32, step)
+        episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=own, noise=agent.noise)
         metrics = update(agent, episodes, 0, step)
         rates.append(metrics["imagined_success"])
         if "first_ratio" in metrics:
@@ -164,7 +181,7 @@ def test_updates_raise_success_and_the_first_ratio_is_one(advantage):
 
 def test_a_runaway_update_is_undone_and_the_rate_halved():
     agent = learner(lr=50.0, max_mu_change=0.1)
-    episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32))
+    episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32))
     metrics = update(agent, episodes, 0, 0)
     assert metrics["undone"] == 1
     assert metrics["lr"] == 25.0
@@ -173,7 +190,7 @@ def test_a_runaway_update_is_undone_and_the_rate_halved():
 
 def test_groups_without_signal_change_nothing():
     agent = learner()
-    episodes = rollout(ToyEnv(8), agent.behaviour, starts(16, 1000), seeds=seeds(16))
+    episodes = rollout(ToyEnv(8), agent.policy, starts(16, 1000), seeds=seeds(16))
     metrics = update(agent, episodes, 0, 0)
     assert metrics["skipped"] == 1
     assert metrics["groups"] == 0
@@ -196,7 +213,7 @@ def test_gae_trains_policy_and_critic(advantage):
     before = agent.critic.net.bias.item()
     rates = []
     for step in range(15):
-        episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32, step))
+        episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32, step))
         rates.append(update(agent, episodes, 0, step)["imagined_success"])
     assert np.mean(rates[-3:]) > np.mean(rates[:3]) + 0.2
     assert agent.critic.net.bias.item() != before
@@ -204,7 +221,7 @@ def test_gae_trains_policy_and_critic(advantage):
 
 def test_a_nan_loss_names_the_step():
     agent = learner()
-    episodes = rollout(ToyEnv(8), agent.behaviour, starts(32, 6), seeds=seeds(32))
+    episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32))
     episodes.logprob[:] = float("nan")
     with pytest.raises(UserError, match=r"posttrain loss.*7|7.*posttrain loss"):
         update(agent, episodes, 0, 7)

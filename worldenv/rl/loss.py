@@ -14,6 +14,7 @@ from torch import Tensor
 
 from worldenv.config import PosttrainConfig
 from worldenv.ops import action_loss, gae, group_normalized, leave_one_out
+from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Trajectories
 
 
@@ -73,24 +74,23 @@ def gae_advantages(
 
 
 def policy_loss(
-    policy: torch.nn.Module, batch: Mapping[str, Any], config: PosttrainConfig
+    policy: torch.nn.Module, batch: Mapping[str, Any], noise: Noise, config: PosttrainConfig
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Clipped loss of a minibatch of decisions: (loss, metrics, mu).
 
-    The scale is the behaviour's, frozen (sampled and scored with the same b).
+    Scored as it was drawn: by the same noise, with the same scale b, which is not trained here.
     """
     mu, _ = policy(batch["observation"])
-    log_scale = batch["log_scale"]
     loss, metrics = action_loss(
-        mu,
-        log_scale,
-        batch["action"],
+        noise.drawn(mu),
+        batch["log_scale"],
+        noise.drawn(batch["action"]),
         batch["logprob"],
         batch["advantage"],
         torch.ones_like(batch["logprob"]),
         clip_low=config.clip_low,
         clip_high=config.clip_high,
-        reference_mu=batch["reference_mu"] if config.kl_weight else None,
+        reference_mu=noise.drawn(batch["reference_mu"]) if config.kl_weight else None,
         kl_weight=config.kl_weight,
         entropy_weight=config.entropy_weight,
     )

@@ -1,4 +1,4 @@
-"""One rollout for both worlds: `rollout(env, actor, starts)` knows a VectorEnv and a policy only.
+"""One rollout for both worlds: `rollout(env, policy, starts)` knows a VectorEnv and a policy only.
 
 Rows are refilled as they finish, so a batch stays full while episodes are left. An episode's
 action noise depends on its own seed alone, not on the row or the company it runs in.
@@ -13,8 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from worldenv.ops import action_logprob
-from worldenv.runtime.seeds import counter_uniform
+from worldenv.rl.noise import OWN_NOISE, Noise
 
 Actor = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
 Stop = Callable[[Mapping[str, Any], Mapping[str, Any], np.ndarray], np.ndarray]
@@ -28,8 +27,8 @@ class Trajectories:
     proprio: Tensor  # [N, P]
     action: Tensor  # [N, C, A]
     mu: Tensor  # [N, C, A]
-    log_scale: Tensor  # [N, C, A]
-    logprob: Tensor  # [N, C] under the behaviour policy
+    log_scale: Tensor  # [N, C, A] of the noise, [N, 1, 3] if it pushes whole chunks
+    logprob: Tensor  # [N, C] of the action under it, [N, 1]
     episode: Tensor  # [N] int64, row of the per-episode fields
     step: Tensor  # [N] int64, chunk within the episode
     reward: Tensor  # [N] after the decision
@@ -44,20 +43,13 @@ class Trajectories:
         return [self.instruction[e] for e in self.episode[rows].tolist()]
 
 
-def sample_laplace(mu: Tensor, log_scale: Tensor, seeds: Tensor, step: Tensor) -> Tensor:
-    """Actions `[B, C, A]` from Laplace(mu, exp(log_scale)), noise seeded per row and step."""
-    u = counter_uniform(seeds, step, mu.shape[1:]) - 0.5
-    # |u| < 0.5 up to rounding: the floor keeps log finite.
-    return mu - log_scale.exp() * u.sign() * torch.log1p((-2 * u.abs()).clamp_min(-1 + 1e-7))
-
-
 def rollout(
     env: VectorEnv,
-    actor: Actor,
+    policy: Actor,
     starts: Sequence[Any],
     *,
     seeds: Sequence[int],
-    deterministic: bool = False,
+    noise: Noise | None = OWN_NOISE,
     stop: Stop | None = None,
     on_finish: Callable[[int, dict[str, Any]], None] | None = None,
     on_step: Callable[[np.ndarray, Mapping, Tensor, Mapping, Mapping], None] | None = None,
@@ -65,10 +57,11 @@ def rollout(
     """Run one episode from each of `starts` (any number) in the env's B rows.
 
     seeds: of the episodes' action noise, one per start (see `runtime.seeds.derive`).
-    actor: observation -> (mu, log_scale) `[B, C, A]`; actions are mu if deterministic, else Laplace
-    samples. stop(observation, info, rows) may end further rows. on_finish(episode, info) and
-    on_step(episode of each row or -1, observation before, action, observation after, info) are
-    called as things happen. Decisions come back sorted by episode, then time.
+    policy: observation -> (mu, log_scale) `[B, C, A]`; actions are drawn about mu as `noise` says,
+    without noise they are mu. stop(observation, info, rows) may end further rows.
+    on_finish(episode, info) and on_step(episode of each row or -1, observation before, action,
+    observation after, info) are called as things happen. Decisions come back sorted by episode,
+    then time.
     """
     recorder = _Recorder(len(starts))
     noise_seeds = torch.tensor(seeds, dtype=torch.int64)
@@ -81,13 +74,13 @@ def rollout(
     while (rows >= 0).any():
         view = _as_tensors(observation)
         with torch.no_grad():
-            mu, log_scale = actor(view)
-            action = mu
-            if not deterministic:
-                noise = noise_seeds[np.maximum(rows, 0)].to(mu.device)
-                at = torch.as_tensor(count).to(mu.device)
-                action = sample_laplace(mu, log_scale, noise, at)
-            logprob = action_logprob(mu, log_scale, action)
+            mu, log_scale = policy(view)
+            action, how = mu, noise or OWN_NOISE
+            log_scale = how.log_scale(log_scale)
+            if noise is not None:
+                drawn = noise_seeds[np.maximum(rows, 0)].to(mu.device)
+                action = noise.sample(mu, log_scale, drawn, torch.as_tensor(count).to(mu.device))
+            logprob = how.logprob(mu, log_scale, action)
         given = action if isinstance(observation["image"], Tensor) else action.cpu().numpy()
         after, reward, terminated, truncated, info = env.step(given)
         live = rows >= 0

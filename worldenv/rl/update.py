@@ -6,7 +6,6 @@ seen to destroy a policy in one iteration).
 """
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from worldenv.config import PosttrainConfig
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages, policy_loss
+from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Trajectories
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import generator
@@ -31,13 +31,10 @@ class Learner:
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
 
-    def behaviour(self, observation: dict) -> tuple[Tensor, Tensor]:
-        """The sampling policy: the policy's mean, and its scale times config.scale.
-
-        The scale head is not trained here, so the scale stays what imitation made it.
-        """
-        mu, log_scale = self.policy(observation)
-        return mu, log_scale + math.log(self.config.scale)
+    @property
+    def noise(self) -> Noise:
+        """How rollouts explore, and what updates score."""
+        return Noise(self.config.scale, self.config.push)
 
 
 def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -> dict[str, float]:
@@ -68,7 +65,7 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
         for part in rows[order.to(rows.device)].split(config.minibatch):
             batch = _minibatch(learner, trajectories, part, advantage)
-            loss, values, mu = policy_loss(policy, batch, config)
+            loss, values, mu = policy_loss(policy, batch, learner.noise, config)
             check_finite("posttrain loss", loss, step)
             learner.optimizer.zero_grad(set_to_none=True)
             loss.backward()

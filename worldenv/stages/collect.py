@@ -6,7 +6,6 @@ success so that the simulator and the reflector see what success looks like. Suc
 are both kept. Episodes already on disk are not collected again.
 """
 
-import math
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from worldenv.data.windows import NormalizationStats
 from worldenv.envs.libero import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
+from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import rollout
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
@@ -108,12 +108,6 @@ def record_policy(
 def _roll_out(
     config: Config, policy: Policy, starts: list[Start], folder: Path, mark: str, number: int
 ) -> None:
-    wider = math.log(config.collect.scale)
-
-    def actor(observation: dict) -> tuple[Tensor, Tensor]:
-        mu, log_scale = policy(observation)
-        return mu, log_scale + wider
-
     hold = config.collect.hold_chunks * config.env.chunk
 
     def stop(observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
@@ -137,9 +131,10 @@ def _roll_out(
 
             rollout(
                 env,
-                actor,
+                policy,
                 starts,
                 seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
+                noise=exploration_noise(config),
                 stop=stop,
                 on_finish=keep,
                 on_step=recorder.step,
@@ -147,6 +142,11 @@ def _roll_out(
     finally:
         env.close()
         use_cores()
+
+
+def exploration_noise(config: Config) -> Noise:
+    """How the policy explores the real benchmark."""
+    return Noise(config.collect.scale, config.collect.push)
 
 
 def _counts(folder: Path) -> dict:

@@ -102,7 +102,7 @@ def evaluate_policy(
                 policy,
                 starts,
                 seeds=[0] * len(starts),
-                deterministic=True,
+                noise=None,
                 stop=ruling.stop if ruling else None,
                 on_finish=finish,
                 on_step=ruling.note if ruling else None,

@@ -48,7 +48,7 @@ def real_episodes(run: Run, policy: Policy, starts: list[Start]) -> list[Episode
             policy,
             starts,
             seeds=[0] * len(starts),
-            deterministic=True,
+            noise=None,
             stop=stop,
             on_finish=keep,
             on_step=recorder.step,
@@ -131,7 +131,7 @@ def _act(
         images.append(after["image"][0].cpu().clone())
         poses.append(after["proprio"][0].cpu().clone())
 
-    rollout(env, policy, [Start(0, 0, seed)], seeds=[0], deterministic=True, on_step=note)
+    rollout(env, policy, [Start(0, 0, seed)], seeds=[0], noise=None, on_step=note)
     count = len(images)
     return FrameSequence(
         torch.stack(images),

@@ -223,14 +223,15 @@ def collect_results(run: Run) -> dict:
         "no_oracle": _success(outcomes, "success_no_oracle"),
         "fidelity": {
             **{k: v for k, v in measured.items() if k not in {*skip, "seconds"}},
-            "closed_loop_gap": _closed_loop_gap(run, last),
+            "closed_loop_gap": _closed_loop_gap(run, last, imagined[-1]["kept_iteration"]),
         },
         "reflector": reflector_quality,
         "stages": stages,
         "total_seconds": round(sum(r["seconds"] for r in records.values()), 1),
         "frames_per_second": round(sum(r["frames"] for r in imagined) / max(seconds, 1e-9), 1),
         "real_episodes_used": sum(
-            r["episodes"] for n, r in records.items() if n.startswith(("demo", "explore"))
+            r.get("check_episodes", 0) + (r["episodes"] if n.startswith(("demo", "explore")) else 0)
+            for n, r in records.items()
         ),
         "peak_memory_bytes": records["evaluate"].get("peak_memory_bytes"),
         "machine": devices.describe(),
@@ -260,9 +261,9 @@ def _success(outcomes: dict[str, list[dict]], key: str) -> dict:
     return {**summary, "paired_difference": rounded}
 
 
-def _closed_loop_gap(run: Run, last: int) -> float | None:
-    """Imagined minus real success of the last check in reality, None without checks."""
-    rows = read_metrics(run.dir, f"check-{last}")
+def _closed_loop_gap(run: Run, last: int, kept: int | None) -> float | None:
+    """Imagined minus real success of the kept policy, None without checks in reality."""
+    rows = [r for r in read_metrics(run.dir, f"check-{last}") if r["step"] == kept]
     return round(rows[-1]["imagined"] - rows[-1]["real"], 4) if rows else None
 
 

@@ -2,8 +2,8 @@
 
 Each iteration draws contexts, rolls out G imagined episodes from each (without a critic, until
 enough of them can teach), and makes one guarded update. Now and then the policy is checked in the
-real benchmark on tuning starts, to watch the gap between imagined and real success; the checks
-train nothing and choose nothing.
+real benchmark on tuning starts: imagined success goes on rising where real success falls, so a
+round keeps the policy that did best there. The checks train nothing.
 """
 
 import time
@@ -43,13 +43,20 @@ def run(run: Run, mark: str, number: int) -> dict:
     begin, totals = _resume(partial, mark, learner)
     run.logger.rewind(name, begin)
     run.logger.rewind(f"check-{number}", begin)
+    saved = checkpoints / f"policy-{number}.safetensors"
+
+    def check(step: int) -> None:
+        real = _check_reality(run, policy, env, firsts, number, step)
+        totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
+        if not rl.keep_best or totals["kept_success"] is None or real > totals["kept_success"]:
+            totals.update(kept_iteration=step, kept_success=real)
+            store.save("policy", policy, config, saved)
+
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
         for step in range(begin, iterations):
-            # The policy a later round begins with has been checked in an earlier one.
-            if rl.real_check_every and step % rl.real_check_every == 0 and (step or not number):
-                _check_reality(run, policy, env, firsts, number, step)
-                totals["checks"] += 1
+            if rl.real_check_every and step % rl.real_check_every == 0:
+                check(step)
             begun = time.perf_counter()
             episodes = _imagine(run, learner, env, firsts, middles, number, step)
             seconds = time.perf_counter() - begun
@@ -65,8 +72,9 @@ def run(run: Run, mark: str, number: int) -> dict:
             )
             _save(partial, mark, learner, step + 1, totals)
     if rl.real_check_every:
-        _check_reality(run, policy, env, firsts, number, iterations)
-    store.save("policy", policy, config, checkpoints / f"policy-{number}.safetensors")
+        check(iterations)
+    else:
+        store.save("policy", policy, config, saved)
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
 
@@ -158,7 +166,7 @@ def _imagine_contexts(
     # alone, and the baseline takes the world's luck away.
     starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c)) for c, _ in pairs]
     seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
-    return rollout(env, learner.behaviour, starts, seeds=seeds)
+    return rollout(env, learner.policy, starts, seeds=seeds, noise=learner.noise)
 
 
 def choose_contexts(
@@ -184,13 +192,13 @@ def choose_contexts(
 
 def _check_reality(
     run: Run, policy: Policy, env: ImaginedVectorEnv, firsts: list[int], number: int, step: int
-) -> None:
-    """Log deterministic success, imagined from known contexts and real on tuning starts."""
+) -> float:
+    """Real success without noise on tuning starts; logs it and the imagined one."""
     config = run.config
     count = config.posttrain.real_check_episodes
     picked = firsts[:: max(1, len(firsts) // count)][:count]
     starts = [Start(0, c, derive(config.seed, "check world", c)) for c in picked]
-    imagined = rollout(env, policy, starts, seeds=[0] * len(starts), deterministic=True)
+    imagined = rollout(env, policy, starts, seeds=[0] * len(starts), noise=None)
     real = evaluate_policy(
         run,
         policy,
@@ -201,13 +209,15 @@ def _check_reality(
         ],
         f"real check {number}.{step}",
     )
+    success = sum(e["success"] for e in real) / len(real)
     run.logger.log(
         f"check-{number}",
         step,
         imagined=float(imagined.terminated.float().mean()),
-        real=sum(e["success"] for e in real) / len(real),
+        real=success,
         episodes=len(real),
     )
+    return success
 
 
 def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
@@ -219,7 +229,13 @@ def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
 
 
 def _resume(path, mark: str, learner: Learner) -> tuple[int, dict]:
-    fresh = {"frames": 0, "imagination_seconds": 0.0, "checks": 0}
+    fresh = {
+        "frames": 0,
+        "imagination_seconds": 0.0,
+        "check_episodes": 0,
+        "kept_iteration": None,
+        "kept_success": None,
+    }
     if not path.exists():
         return 0, fresh
     tensors, metadata = checkpoint.load(path)

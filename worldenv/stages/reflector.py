@@ -6,7 +6,6 @@ calibrated: simulators differ in how readily they imagine success, and the real 
 explored episodes say how often it should be found.
 """
 
-import math
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from worldenv.models.simulator import Simulator
 from worldenv.rl.rollout import rollout
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
-from worldenv.stages.collect import load_round
+from worldenv.stages.collect import exploration_noise, load_round
 from worldenv.stages.replay import padded, replay
 from worldenv.stages.run import Run, use_cores
 
@@ -102,13 +101,7 @@ def _calibrated(
     keys = [(c, n) for c in range(len(contexts)) for n in range(CALIBRATION_EPISODES)]
     starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
     seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
-    wider, policy = math.log(config.collect.scale), policy.eval()
-
-    def actor(observation: dict) -> tuple[Tensor, Tensor]:
-        mu, log_scale = policy(observation)
-        return mu, log_scale + wider
-
-    imagined = rollout(env, actor, starts, seeds=seeds)
+    imagined = rollout(env, policy.eval(), starts, seeds=seeds, noise=exploration_noise(config))
     top = torch.zeros(len(starts), device=imagined.reward.device)
     top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
     rate = sum(e.success for e in explored) / len(explored)
