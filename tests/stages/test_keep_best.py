@@ -1,0 +1,107 @@
+"""A round of post-training keeps the policy that did best in reality, scripted here."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from worldenv.config import PolicyConfig
+from worldenv.models.policy import Policy
+from worldenv.presets import preset
+from worldenv.stages import posttrain, store
+from worldenv.stages.run import Run
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def scripted(tmp_path, monkeypatch):
+    """(make, updates): make(real, **changes) is a run whose checks return `real` by iteration; each
+    update adds 1 to the last bias."""
+    updates: list[int] = []
+    runs: list[Run] = []
+
+    def update(learner, episodes, seed, step):
+        updates.append(step)
+        with torch.no_grad():
+            learner.policy.mu[-1].bias += 1
+        return {"imagined_success": 0.5}
+
+    def make(real: dict[int, float], **changes) -> Run:
+        base = preset("smoke")
+        rl = replace(base.posttrain, iterations=4, real_check_every=2, **changes)
+        small = PolicyConfig(width=16, layers=1, heads=1, encoder_channels=8)
+        run = Run(replace(base, run_dir=tmp_path, policy=small, posttrain=rl, device="cpu"))
+        runs.append(run)
+        policy = Policy(small, base.env.image_size)
+        torch.nn.init.zeros_(policy.mu[-1].bias)
+        store.save("policy", policy, run.config, run.path("checkpoints", "policy-sft.safetensors"))
+        monkeypatch.setattr(
+            posttrain, "_check_reality", lambda run, policy, env, firsts, number, step: real[step]
+        )
+        return run
+
+    episodes = SimpleNamespace(episode=[0])
+    monkeypatch.setattr(posttrain, "make_world", lambda run, number: (None, [], []))
+    monkeypatch.setattr(posttrain, "_imagine", lambda *a: episodes)
+    monkeypatch.setattr(posttrain, "update", update)
+    yield make, updates
+    for run in runs:
+        run.close()
+
+
+def kept(run: Run) -> float:
+    """How many updates the round's policy has seen."""
+    policy = store.load("policy", run.path("checkpoints", "policy-0.safetensors"))
+    return policy.mu[-1].bias[0].item()
+
+
+@pytest.mark.parametrize(
+    ("real", "changes", "iteration"),
+    [
+        ({0: 0.5, 2: 0.7, 4: 0.6}, {}, 2),
+        ({0: 0.5, 2: 0.7, 4: 0.7}, {}, 2),  # no better: the earlier one has exploited less
+        ({0: 0.5, 2: 0.4, 4: 0.3}, {}, 0),
+        ({0: 0.5, 2: 0.6, 4: 0.7}, {}, 4),
+        ({0: 0.5, 2: 0.7, 4: 0.6}, {"keep_best": False}, 4),
+    ],
+)
+def test_the_policy_that_did_best_is_kept(scripted, real, changes, iteration):
+    make, updates = scripted
+    run = make(real, **changes)
+    record = posttrain.run(run, "mark", 0)
+    assert updates == [0, 1, 2, 3]
+    assert kept(run) == iteration
+    assert record["kept_iteration"] == iteration
+    assert record["kept_success"] == real[iteration]
+    assert record["check_episodes"] == 3 * run.config.posttrain.real_check_episodes
+
+
+def test_a_killed_round_still_knows_its_best(scripted, monkeypatch):
+    make, updates = scripted
+    run = make({0: 0.5, 2: 0.7, 4: 0.6})
+    imagine = posttrain._imagine
+
+    def killed(*arguments):
+        if len(updates) == 3:
+            raise Killed
+        return imagine(*arguments)
+
+    monkeypatch.setattr(posttrain, "_imagine", killed)
+    with pytest.raises(Killed):
+        posttrain.run(run, "mark", 0)
+    monkeypatch.setattr(posttrain, "_imagine", imagine)
+    record = posttrain.run(run, "mark", 0)
+    assert updates == [0, 1, 2, 3]
+    assert (kept(run), record["kept_iteration"]) == (2, 2)
+
+
+def test_without_checks_the_last_policy_is_kept(scripted):
+    make, _ = scripted
+    run = make({})
+    run.config = replace(run.config, posttrain=replace(run.config.posttrain, real_check_every=0))
+    assert posttrain.run(run, "mark", 0)["kept_iteration"] is None
+    assert kept(run) == 4
