@@ -3,7 +3,7 @@
 Two kinds. Every action by itself, Laplace with the policy's own scale (World-Env section 3.5). Or
 one push for all of a chunk: the noise of single actions averages out within a chunk, and most of it
 is in dimensions on which little depends, so that what it teaches drowns in what it disturbs. A push
-moves the hand by about a centimetre, which is what decides a grasp, and is all that is scored.
+moves the hand by some millimetres, which is what decides a grasp, and is all that is scored.
 """
 
 import math
