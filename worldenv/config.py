@@ -53,8 +53,8 @@ class CollectConfig:
     can begin at any of them, so that the world learns from more poses of the same episodes."""
     push: float = 0.053
     """Exploration noise: Laplace scale of a push, the same for all actions of a chunk (1 moves the
-    hand by about a centimetre a step). The world must have seen what such pushes lead to. 0: noise in
-    every action by itself."""
+    hand by about a centimetre a step). The world must have seen what such pushes lead to. Without
+    one (0), noise in every action by itself."""
     scale: float = 1.5
     """Without a push: multiple of the policy's Laplace scale."""
     fresh: float = 1.0
