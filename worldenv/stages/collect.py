@@ -1,7 +1,7 @@
 """Demonstrations and self-explored episodes from the real benchmark (World-Env section 3.2).
 
 Demonstrations: scripted, noise on what is executed, clean labels, images at every step. Policy
-episodes: sampled with a widened Laplace scale, images once per chunk, recorded a little past
+episodes: with the noise of `exploration_noise`, images every few steps, recorded a little past
 success so that the simulator and the reflector see what success looks like. Successes and failures
 are both kept. Episodes already on disk are not collected again.
 """

@@ -1,4 +1,4 @@
-"""PPO inside the learned world (World-Env section 3.5): the policy never touches the real one.
+"""PPO inside the learned world (World-Env section 3.5): the policy learns nothing in the real one.
 
 Each iteration draws contexts, rolls out G imagined episodes from each (without a critic, until
 enough of them can teach), and makes one guarded update. Now and then the policy is checked in the
