@@ -2,10 +2,13 @@
 
 C++ is always compiled. CUDA sources are added when torch itself is a CUDA build and found a
 toolkit: torch leaves CUDA_HOME at None under a CPU build, even where nvcc exists. Nothing is
-downloaded and no hardware is probed: the CPU kernels choose their instruction set at run time, so
-no -march flag may be added here.
+downloaded and no CPU is probed: the CPU kernels choose their instruction set at run time, so no
+-march flag may be added here. CUDA is compiled for the GPUs that torch sees, or for the ones that
+TORCH_CUDA_ARCH_LIST names; where there are neither, as on a cluster's login node, for sm_80, sm_90
+and, as PTX, later ones.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -25,6 +28,8 @@ cxx = ["-O3", "-g0", "-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000
 nvcc = ["-O3", "-lineinfo", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 files = sources("csrc/*.cpp", "csrc/cpu/*.cpp")
 if WITH_CUDA:
+    if not torch.cuda.is_available():  # torch's own fallback is an empty list, and an IndexError
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     files += sources("csrc/cuda/*.cu", "csrc/cuda/*.cpp")
     cxx.append("-DWORLDENV_CUDA")
     nvcc.append("-DWORLDENV_CUDA")
