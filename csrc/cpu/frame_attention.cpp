@@ -33,6 +33,12 @@ void transpose(const T* from, int64_t stride, int64_t tokens, int64_t dim, int64
 
 int64_t up16(int64_t n) { return (n + 15) & ~int64_t{15}; }
 
+#if defined(__x86_64__)
+bool whole_vectors(int64_t tokens, int64_t dim) {
+  return tokens % 16 == 0 && dim % 32 == 0 && best_isa() >= kAvx512;
+}
+#endif
+
 }  // namespace
 
 void pack_keys(const float* from, int64_t stride, int64_t tokens, int64_t dim, float* tile) {
@@ -46,6 +52,9 @@ void pack_values(const float* from, int64_t stride, int64_t tokens, int64_t dim,
 }
 
 void pack_keys(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile) {
+#if defined(__x86_64__)
+  if (whole_vectors(tokens, dim)) return pack_keys_avx512(from, stride, tokens, dim, tile);
+#endif
   if (tokens % 16 || dim % 16) std::memset(tile, 0, 2 * up16(tokens) * up16(dim));
   const int64_t tokens16 = up16(tokens);
   if (dim % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0) {
@@ -58,6 +67,9 @@ void pack_keys(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim
 }
 
 void pack_values(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile) {
+#if defined(__x86_64__)
+  if (whole_vectors(tokens, dim)) return pack_values_avx512(from, stride, tokens, dim, tile);
+#endif
   if (tokens % 16 || dim % 16) std::memset(tile, 0, 2 * up16(tokens) * up16(dim));
   for (int64_t s = 0; s + 1 < tokens; s += 2) {
     const uint16_t *even = from + s * stride, *odd = even + stride;
@@ -130,10 +142,12 @@ void append(Tensor cache_k, Tensor cache_v, const Tensor k, const Tensor v, cons
           static_cast<const uint16_t*>(k.const_data_ptr()), static_cast<const uint16_t*>(v.const_data_ptr()));
 }
 
-FrameAttentionKernel kernel_for(int64_t isa, bool bf16) {
+FrameAttentionKernel kernel_for(int64_t isa, bool bf16, const FrameAttention& a) {
 #if defined(__x86_64__)
   if (isa == kAvx512Bf16Emulated && bf16) return frame_attention_avx512_pairs_emulated;
-  if (isa == kAvx512Bf16 && bf16) return frame_attention_avx512_pairs;
+  // Tiles are multiplied 32 by 32; frames that do not fill them run on vectors.
+  if (isa == kAmx && bf16 && a.tokens16() % 32 == 0 && a.dim % 32 == 0) return frame_attention_amx;
+  if (isa >= kAvx512Bf16 && bf16) return frame_attention_avx512_pairs;
   if (isa >= kAvx512) return bf16 ? frame_attention_avx512_bf16 : frame_attention_avx512_f32;
   if (isa == kAvx2) return bf16 ? frame_attention_avx2_bf16 : frame_attention_avx2_f32;
 #endif
@@ -188,7 +202,7 @@ Tensor frame_attention(const Tensor q, const Tensor k, const Tensor v, const Ten
   a.kv_heads = k.size(2);
   a.dim = q.size(3);
   a.slots = table.size(1);
-  const auto kernel = kernel_for(resolve_isa(isa), q.scalar_type() == ScalarType::BFloat16);
+  const auto kernel = kernel_for(resolve_isa(isa), q.scalar_type() == ScalarType::BFloat16, a);
   torch::stable::parallel_for(0, a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
     float* scratch = scratch_of(scratch_floats(a));
     for (int64_t i = begin; i < end; ++i) kernel(a, i / a.heads, i % a.heads, scratch);

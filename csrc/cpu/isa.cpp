@@ -5,7 +5,26 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace worldenv {
+namespace {
+
+// AMX with bf16; Linux saves tiles only for a process that has asked for it.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace
 
 int64_t best_isa() {
 #if defined(__x86_64__)
@@ -14,7 +33,7 @@ int64_t best_isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) return kAvx512Bf16;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return may_use_tiles() ? kAmx : kAvx512Bf16;
     return avx512 ? kAvx512 : avx2 ? kAvx2 : kPortable;
   }();
   return best;

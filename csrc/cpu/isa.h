@@ -11,9 +11,10 @@ enum Isa : int64_t {
   kAvx2 = 1,
   kAvx512 = 2,
   kAvx512Bf16 = 3,
+  kAmx = 4,
   // AVX-512 code of the bf16 dot-product path with the one instruction replaced: lets its packing and rounding be
   // tested on CPUs without it. Never chosen by itself.
-  kAvx512Bf16Emulated = 4,
+  kAvx512Bf16Emulated = 5,
 };
 
 // Best set that this CPU and its operating system support.

@@ -9,6 +9,7 @@
 #if defined(__clang__)
 WORLDENV_PRAGMA(clang attribute push(__attribute__((target(WORLDENV_TARGET))), apply_to = function))
 #else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC's own AVX-512 headers cause it (bug 105593)
 WORLDENV_PRAGMA(GCC target(WORLDENV_TARGET))
 #endif
 #endif
