@@ -80,14 +80,14 @@ def check(rows: list[Row], only: str | None) -> int:
     return missed
 
 
-def save(rows: list[Row], reach: Limits) -> Path:
+def save(rows: list[Row], reach: dict[str, Limits]) -> Path:
     """results/bench/<processor>.json: the machine, its limits and every row."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9]+", "-", str(machine()["processor"])).strip("-").lower()
     report = {
         "machine": machine(),
-        "matmul_flops": reach.flops,
-        "copy_bytes_per_second": reach.bytes_per_second,
+        "matmul_flops": {dtype: limit.flops for dtype, limit in reach.items()},
+        "copy_bytes_per_second": reach["float32"].bytes_per_second,
         "rows": [asdict(row) | {"ratios": row.ratios} for row in rows],
     }
     path = RESULTS / f"{name}.json"
@@ -115,15 +115,15 @@ def main() -> int:
         print(f"{count} cases agree with their references")
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
-    reach = limits(device, dtype, size)
-    print(
-        f"{machine()}\nmatmul {reach.flops / 1e9:.0f} GFLOP/s, "
-        f"copy {reach.bytes_per_second / 1e9:.1f} GB/s"
-    )
+    size = 8192 if device == "cuda" else 1024
+    reach = {str(x)[6:]: limits(device, x, size) for x in (torch.float32, torch.bfloat16)}
+    print(machine())
+    for dtype, limit in reach.items():
+        print(f"matmul {dtype} {limit.flops / 1e9:.0f} GFLOP/s")
+    print(f"copy {reach['float32'].bytes_per_second / 1e9:.1f} GB/s")
     rows = []
     for case in all_cases(not options.no_compile, options.only):
-        rows.append(measure(case, reach, options.seconds))
+        rows.append(measure(case, reach[case.dtype], options.seconds))
         print_row(rows[-1])
     if options.only is None:  # a part would overwrite the whole
         print(save(rows, reach))

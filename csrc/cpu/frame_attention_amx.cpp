@@ -119,9 +119,21 @@ WORLDENV_INLINE void multiply_values(const Bf16* probability, const Bf16* const*
   }
 }
 
+// The rows of the next head's queries, keys and values, which the last of this head's queries fetch on the way.
+struct Next {
+  const Bf16* rows[3];
+  int64_t stride[3];
+
+  void fetch(int64_t from, int64_t to, int64_t dim) const {
+    for (int64_t r = from; r < to; ++r)
+      for (int i = 0; i < 3; ++i)
+        for (int64_t d = 0; d < dim; d += kBlock) __builtin_prefetch(rows[i] + r * stride[i] + d, 0, 2);
+  }
+};
+
 // 32 queries against all frames.
 void attend(const FrameAttention& a, const Scratch& s, const Bf16* cache_k, const Bf16* cache_v, const int32_t* slots,
-            int64_t cached, const Bf16* q, bool fetch) {
+            int64_t cached, const Bf16* q, bool fetch, const Next* fetched) {
   const int64_t tokens = a.tokens16(), dim = a.dim, tile = a.tile(), per_frame = tokens / kBlock;
   const Vec scale = splat(1.44269504088896341f / __builtin_sqrtf(static_cast<float>(dim)));
   const auto keys_of = [&](int64_t i) {
@@ -146,6 +158,7 @@ void attend(const FrameAttention& a, const Scratch& s, const Bf16* cache_k, cons
       ahead[1] = reinterpret_cast<const char*>(cache_v + at + first * dim);
       lines = dim / kBlock;
     }
+    if (fetched) fetched->fetch(i * a.tokens / blocks, (i + 1) * a.tokens / blocks, dim);
     exponentiate(s.scores + i % 2 * kBlock * kBlock, scale, a.tokens - first, s.probability + at * kTile, s.sums, ahead,
                  lines);
     values[at] = (j < cached ? cache_v + slots[j] * tile : s.own_values) + first * dim;
@@ -172,16 +185,23 @@ void frame_attention_amx(const FrameAttention& a, int64_t b, int64_t h, float* s
   pack_values(static_cast<const Bf16*>(a.v) + b * a.v_stride[0] + kv * a.v_stride[2], a.v_stride[1], a.tokens, dim,
               s.own_values);
   const Bf16* q = static_cast<const Bf16*>(a.q) + b * a.q_stride[0] + h * a.q_stride[2];
-  for (int64_t r = 0; r < a.tokens; ++r) std::memcpy(s.q + r * dim, q + r * a.q_stride[1], 2 * dim);
+  for (int64_t r = 0; r < a.tokens; ++r)
+    for (int64_t d = 0; d < dim; d += kBlock) store(s.q + r * dim + d, load_as<Bits>(q + r * a.q_stride[1] + d));
   std::memset(s.q + a.tokens * dim, 0, 2 * (tokens - a.tokens) * dim);
   const int64_t head = (b * a.kv_heads + kv) * a.slots * tile;
   const Bf16 *cache_k = static_cast<const Bf16*>(a.cache_k) + head, *cache_v = static_cast<const Bf16*>(a.cache_v) + head;
 
+  const int64_t next_h = (h + 1) % a.heads, next_b = b + (h + 1) / a.heads, next_kv = next_h / (a.heads / a.kv_heads);
+  const Next following{{static_cast<const Bf16*>(a.q) + next_b * a.q_stride[0] + next_h * a.q_stride[2],
+                        static_cast<const Bf16*>(a.k) + next_b * a.k_stride[0] + next_kv * a.k_stride[2],
+                        static_cast<const Bf16*>(a.v) + next_b * a.v_stride[0] + next_kv * a.v_stride[2]},
+                       {a.q_stride[1], a.k_stride[1], a.v_stride[1]}};
   const TileConfig config;
   _tile_loadconfig(&config);
   bool safe = true;
   for (int64_t first = 0; first < tokens && safe; first += kBlock) {
-    attend(a, s, cache_k, cache_v, a.table + b * a.slots, a.cached[b], s.q + first * dim, first == 0);
+    attend(a, s, cache_k, cache_v, a.table + b * a.slots, a.cached[b], s.q + first * dim, first == 0,
+           first + kBlock == tokens && next_b < a.batch ? &following : nullptr);
     Bf16* out = static_cast<Bf16*>(a.out) + ((b * a.tokens + first) * a.heads + h) * dim;
     for (int64_t r = 0; r < kBlock && first + r < a.tokens; ++r) {
       const float total = _mm512_reduce_add_ps(_mm512_loadu_ps(s.sums + 16 * r));
