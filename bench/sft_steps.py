@@ -1,26 +1,31 @@
 """Has imitation converged? Success in the real benchmark against the number of optimiser steps.
 
-    python bench/sft_steps.py --seed 0 --steps 500 1000 2000
+    python bench/sft_steps.py --seed 0 1 2 3 4 --steps 1000 2000
 
 Trains the default preset's policy anew for each number of steps, on the same demonstrations, and
-evaluates it on the tuning starts 0-19 (the held-out ones decide nothing). Adds the runs to
-results/default/sft-steps.json, in place of earlier ones of the same seed and number of steps.
+evaluates it on the tuning starts 0-19. Policies of other than the default's steps are also
+measured against the post-trained one of results/default/seed-N.json, on the same held-out episodes
+(which decide nothing). Adds the runs to results/default/sft-steps.json, in place of earlier ones of
+the same seed and number of steps; a finished training is not repeated.
 """
 
 import argparse
+import copy
 import json
+import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
+from worldenv.models.policy import Policy
 from worldenv.runtime import device as devices
 from worldenv.stages import pipeline, store
 from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy, held_out_starts
 from worldenv.stages.run import Run, write_json
-from worldenv.statistics import wilson
+from worldenv.statistics import student_quantile, wilson
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +43,12 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
     pipeline.run_stage(run, "demonstrations")
     trained = pipeline.run_stage(run, "sft")
     policy = store.load("policy", run.dir / "checkpoints" / "policy-sft.safetensors")
-    outcomes = evaluate_policy(run, policy, held_out_starts(run), f"seed {seed}, {steps} steps")
+    label = f"seed {seed}, {steps} steps"
+    outcomes = evaluate_policy(run, policy, held_out_starts(run), label)
+    rival = ROOT / "results" / "default" / f"seed-{seed}.json"
+    versus = None
+    if steps != SFTConfig().steps and rival.exists():
+        versus = against_posttrained(run, policy, label, json.loads(rival.read_text()))
     run.close()
     wins = sum(outcome["success"] for outcome in outcomes)
     rate = wilson(wins, len(outcomes))
@@ -50,6 +60,7 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
         "successes": wins,
         "episodes": len(outcomes),
         "wilson": [round(rate.low, 4), round(rate.high, 4)],
+        "held_out": versus,
         "sft_seconds": trained["seconds"],
         "seconds": round(time.perf_counter() - began, 1),
         "config": to_dict(replace(config, run_dir=Path(config.run_dir.name))),
@@ -57,6 +68,34 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
         "commit": pipeline.commit(),
         "machine": devices.describe(),
     }
+
+
+def against_posttrained(run: Run, policy: Policy, label: str, results: dict) -> dict:
+    """The policy on the held-out episodes of a default run, and what its post-trained one gains."""
+    run = copy.copy(run)
+    run.config = replace(run.config, evaluate=EvaluateConfig())
+    outcomes = evaluate_policy(run, policy, held_out_starts(run), f"{label}, held out")
+    outcomes.sort(key=lambda e: (e["task"], e["start"], e["seed"]))
+    both = {"sft": outcomes, "posttrained": results["evaluation"]["posttrained"]}
+    found = pipeline.success_of(both, "success")
+    print(f"{label}, held out: {found}")
+    return found
+
+
+def summarise(rows: list[dict], fewer: int, more: int) -> None:
+    """Prints the mean change of success over the seeds that have both, with its t interval."""
+    rate = {(r["seed"], r["steps"]): r["successes"] / r["episodes"] for r in rows}
+    seeds = [s for s, n in rate if n == fewer and (s, more) in rate]
+    if len(seeds) < 2:
+        return
+    change = [rate[s, more] - rate[s, fewer] for s in seeds]
+    mean = sum(change) / len(seeds)
+    error = math.sqrt(sum((x - mean) ** 2 for x in change) / (len(seeds) - 1) / len(seeds))
+    half = student_quantile(0.95, len(seeds) - 1) * error
+    print(
+        f"{more} instead of {fewer} steps, {len(seeds)} seeds: {100 * mean:+.1f} points "
+        f"({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
+    )
 
 
 def main() -> None:
@@ -74,6 +113,7 @@ def main() -> None:
             row = measure(seed, steps, tuple(arguments.fixture_seeds), arguments.folder)
             rows = [r for r in rows if (r["seed"], r["steps"]) != (seed, steps)] + [row]
             write_json(arguments.out, sorted(rows, key=lambda r: (r["seed"], r["steps"])))
+    summarise(rows, min(arguments.steps), max(arguments.steps))
 
 
 if __name__ == "__main__":

@@ -219,8 +219,8 @@ def collect_results(run: Run) -> dict:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "suite": config.env.suite,
         "tasks": [{"id": t, "instruction": names.get(t, "")} for t in config.env.tasks],
-        **_success(outcomes, "success"),
-        "no_oracle": _success(outcomes, "success_no_oracle"),
+        **success_of(outcomes, "success"),
+        "no_oracle": success_of(outcomes, "success_no_oracle"),
         "fidelity": {
             **{k: v for k, v in measured.items() if k not in {*skip, "seconds"}},
             "closed_loop_gap": _closed_loop_gap(run, last, imagined[-1]["kept_iteration"]),
@@ -245,7 +245,7 @@ def stage_names(rounds: int) -> list[str]:
     return ["demonstrations", "sft", *loop, "evaluate"]
 
 
-def _success(outcomes: dict[str, list[dict]], key: str) -> dict:
+def success_of(outcomes: dict[str, list[dict]], key: str) -> dict:
     """Counts and the paired difference, its errors clustered by task and start."""
     before, after = (outcomes[label] for label in ("sft", "posttrained"))
     clusters = [(e["task"], e["start"]) for e in before]
