@@ -22,6 +22,11 @@ namespace {
 // Transpose [S][D] to [D][S16] in tiles small enough that both sides stay in the nearest cache.
 template <class T>
 void transpose(const T* from, int64_t stride, int64_t tokens, int64_t dim, int64_t tokens16, T* to) {
+#if defined(__x86_64__)
+  if (tokens % 16 == 0 && dim % 16 == 0 && best_isa() >= kAvx512)
+    return pack_keys_avx512(reinterpret_cast<const uint32_t*>(from), stride, tokens, dim,
+                            reinterpret_cast<uint32_t*>(to));
+#endif
   constexpr int64_t kTile = 16;
   for (int64_t s0 = 0; s0 < tokens; s0 += kTile)
     for (int64_t d0 = 0; d0 < dim; d0 += kTile) {
@@ -32,12 +37,6 @@ void transpose(const T* from, int64_t stride, int64_t tokens, int64_t dim, int64
 }
 
 int64_t up16(int64_t n) { return (n + 15) & ~int64_t{15}; }
-
-#if defined(__x86_64__)
-bool whole_vectors(int64_t tokens, int64_t dim) {
-  return tokens % 16 == 0 && dim % 32 == 0 && best_isa() >= kAvx512;
-}
-#endif
 
 }  // namespace
 
@@ -52,9 +51,6 @@ void pack_values(const float* from, int64_t stride, int64_t tokens, int64_t dim,
 }
 
 void pack_keys(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile) {
-#if defined(__x86_64__)
-  if (whole_vectors(tokens, dim)) return pack_keys_avx512(from, stride, tokens, dim, tile);
-#endif
   if (tokens % 16 || dim % 16) std::memset(tile, 0, 2 * up16(tokens) * up16(dim));
   const int64_t tokens16 = up16(tokens);
   if (dim % 2 == 0 && stride % 2 == 0 && reinterpret_cast<uintptr_t>(from) % 4 == 0) {
@@ -68,7 +64,8 @@ void pack_keys(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim
 
 void pack_values(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile) {
 #if defined(__x86_64__)
-  if (whole_vectors(tokens, dim)) return pack_values_avx512(from, stride, tokens, dim, tile);
+  if (tokens % 16 == 0 && dim % 32 == 0 && best_isa() >= kAvx512)
+    return pack_values_avx512(from, stride, tokens, dim, tile);
 #endif
   if (tokens % 16 || dim % 16) std::memset(tile, 0, 2 * up16(tokens) * up16(dim));
   for (int64_t s = 0; s + 1 < tokens; s += 2) {

@@ -57,8 +57,9 @@ void pack_values(const float* from, int64_t stride, int64_t tokens, int64_t dim,
 void pack_keys(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile);
 void pack_values(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile);
 
-// The same where tokens are a multiple of 16 and dim is one of 32.
-void pack_keys_avx512(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile);
+// The same with AVX-512 where tokens and dim are multiples of 16, dim of bf16 values of 32; keys are floats or pairs of
+// bf16, in which stride and dim count.
+void pack_keys_avx512(const uint32_t* from, int64_t stride, int64_t tokens, int64_t dim, uint32_t* tile);
 void pack_values_avx512(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile);
 
 }  // namespace worldenv

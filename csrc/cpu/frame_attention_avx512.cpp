@@ -2,7 +2,7 @@
 #if defined(__x86_64__)
 #define WORLDENV_TARGET "avx2,fma,avx512f,avx512bw,avx512vl,avx512dq"
 #define WORLDENV_LANES 16
-#define WORLDENV_MR 6
+#define WORLDENV_MR 4
 #define WORLDENV_NV 4
 #include "target.h"
 
@@ -45,15 +45,15 @@ WORLDENV_INLINE void transpose(__m512i (&x)[16]) {
 
 }  // namespace
 
-void pack_keys_avx512(const uint16_t* from, int64_t stride, int64_t tokens, int64_t dim, uint16_t* tile) {
+void pack_keys_avx512(const uint32_t* from, int64_t stride, int64_t tokens, int64_t dim, uint32_t* tile) {
   for (int64_t s = 0; s < tokens; s += 16)
-    for (int64_t d = 0; d < dim; d += 32) {
+    for (int64_t d = 0; d < dim; d += 16) {
       __m512i x[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) x[i] = _mm512_loadu_si512(from + (s + i) * stride + d);
       transpose(x);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + (d + 2 * i) * tokens + 2 * s, x[i]);
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + (d + i) * tokens + s, x[i]);
     }
 }
 

@@ -11,6 +11,8 @@
 // cache is already packed, and the exponentials belong between the two products.
 #pragma once
 
+#include <type_traits>
+
 #include "frame_attention.h"
 #include "vector.h"
 
@@ -84,24 +86,37 @@ WORLDENV_INLINE void score_tile(const Problem<Op>& x, int64_t row, const typenam
       for (int v = 0; v < NV; ++v) acc[r][v] = Op::multiply_add(acc[r][v], a, b[v]);
     }
   }
-  const bool tail = key + NV * kLanes > x.tokens;
+  // Locals: for all the compiler knows, what is stored below could be `top` or part of `x`.
+  const Vec scale = splat(x.scale);  // scaled queries would round once more
+  const int32_t left = (int32_t)(x.tokens - key);
+  float* raw = x.raw + at;
+  auto* probability = x.probability + at;
+  if (x.running) {
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r) {
-    Vec partial = load(sums + r * 16);
+    for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 16
-    for (int v = 0; v < NV; ++v) {
-      const Vec s = acc[r][v] * x.scale;  // scaled queries would round once more
-      if (x.running) {
-        store(x.raw + at + r * kKeyBlock + v * kLanes, s);
-        continue;
-      }
-      top = vmax(top, absolute(s));
-      Vec e = exp2_unclamped(s);
-      if (tail) e = pick(lane_index() + (int32_t)(key + v * kLanes) < (int32_t)x.tokens, e, Vec{});
-      partial += Op::put(x.probability + at + r * kKeyBlock + v * kLanes, e);
-    }
-    if (!x.running) store(sums + r * 16, partial);
+      for (int v = 0; v < NV; ++v) store(raw + r * kKeyBlock + v * kLanes, acc[r][v] * scale);
+    return;
   }
+  Vec high[2] = {top, {}};
+  const auto exponentiate = [&](auto whole) WORLDENV_LAMBDA {
+#pragma GCC unroll 16
+    for (int r = 0; r < MR; ++r) {
+      Vec partial = load(sums + r * 16);
+#pragma GCC unroll 16
+      for (int v = 0; v < NV; ++v) {
+        const Vec s = acc[r][v] * scale;
+        high[v % 2] = largest_magnitude(high[v % 2], s);
+        Vec e = exp2_unclamped(s);
+        if constexpr (!whole.value) e = pick(lane_index() < left - v * kLanes, e, Vec{});
+        partial += Op::put(probability + r * kKeyBlock + v * kLanes, e);
+      }
+      store(sums + r * 16, partial);
+    }
+  };
+  if (left >= NV * kLanes) exponentiate(std::true_type{});
+  else exponentiate(std::false_type{});
+  top = vmax(high[0], high[1]);
 }
 
 // MR rows of O += P V, from `row` on, over NV vectors of the head dimension starting at `column`; `values` are those

@@ -15,6 +15,7 @@ typedef uint32_t Bits __attribute__((vector_size(4 * WORLDENV_LANES)));
 typedef uint16_t Half __attribute__((vector_size(2 * WORLDENV_LANES)));
 
 #define WORLDENV_INLINE inline __attribute__((always_inline))
+#define WORLDENV_LAMBDA __attribute__((always_inline))
 
 template <class V, class T>
 WORLDENV_INLINE V load_as(const T* p) {
@@ -32,6 +33,15 @@ WORLDENV_INLINE Vec absolute(Vec x) { return (Vec)((Bits)x & 0x7fffffffu); }
 // Comparisons with NaN are false: vmax(a, b) ignores a NaN in b and keeps one in a.
 WORLDENV_INLINE Vec vmax(Vec a, Vec b) { return pick(b > a, b, a); }
 WORLDENV_INLINE Vec vmin(Vec a, Vec b) { return pick(b < a, b, a); }
+
+// The larger of |a| and |b|; ignores a NaN in b.
+WORLDENV_INLINE Vec largest_magnitude(Vec a, Vec b) {
+#if WORLDENV_LANES == 16 && defined(__x86_64__)
+  return (Vec)_mm512_range_ps((__m512)a, (__m512)b, 0b1011);
+#else
+  return vmax(a, absolute(b));
+#endif
+}
 
 WORLDENV_INLINE float sum(Vec v) {
   float s = 0;
