@@ -3,10 +3,10 @@
     python bench/sft_steps.py --seed 0 1 2 3 4 --steps 1000 2000
 
 Trains the default preset's policy anew for each number of steps, on the same demonstrations, and
-evaluates it on the tuning starts 0-19. Policies of other than the default's steps are also
-measured against the post-trained one of results/default/seed-N.json, on the same held-out episodes
-(which decide nothing). Adds the runs to results/default/sft-steps.json, in place of earlier ones of
-the same seed and number of steps; a finished training is not repeated.
+evaluates it on the tuning starts 0-19, and, where results/default/seed-N.json exists, on the same
+held-out episodes as that run's policies (which decide nothing). Adds the runs to
+results/default/sft-steps.json, in place of earlier ones of the same seed and number of steps; a
+finished training is not repeated.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean, stdev
 
 from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
 from worldenv.models.policy import Policy
@@ -46,9 +47,9 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
     label = f"seed {seed}, {steps} steps"
     outcomes = evaluate_policy(run, policy, held_out_starts(run), label)
     rival = ROOT / "results" / "default" / f"seed-{seed}.json"
-    versus = None
-    if steps != SFTConfig().steps and rival.exists():
-        versus = against_posttrained(run, policy, label, json.loads(rival.read_text()))
+    held_out = None
+    if rival.exists():
+        held_out = against_posttrained(run, policy, label, json.loads(rival.read_text()))
     run.close()
     wins = sum(outcome["success"] for outcome in outcomes)
     rate = wilson(wins, len(outcomes))
@@ -60,7 +61,7 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
         "successes": wins,
         "episodes": len(outcomes),
         "wilson": [round(rate.low, 4), round(rate.high, 4)],
-        "held_out": versus,
+        "held_out": held_out,
         "sft_seconds": trained["seconds"],
         "seconds": round(time.perf_counter() - began, 1),
         "config": to_dict(replace(config, run_dir=Path(config.run_dir.name))),
@@ -74,8 +75,10 @@ def against_posttrained(run: Run, policy: Policy, label: str, results: dict) -> 
     """The policy on the held-out episodes of a default run, and what its post-trained one gains."""
     run = copy.copy(run)
     run.config = replace(run.config, evaluate=EvaluateConfig())
-    outcomes = evaluate_policy(run, policy, held_out_starts(run), f"{label}, held out")
-    outcomes.sort(key=lambda e: (e["task"], e["start"], e["seed"]))
+    outcomes = results["evaluation"]["sft"]
+    if run.config.sft.steps != SFTConfig().steps:
+        outcomes = evaluate_policy(run, policy, held_out_starts(run), f"{label}, held out")
+    outcomes = sorted(outcomes, key=lambda e: (e["task"], e["start"], e["seed"]))
     both = {"sft": outcomes, "posttrained": results["evaluation"]["posttrained"]}
     found = pipeline.success_of(both, "success")
     print(f"{label}, held out: {found}")
@@ -84,18 +87,22 @@ def against_posttrained(run: Run, policy: Policy, label: str, results: dict) -> 
 
 def summarise(rows: list[dict], fewer: int, more: int) -> None:
     """Prints the mean change of success over the seeds that have both, with its t interval."""
-    rate = {(r["seed"], r["steps"]): r["successes"] / r["episodes"] for r in rows}
-    seeds = [s for s, n in rate if n == fewer and (s, more) in rate]
-    if len(seeds) < 2:
-        return
-    change = [rate[s, more] - rate[s, fewer] for s in seeds]
-    mean = sum(change) / len(seeds)
-    error = math.sqrt(sum((x - mean) ** 2 for x in change) / (len(seeds) - 1) / len(seeds))
-    half = student_quantile(0.95, len(seeds) - 1) * error
-    print(
-        f"{more} instead of {fewer} steps, {len(seeds)} seeds: {100 * mean:+.1f} points "
-        f"({100 * (mean - half):+.1f} to {100 * (mean + half):+.1f})"
-    )
+    parts = {
+        "tuning starts": lambda row: row,
+        "held out": lambda row: (row["held_out"] or {}).get("sft"),
+    }
+    for name, part in parts.items():
+        found = {(row["seed"], row["steps"]): part(row) for row in rows if part(row)}
+        rate = {key: counts["successes"] / counts["episodes"] for key, counts in found.items()}
+        change = [rate[s, more] - rate[s, n] for s, n in rate if n == fewer and (s, more) in rate]
+        if len(change) < 2:
+            continue
+        half = student_quantile(0.95, len(change) - 1) * stdev(change) / math.sqrt(len(change))
+        low, high = mean(change) - half, mean(change) + half
+        print(
+            f"{more} instead of {fewer} steps, {name}, {len(change)} seeds: "
+            f"{100 * mean(change):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+        )
 
 
 def main() -> None:
