@@ -94,10 +94,15 @@ void norm_rotary_bwd(const NormRotary<T>& a, int64_t begin, int64_t end, float* 
   }
 }
 
-constexpr float kSlope = 1.5957691216057308f, kCubic = 0.044715f;  // 2 sqrt(2 / pi)
+constexpr float kSlope = 1.5957691216057308f, kCubic = 0.044715f, kLog2e = 1.4426950408889634f;  // 2 sqrt(2 / pi)
 
-// 0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-WORLDENV_INLINE Vec sigmoid_of(Vec x) { return 1.0f / (1.0f + expv(-kSlope * (x + kCubic * x * x * x))); }
+// 0.5 x (1 + tanh(u)) = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3); 0 where 2^(-2 u log2(e)) would exceed 2^126.
+WORLDENV_INLINE Vec sigmoid_of(Vec x) {
+  const Vec power = x * (-kSlope * kLog2e - kSlope * kLog2e * kCubic * (x * x));
+  const Vec least = splat(-126.0f), most = splat(126.0f);
+  const Vec bounded = vmin(vmax(power, least), most);
+  return pick(power > most, Vec{}, reciprocal(1.0f + exp2_unclamped(bounded)));
+}
 
 template <class T>
 void gelu(const T* x, T* out, int64_t n) {
