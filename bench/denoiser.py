@@ -104,7 +104,7 @@ def step_case(
     device: str,
 ) -> Case:
     """One denoising step of one frame: cached with our ops, with SDPA, and by recomputing the
-    window."""
+    window, with our pointwise ops and without."""
     model = Denoiser(layers, width, heads, math.isqrt(tokens)).to(device)
     rotary = model.rotary(torch.arange(past + 1, device=device))
     model = model.to(dtype)
@@ -134,6 +134,9 @@ def step_case(
             ),
             "recomputing the window": torch.no_grad()(
                 lambda: model.window(frames, rotary)[:, past]
+            ),
+            "recomputing in plain torch": torch.no_grad()(
+                lambda: model.window(frames, rotary, plain=True)[:, past]
             ),
         },
         torch.no_grad()(lambda: exact.window(frames.float(), rotary, plain=True)[:, past]),
