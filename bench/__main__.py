@@ -7,7 +7,8 @@
     python -m bench --no-compile  without torch.compile among the rivals
 
 Gates are ratios to the first rival of a case, in bench/gates.json: 0.8 of what was measured, 0.6
-for cases of a few microseconds, which a busy machine disturbs most. Absolute times are never gated.
+for cases of a few microseconds, which a busy machine disturbs most. A CPU with AMX has gates of its
+own. Absolute times are never gated.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import torch
 from bench import cases, denoiser
 from bench.timing import Case, Limits, Row, gate, limits, measure
 from worldenv.ops import backend as backends
+from worldenv.stages.pipeline import commit
 
 GATES = Path(__file__).with_name("gates.json")
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
+AMX = 4  # as csrc/cpu/isa.h numbers it
 
 
 def all_cases(compiled: bool, only: str | None, once: bool = False) -> Iterator[Case]:
@@ -67,7 +70,8 @@ def print_row(row: Row) -> None:
 
 def check(rows: list[Row], only: str | None) -> int:
     """Number of gates missed; a gate whose case was not measured counts as well."""
-    gates = json.loads(GATES.read_text())["cuda" if torch.cuda.is_available() else "cpu"]
+    device = "cuda" if torch.cuda.is_available() else "amx" if machine()["isa"] == AMX else "cpu"
+    gates = json.loads(GATES.read_text())[device]
     gates = {name: least for name, least in gates.items() if only is None or only in name}
     measured = {row.case: next(iter(row.ratios.values())) for row in rows if row.rivals}
     missed = 0
@@ -85,6 +89,8 @@ def save(rows: list[Row], reach: dict[str, Limits]) -> Path:
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^A-Za-z0-9]+", "-", str(machine()["processor"])).strip("-").lower()
     report = {
+        "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
+        "commit": commit(),
         "machine": machine(),
         "matmul_flops": {dtype: limit.flops for dtype, limit in reach.items()},
         "copy_bytes_per_second": reach["float32"].bytes_per_second,

@@ -27,9 +27,10 @@ def test_every_case_agrees_with_its_reference():
 def test_gates_belong_to_cases():
     from bench.cases import action_loss_case, gae_case
 
-    names = json.loads((ROOT / "bench" / "gates.json").read_text())["cpu"]
-    assert gae_case(64, 128, "cpu").name in names
-    assert action_loss_case(256, False, "cpu").name in names
+    gates = json.loads((ROOT / "bench" / "gates.json").read_text())
+    for names in (gates["cpu"], gates["amx"]):
+        assert gae_case(64, 128, "cpu").name in names
+        assert action_loss_case(256, False, "cpu").name in names
 
 
 def test_no_speed_is_reported_for_a_wrong_result():
