@@ -69,17 +69,20 @@ WORLDENV_INLINE Int lane_index() {
   return v;
 }
 
-// 2^x to 1e-7 relative for |x| <= 126, clamped outside; NaN stays NaN. Minimax polynomial on [-1/2, 1/2].
-WORLDENV_INLINE Vec exp2_unclamped(Vec x) {
-  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
-  const Vec shifted = x + magic;
-  const Vec f = x - (shifted - magic);
+// 2^f to 1e-7 relative on [-1/2, 1/2], a minimax polynomial.
+WORLDENV_INLINE Vec exp2_near(Vec f) {
   Vec p = splat(1.3276471874e-03f);
   p = p * f + 9.6755413335e-03f;
   p = p * f + 5.5507132739e-02f;
   p = p * f + 2.4022119724e-01f;
   p = p * f + 6.9314696706e-01f;
-  p = p * f + 1.0f;
+  return p * f + 1.0f;
+}
+// 2^x to 1e-7 relative for |x| <= 126; `exp2v` clamps what lies outside, NaN stays NaN.
+WORLDENV_INLINE Vec exp2_unclamped(Vec x) {
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec shifted = x + magic;
+  const Vec p = exp2_near(x - (shifted - magic));
   return (Vec)((Bits)p + ((Bits)shifted << 23));
 }
 WORLDENV_INLINE Vec exp2v(Vec x) {
@@ -89,6 +92,15 @@ WORLDENV_INLINE Vec exp2v(Vec x) {
   return pick(x == x, exp2_unclamped(y), x);
 }
 // e^x to 2e-7 relative; overflows to infinity, underflows to 0, NaN stays NaN.
+#if WORLDENV_LANES == 16 && defined(__x86_64__)
+WORLDENV_INLINE Vec expv(Vec x) {
+  const __m512 low = _mm512_set1_ps(-104.0f), high = _mm512_set1_ps(89.0f);  // of NaN and a bound, NaN: it comes second
+  const Vec y = (Vec)_mm512_min_ps(high, _mm512_max_ps(low, (__m512)x));
+  const Vec n = (Vec)_mm512_roundscale_ps((__m512)(y * 1.44269504088896341f), 0x08);
+  const Vec r = (y - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
+  return (Vec)_mm512_scalef_ps((__m512)exp2_near(r * 1.44269504088896341f), (__m512)n);
+}
+#else
 WORLDENV_INLINE Vec expv(Vec x) {
   const Vec n = x * 1.44269504088896341f + 12582912.0f - 12582912.0f;
   const Vec r = (x - n * 0.693145751953125f) - n * 1.428606765330187e-06f;
@@ -101,6 +113,7 @@ WORLDENV_INLINE Vec expv(Vec x) {
   e = pick(x < -87.3f, Vec{}, e);
   return pick(x == x, e, x);
 }
+#endif
 
 // The first n (< kLanes allowed) floats of p, the rest zero; and the reverse.
 WORLDENV_INLINE Vec load_part(const float* p, int64_t n) {
