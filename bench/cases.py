@@ -100,7 +100,7 @@ def action_loss_case(batch: int, compiled: bool, device: str) -> Case:
     """Laplace loss and gradient through autograd at (B, 8, 7)."""
     mu, log_scale, action = (torch.randn(batch, 8, 7, device=device) * 0.5 for _ in range(3))
     noise = 0.1 * torch.randn(batch, 8, device=device)
-    # At a clip bound rounding decides whether there is a gradient at all: no ratio exp(-noise) there.
+    # At a clip bound rounding decides whether there is a gradient: no ratio, exp(-noise), is there.
     for bound in (0.8, 1.2):
         noise += 1e-3 * ((-noise).exp() - bound).abs().lt(1e-4)
     behaviour = action_logprob(mu, log_scale, action) + noise
