@@ -18,8 +18,8 @@ namespace {
 using worldenv::FrameAttention;
 using Bf16 = uint16_t;
 
-constexpr int64_t kBlock = 32;                    // queries, and keys, of one product: 2 x 2 tiles of results
-constexpr int64_t kTile = 16 * kBlock;            // bf16 elements of one operand tile, 1 KB
+constexpr int64_t kBlock = 32;  // queries, and keys, of one product: 2 x 2 tiles of results
+constexpr int64_t kTile = 16 * kBlock;  // bf16 elements of one operand tile, 1 KB
 constexpr int64_t kStretch = worldenv::kTileStretch / kBlock;  // blocks of keys between two visits of O
 
 struct alignas(64) TileConfig {
@@ -133,7 +133,7 @@ struct Next {
 
 // 32 queries against all frames.
 void attend(const FrameAttention& a, const Scratch& s, const Bf16* cache_k, const Bf16* cache_v, const int32_t* slots,
-            int64_t cached, const Bf16* q, bool fetch, const Next* fetched) {
+            int64_t cached, const Bf16* q, bool fetch, const Next* following) {
   const int64_t tokens = a.tokens16(), dim = a.dim, tile = a.tile(), per_frame = tokens / kBlock;
   const Vec scale = splat(1.44269504088896341f / __builtin_sqrtf(static_cast<float>(dim)));
   const auto keys_of = [&](int64_t i) {
@@ -153,12 +153,12 @@ void attend(const FrameAttention& a, const Scratch& s, const Bf16* cache_k, cons
     const char* ahead[2] = {};
     int64_t lines = 0;
     if (fetch && next != cached) {
-      const int64_t at = next < cached ? slots[next] * tile : (a.slots + slots[0]) * tile;
-      ahead[0] = reinterpret_cast<const char*>(cache_k + at + first * dim);
-      ahead[1] = reinterpret_cast<const char*>(cache_v + at + first * dim);
+      const int64_t from = (next < cached ? slots[next] : a.slots + slots[0]) * tile + first * dim;
+      ahead[0] = reinterpret_cast<const char*>(cache_k + from);
+      ahead[1] = reinterpret_cast<const char*>(cache_v + from);
       lines = dim / kBlock;
     }
-    if (fetched) fetched->fetch(i * a.tokens / blocks, (i + 1) * a.tokens / blocks, dim);
+    if (following) following->fetch(i * a.tokens / blocks, (i + 1) * a.tokens / blocks, dim);
     exponentiate(s.scores + i % 2 * kBlock * kBlock, scale, a.tokens - first, s.probability + at * kTile, s.sums, ahead,
                  lines);
     values[at] = (j < cached ? cache_v + slots[j] * tile : s.own_values) + first * dim;
