@@ -45,26 +45,34 @@ struct Scratch {
   float *out, *sums;                // [kBlock][D], [kBlock][16]
 };
 
+// The 2 x 2 tiles of results += (upper, lower) times (b, b + 32): rows of `a_bytes` and `b_bytes`.
+WORLDENV_INLINE void multiply(const Bf16* upper, const Bf16* lower, int64_t a_bytes, const Bf16* b, int64_t b_bytes) {
+  _tile_loadd(4, upper, a_bytes);
+  _tile_loadd(6, b, b_bytes);
+  _tile_loadd(7, b + kBlock, b_bytes);
+  _tile_loadd(5, lower, a_bytes);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+WORLDENV_INLINE void store_results(float* to, int64_t width) {
+  _tile_stored(0, to, 4 * width);
+  _tile_stored(1, to + 16, 4 * width);
+  _tile_stored(2, to + 16 * width, 4 * width);
+  _tile_stored(3, to + 16 * width + 16, 4 * width);
+}
+
 // Keys [first, first + 32) of a frame's tile against 32 queries.
 WORLDENV_INLINE void multiply_scores(const Bf16* q, const Bf16* keys, int64_t tokens, int64_t dim, float* scores) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t d = 0; d < dim; d += kBlock) {
-    _tile_loadd(4, q + d, 2 * dim);
-    _tile_loadd(6, keys + d * tokens, 4 * tokens);
-    _tile_loadd(7, keys + d * tokens + kBlock, 4 * tokens);
-    _tile_loadd(5, q + 16 * dim + d, 2 * dim);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, scores, 4 * kBlock);
-  _tile_stored(1, scores + 16, 4 * kBlock);
-  _tile_stored(2, scores + 16 * kBlock, 4 * kBlock);
-  _tile_stored(3, scores + 16 * kBlock + 16, 4 * kBlock);
+  for (int64_t d = 0; d < dim; d += kBlock)
+    multiply(q + d, q + 16 * dim + d, 2 * dim, keys + d * tokens, 4 * tokens);
+  store_results(scores, kBlock);
 }
 
 // P = 2^(scale S) of one block, as two tiles `kStretch` apart; keys from `valid` on get none. Meanwhile `lines` cache
@@ -97,25 +105,14 @@ WORLDENV_INLINE void exponentiate(const float* scores, Vec scale, int64_t valid,
 WORLDENV_INLINE void multiply_values(const Bf16* probability, const Bf16* const* values, int64_t count, int64_t dim,
                                      float* out) {
   for (int64_t d = 0; d < dim; d += kBlock) {
-    float *upper = out + d, *lower = out + 16 * dim + d;
-    _tile_loadd(0, upper, 4 * dim);
-    _tile_loadd(1, upper + 16, 4 * dim);
-    _tile_loadd(2, lower, 4 * dim);
-    _tile_loadd(3, lower + 16, 4 * dim);
-    for (int64_t i = 0; i < count; ++i) {
-      _tile_loadd(4, probability + i * kTile, 64);
-      _tile_loadd(6, values[i] + 2 * d, 4 * dim);
-      _tile_loadd(7, values[i] + 2 * d + kBlock, 4 * dim);
-      _tile_loadd(5, probability + (kStretch + i) * kTile, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, upper, 4 * dim);
-    _tile_stored(1, upper + 16, 4 * dim);
-    _tile_stored(2, lower, 4 * dim);
-    _tile_stored(3, lower + 16, 4 * dim);
+    float* to = out + d;
+    _tile_loadd(0, to, 4 * dim);
+    _tile_loadd(1, to + 16, 4 * dim);
+    _tile_loadd(2, to + 16 * dim, 4 * dim);
+    _tile_loadd(3, to + 16 * dim + 16, 4 * dim);
+    for (int64_t i = 0; i < count; ++i)
+      multiply(probability + i * kTile, probability + (kStretch + i) * kTile, 64, values[i] + 2 * d, 4 * dim);
+    store_results(to, dim);
   }
 }
 
