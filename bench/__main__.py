@@ -27,7 +27,7 @@ import torch
 from bench import cases, denoiser
 from bench.timing import Case, Limits, Row, gate, limits, measure
 from worldenv.ops import backend as backends
-from worldenv.stages.pipeline import commit
+from worldenv.runtime.revision import commit
 
 GATES = Path(__file__).with_name("gates.json")
 RESULTS = Path(__file__).parents[1] / "results" / "bench"

@@ -22,6 +22,7 @@ from statistics import mean, stdev
 from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
 from worldenv.models.policy import Policy
 from worldenv.runtime import device as devices
+from worldenv.runtime.revision import commit
 from worldenv.stages import pipeline, store
 from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy, held_out_starts
@@ -66,7 +67,7 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
         "seconds": round(time.perf_counter() - began, 1),
         "config": to_dict(replace(config, run_dir=Path(config.run_dir.name))),
         "command": " ".join(["python", "bench/sft_steps.py", *sys.argv[1:]]),
-        "commit": pipeline.commit(),
+        "commit": commit(),
         "machine": devices.describe(),
     }
 

@@ -1,10 +1,10 @@
 """The post-training objective: advantages of whole episodes, and the clipped loss of a minibatch.
 
 LOOP (World-Env section 3.5): A_n = R_n - mean of the other rollouts of the context, the same for
-all steps of episode n; ratio per chunk step over the action's dimensions
-(of a push: per chunk). GRPO normalises by the
-group's deviation. GAE lets a learned critic say which steps earned the reward; with the others'
-mean as the value of the context (loop-gae) the group stays the baseline of the whole episode.
+all steps of episode n; ratio per chunk step over the action's dimensions (of a push: per chunk).
+GRPO normalises by the group's deviation. GAE lets a learned critic say which steps earned the
+reward; with the others' mean as the value of the context (loop-gae) the group stays the baseline of
+the whole episode.
 """
 
 from collections.abc import Mapping

@@ -9,7 +9,6 @@ resumed.
 
 import hashlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from worldenv.report import write_report
 from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.runtime.logging import read_metrics
+from worldenv.runtime.revision import commit
 from worldenv.stages import (
     collect,
     evaluate,
@@ -246,7 +246,8 @@ def stage_names(rounds: int) -> list[str]:
 
 
 def success_of(outcomes: dict[str, list[dict]], key: str) -> dict:
-    """Counts and the paired difference, its errors clustered by task and start."""
+    """Counts and the paired difference of outcomes["sft"] and outcomes["posttrained"], episodes in
+    the same order; errors clustered by task and start."""
     before, after = (outcomes[label] for label in ("sft", "posttrained"))
     clusters = [(e["task"], e["start"]) for e in before]
     values = [[float(e[key]) for e in rows] for rows in (before, after)]
@@ -272,22 +273,6 @@ def _remember_peak(run: Run, peak: int) -> None:
     record = run.record("evaluate")
     record["peak_memory_bytes"] = max(peak, record.get("peak_memory_bytes") or 0)
     write_json(run.path("stages", "evaluate.json"), record)
-
-
-def commit() -> str | None:
-    """The checkout's commit, with + for uncommitted changes; None outside a checkout."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        )
-    except FileNotFoundError:
-        return None
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def check_round(run: Run, number: int) -> None:
