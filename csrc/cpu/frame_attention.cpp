@@ -143,7 +143,8 @@ FrameAttentionKernel kernel_for(int64_t isa, bool bf16, const FrameAttention& a)
 #if defined(__x86_64__)
   if (isa == kAvx512Bf16Emulated && bf16) return frame_attention_avx512_pairs_emulated;
   // Tiles are multiplied 32 by 32; frames that do not fill them run on vectors.
-  if (isa == kAmx && bf16 && a.tokens16() % 32 == 0 && a.dim % 32 == 0) return frame_attention_amx;
+  if (isa == kAmx && a.tokens16() % 32 == 0 && a.dim % 32 == 0)
+    return bf16 ? frame_attention_amx_bf16 : frame_attention_amx_f32;
   if (isa >= kAvx512Bf16 && bf16) return frame_attention_avx512_pairs;
   if (isa >= kAvx512) return bf16 ? frame_attention_avx512_bf16 : frame_attention_avx512_f32;
   if (isa == kAvx2) return bf16 ? frame_attention_avx2_bf16 : frame_attention_avx2_f32;

@@ -26,15 +26,13 @@ struct FrameAttention {
 constexpr int64_t kQueryBlock = 96;  // queries that meet a block of keys before the next is read
 constexpr int64_t kKeyBlock = 64;    // its keys, then its values, stay in the nearest cache: 16 KB at D = 64
 
-constexpr int64_t kTileStretch = 256;  // on AMX: keys whose probabilities are held at a time
-
 // Floats of scratch one thread needs.
 inline int64_t scratch_floats(const FrameAttention& a) {
   const int64_t rows = a.tokens < kQueryBlock ? a.tokens : kQueryBlock;
   // Queries, outputs, row sums, row maxima, raw scores, probabilities; packed frame and widened tile.
   const int64_t vectors = rows * (2 * a.dim16() + 2 * 16 + 2 * kKeyBlock) + 4 * a.tile() + 64;
-  // Packed frame and queries, two blocks of scores, probabilities, outputs, row sums.
-  const int64_t tiles = 3 * a.tile() / 2 + 2 * 32 * 32 + 16 * kTileStretch + 32 * (a.dim16() + 16);
+  // On tiles: packed frame, outputs, queries; row sums; two blocks of scores; probabilities; parts of keys and values.
+  const int64_t tiles = 9 * a.tile() / 2 + 16 * a.tokens16() + 2 * 32 * 32 + 8 * 256 + 96 * a.dim16();
   return vectors > tiles ? vectors : tiles;
 }
 
@@ -48,7 +46,8 @@ void frame_attention_avx2_bf16(const FrameAttention&, int64_t, int64_t, float*);
 void frame_attention_avx512_f32(const FrameAttention&, int64_t, int64_t, float*);
 void frame_attention_avx512_bf16(const FrameAttention&, int64_t, int64_t, float*);
 void frame_attention_avx512_pairs(const FrameAttention&, int64_t, int64_t, float*);
-void frame_attention_amx(const FrameAttention&, int64_t, int64_t, float*);
+void frame_attention_amx_bf16(const FrameAttention&, int64_t, int64_t, float*);
+void frame_attention_amx_f32(const FrameAttention&, int64_t, int64_t, float*);
 void frame_attention_avx512_pairs_emulated(const FrameAttention&, int64_t, int64_t, float*);
 
 // Pack one frame and head: rows [S][D] with the given row stride into a tile of keys or of values.

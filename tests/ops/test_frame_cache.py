@@ -91,6 +91,28 @@ def test_every_instruction_set_is_as_accurate_as_torch(isa, dtype, loud):
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spoiled", ["q", "k", "v"])
+def test_infinities_are_the_same_on_tiles_and_on_vectors(spoiled, dtype):
+    """inf - inf, of which AMX would make NaN when it splits a float, must not reach a result."""
+    if torch.ops.worldenv.best_isa() < 4:
+        pytest.skip("this CPU has no AMX")
+    frames = dict(zip("qkv", random_frames(1, 2, 64, 2, 2, 32, dtype), strict=True))
+    frames[spoiled][0, :, 5, 0, 3] = -torch.inf
+    q, k, v = frames.values()
+    cache = FrameCache(1, 1, 1, 64, 2, 32, dtype=dtype, layout="packed")
+    cache.append(0, k[:, 0], v[:, 0])
+    cache.advance()
+    inputs = (q[:, 1], k[:, 1], v[:, 1], cache.k[0], cache.v[0], cache.table, cache.cached)
+    vectors, tiles = (torch.ops.worldenv.frame_attention(*inputs, isa) for isa in (3, 4))
+    assert tiles[:, :, 1].isfinite().all()  # the other head
+    if spoiled == "v":  # a weight is never quite 0 here
+        assert (tiles[:, :, 0, 3] == -torch.inf).all()
+    close = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(tiles, vectors, equal_nan=True, atol=close, rtol=close)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_cache_gathers_what_was_appended(dtype):
     _, k, v = random_frames(2, 3, 7, 1, 3, 10, dtype)
     cache = FrameCache(1, 2, 2, 7, 3, 10, dtype=dtype, layout="packed")
