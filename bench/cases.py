@@ -199,7 +199,20 @@ def gae_case(steps: int, batch: int, device: str) -> Case:
     value = torch.randn(steps + 1, batch, device=device)
     over, cut = (torch.rand(steps, batch, device=device) < 0.02 for _ in range(2))
     inputs = (reward, value, over, cut)
-    rivals = {"torch loop": lambda: gae(*inputs, backend="reference")[0]}
+
+    def loop() -> Tensor:
+        """As PPO programs have it: every term inside the loop, masks as floats."""
+        going, unbroken = (~over).float(), (~(over | cut)).float()
+        advantage, trace = torch.empty_like(reward), 0.0
+        for t in reversed(range(steps)):
+            delta = reward[t] + 0.99 * value[t + 1] * going[t] - value[t]
+            advantage[t] = trace = delta + 0.99 * 0.95 * unbroken[t] * trace
+        return advantage
+
+    rivals = {
+        "torch loop": loop,
+        "torch loop, terms outside": lambda: gae(*inputs, backend="reference")[0],
+    }
     if importlib.util.find_spec("torchrl") is not None:
         from torchrl.objectives.value.functional import vec_generalized_advantage_estimate
 

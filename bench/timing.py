@@ -117,7 +117,7 @@ def measure(case: Case, limits: Limits, seconds: float = 2.0) -> Row:
     variant."""
     gate(case)
     variants = {"ours": case.ours, **case.rivals}
-    best = {name: clock(run) for name, run in variants.items()}
+    best = {name: min(clock(run) for _ in range(3)) for name, run in variants.items()}
     repeats = {name: max(1, int(SHORTEST / max(took, 1e-6))) for name, took in best.items()}
     total = sum(best[name] * repeats[name] for name in best)
     rounds = 0 if total > 30 else int(min(200, max(5, seconds / total)))

@@ -17,7 +17,10 @@ using worldenv::kRowBlock;
 constexpr float kLog2 = 0.693147180559945f;
 constexpr float kHalfLog2Pi = 0.918938533204673f;
 
-WORLDENV_INLINE Vec sign(Vec x) { return pick(x > 0.0f, splat(1.0f), pick(x < 0.0f, splat(-1.0f), Vec{})); }
+// `x` with the sign of `of`; 0 where that is 0.
+WORLDENV_INLINE Vec signed_as(Vec of, Vec x) {
+  return pick(of != 0.0f, (Vec)((Bits)x ^ ((Bits)of & 0x80000000u)), Vec{});
+}
 WORLDENV_INLINE float exp1(float x) { return expv(splat(x))[0]; }
 
 // Loops over A are short: A = 7, the action of one arm, gets code of its own (`A` = 0 reads it from the arguments).
@@ -37,7 +40,7 @@ WORLDENV_INLINE Density density(bool gaussian, Vec mu, Vec log_scale, Vec invers
   const Vec z = (action - mu) * inverse;
   if (gaussian) return {-0.5f * z * z - log_scale - kHalfLog2Pi, z * inverse, z * z - 1.0f};
   const Vec distance = absolute(z);
-  return {-distance - log_scale - kLog2, sign(z) * inverse, distance - 1.0f};
+  return {-distance - log_scale - kLog2, signed_as(z, inverse), distance - 1.0f};
 }
 
 struct Divergence {
@@ -51,7 +54,7 @@ WORLDENV_INLINE Divergence divergence(bool gaussian, Vec delta, Vec inverse, Vec
   }
   const Vec distance = absolute(delta), near = expv(-distance * inverse);
   const Vec mass = expv(ratio) * near;
-  return {distance * other + mass - 1.0f - ratio, sign(delta) * other * (1.0f - near),
+  return {distance * other + mass - 1.0f - ratio, signed_as(delta, other * (1.0f - near)),
           mass * (1.0f + distance * inverse) - 1.0f};
 }
 

@@ -19,6 +19,7 @@ from worldenv.ops import (
     spatiotemporal_attention,
 )
 from worldenv.ops import backend as backends
+from worldenv.ops.action_loss import METRICS
 
 assert backends.INTERPRETED, "run through test_triton_interpreter.py"
 
@@ -162,7 +163,13 @@ def test_action_loss(kind, reference, shape):
         leaves = {n: arguments[n].clone().requires_grad_() for n in ("mu", "log_scale")}
         loss, metrics = action_loss(**{**arguments, **leaves}, **options, backend=backend)
         (2 * loss).backward()
-        results.append({"loss": loss.detach(), **metrics, **{n: t.grad for n, t in leaves.items()}})
+        results.append(
+            {
+                "loss": loss.detach(),
+                **dict(zip(METRICS, metrics, strict=True)),
+                **{n: t.grad for n, t in leaves.items()},
+            }
+        )
     for name, want in results[1].items():
         torch.testing.assert_close(
             results[0][name], want, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
@@ -189,7 +196,9 @@ def test_token_loss(reference, shape):
             distribution="categorical", backend=backend, **options,
         )  # fmt: skip
         (2 * loss).backward()
-        results.append({"loss": loss.detach(), **metrics, "grad": leaf.grad})
+        results.append(
+            {"loss": loss.detach(), **dict(zip(METRICS, metrics, strict=True)), "grad": leaf.grad}
+        )
     for name, want in results[1].items():
         torch.testing.assert_close(
             results[0][name], want, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"

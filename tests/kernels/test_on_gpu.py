@@ -17,6 +17,7 @@ from worldenv.ops import (
     norm_rotary,
     spatiotemporal_attention,
 )
+from worldenv.ops.action_loss import METRICS
 
 pytestmark = pytest.mark.gpu
 
@@ -130,7 +131,13 @@ def test_action_loss(kind):
         options = {"distribution": kind, "kl_weight": 0.1, "entropy_weight": 0.01}
         loss, metrics = action_loss(**inputs, **rows, **options, backend=backend)
         loss.backward()
-        results.append({"loss": loss, **metrics, **{n: t.grad for n, t in inputs.items()}})
+        results.append(
+            {
+                "loss": loss,
+                **dict(zip(METRICS, metrics, strict=True)),
+                **{n: t.grad for n, t in inputs.items()},
+            }
+        )
     for name, want in results[1].items():
         torch.testing.assert_close(results[0][name], want, atol=1e-5, rtol=1e-4)
 
@@ -152,7 +159,9 @@ def test_token_loss():
             leaf, None, *rows, **options, distribution="categorical", backend=backend
         )
         loss.backward()
-        results.append({"loss": loss, **metrics, "grad": leaf.grad})
+        results.append(
+            {"loss": loss, **dict(zip(METRICS, metrics, strict=True)), "grad": leaf.grad}
+        )
     for name, want in results[1].items():
         torch.testing.assert_close(results[0][name], want, atol=1e-5, rtol=1e-4)
 

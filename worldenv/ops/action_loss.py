@@ -104,7 +104,7 @@ def action_loss_reference(
     reference_log_scale: Tensor | None = None,
     kl_weight: float = 0.0,
     entropy_weight: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Plain torch with autograd, in float32 or wider. Shapes as `action_loss`."""
     wide = torch.promote_types(mu.dtype, torch.float32)
     keep = mask.bool()
@@ -136,7 +136,7 @@ def action_loss_reference(
     with torch.no_grad():
         removed = (clipped * a < ratio * a).to(wide)
         top = torch.where(keep, ratio, torch.zeros_like(ratio))
-        values = (
+        metrics = (
             policy_loss,
             kl,
             entropy,
@@ -146,7 +146,7 @@ def action_loss_reference(
             mean((ratio - 1) - log_ratio),
             steps.to(wide),
         )
-    return loss, {name: value.detach() for name, value in zip(METRICS, values, strict=True)}
+    return loss, torch.stack(metrics)
 
 
 def _check(
@@ -225,7 +225,7 @@ def action_loss(
     kl_weight: float = 0.0,
     entropy_weight: float = 0.0,
     backend: str = "auto",
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor]:
     """Clipped policy-gradient loss of action chunks, with its gradient in mu and log_scale.
 
     Args:
@@ -234,8 +234,8 @@ def action_loss(
         behaviour_logprob: [B, C], what `action_logprob` gave when the actions were sampled.
         advantage: [B].
         mask: [B, C], nonzero where the chunk step was taken while the episode ran. Masked steps may
-            hold
-            anything, NaN included: they reach neither loss nor gradient. All masked gives loss 0.
+            hold anything, NaN included: they reach neither loss nor gradient. All masked gives
+            loss 0.
         clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high], both >= 0.
         reference_mu, reference_log_scale: reference policy of the KL term, shaped like mu; without
             a scale the policy's own, held fixed, is used.
@@ -243,9 +243,8 @@ def action_loss(
         backend: auto | triton | cpp | reference.
 
     Returns:
-        (loss, metrics): a 0-d tensor and a dict of detached 0-d tensors named by `METRICS`. NaN in
-            an unmasked
-        input gives a NaN loss (the caller's guard sees it), never a crash.
+        (loss, metrics): a 0-d tensor and [8], detached, in the order of `METRICS`. NaN in an
+            unmasked input gives a NaN loss (the caller's guard sees it), never a crash.
     """
     op = "action_loss"
     _check(op, mu, log_scale, action, distribution)
@@ -306,7 +305,7 @@ def action_loss(
         ops = torch.ops.worldenv
         chosen = ops.action_loss_triton if name == "triton" else ops.action_loss
         out = _call(chosen.default, (*inputs, index, *constants))
-    return out[0], dict(zip(METRICS, out[1].unbind(), strict=True))
+    return out[0], out[1]
 
 
 def _ready(x: Tensor) -> Tensor:

@@ -143,12 +143,11 @@ def gae(
     steps, batch = reward.shape
     check_shape(op, "value", value, (steps + 1, batch), "T+1,B")
     for name, mask in (("terminated", terminated), ("truncated", truncated)):
-        check_shape(op, name, mask, (steps, batch), "T,B")
-        if mask.dtype != torch.bool:
+        check_shape(op, name, mask, reward.shape, "T,B")
+        if mask.dtype is not torch.bool:
             raise TypeError(f"{op}: {name} must be bool, got {mask.dtype}")
-    for name, number in (("gamma", gamma), ("lam", lam)):
-        if not 0.0 <= number <= 1.0:
-            raise ValueError(f"{op}: {name} must lie in [0, 1], got {number}")
+    if not (0.0 <= gamma <= 1.0 and 0.0 <= lam <= 1.0):
+        raise ValueError(f"{op}: gamma and lam must lie in [0, 1], got {gamma} and {lam}")
     unfit = None
     if value.dtype != reward.dtype or reward.dtype not in _DTYPES:
         unfit = f"it takes float32 or float64, got {reward.dtype} and {value.dtype}"
@@ -157,10 +156,11 @@ def gae(
         "cuda": unfit or backends.no_cuda(reward, op),
         "reference": None,
     }
-    reward, value = reward.detach(), value.detach()
+    if reward.requires_grad or value.requires_grad:
+        reward, value = reward.detach(), value.detach()
     if backends.choose(op, backend, why_not) == "reference":
         return gae_reference(reward, value, terminated, truncated, gamma=gamma, lam=lam)
-    inputs = (x.contiguous() for x in (reward, value, terminated, truncated))
+    inputs = [x.contiguous() for x in (reward, value, terminated, truncated)]
     return torch.ops.worldenv.gae.default(*inputs, gamma, lam)
 
 

@@ -76,8 +76,8 @@ def gae_advantages(
 
 def policy_loss(
     policy: torch.nn.Module, batch: Mapping[str, Any], noise: Noise, config: PosttrainConfig
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Clipped loss of a minibatch of decisions: (loss, metrics, mu).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clipped loss of a minibatch of decisions: (loss, metrics of `action_loss`, mu).
 
     Scored as it was drawn: by the same noise, with the same scale b, which is not trained here.
     """

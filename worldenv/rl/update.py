@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.config import PosttrainConfig
+from worldenv.ops.action_loss import METRICS
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages, policy_loss
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Trajectories
@@ -60,7 +61,7 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         return {**metrics, "skipped": 1, "lr": _lr(learner.optimizer)}
     before = {k: v.clone() for k, v in policy.state_dict().items()}
     optimizer_before = copy.deepcopy(learner.optimizer.state_dict())
-    logged: list[dict[str, Tensor]] = []
+    logged: list[Tensor] = []
     for epoch in range(config.epochs):
         order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
         for part in rows[order.to(rows.device)].split(config.minibatch):
@@ -72,9 +73,10 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
             norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
             learner.optimizer.step()
             change = (mu.detach() - trajectories.mu[part]).abs().mean()
-            logged.append({**values, "loss": loss.detach(), "grad_norm": norm, "drift": change})
-    metrics |= {k: float(torch.stack([m[k] for m in logged]).mean()) for k in logged[0]}
-    metrics["first_ratio"] = float(logged[0]["ratio_mean"])
+            logged.append(torch.cat((values, torch.stack((loss.detach(), norm, change)))))
+    names = (*METRICS, "loss", "grad_norm", "drift")
+    metrics |= dict(zip(names, torch.stack(logged).mean(0).tolist(), strict=True))
+    metrics["first_ratio"] = float(logged[0][names.index("ratio_mean")])
     metrics["mu_change"] = _mu_change(learner, trajectories, rows[: config.minibatch])
     runaway = (
         metrics["clip_fraction"] > config.max_clip_fraction
