@@ -12,27 +12,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from bench.timing import limits
+from bench.timing import clock, limits
+from worldenv.config import SimulatorConfig
+from worldenv.models.simulator import Simulator
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("build", "tests", "bench", "generation")
-# Wan-shaped: layers, width, heads. 64 tokens are 256x256 pixels through a VAE of stride 16 and
-# patches of 2.
+# As Wan's transformers of those sizes: layers, width, heads, hidden width of the MLP. 64 tokens are
+# 256x256 pixels through a VAE of stride 16 and patches of 2, and stand for four frames of video.
 SIZES = {
-    "3M": (8, 192, 3),
-    "150M": (12, 1024, 16),
-    "1.3B": (30, 1536, 12),
-    "5B": (30, 3072, 24),
+    "3M": (8, 192, 3, 768),
+    "150M": (12, 1024, 16, 4096),
+    "1.3B": (30, 1536, 12, 8960),
+    "5B": (30, 3072, 24, 14336),
 }
-TOKENS, PAST, STEPS, VIDEO_FRAMES_PER_LATENT = 64, 8, 4, 4
+PAST, STEPS, VIDEO_FRAMES_PER_LATENT = 8, 4, 4
 
 
 def run(command: list[str], seconds: int) -> dict[str, object]:
@@ -67,60 +69,40 @@ def bench() -> dict[str, object]:
 
 
 @torch.no_grad()
-def generate(name: str, batch: int, flops: float) -> dict[str, float]:
-    """Frames per second of the denoiser with random weights: N steps and a cache pass per latent
-    frame.
-
-    One step is captured in a CUDA graph; the ring is full, so every frame costs the same.
-    """
-    from bench.denoiser import Denoiser
-    from worldenv.ops import FrameCache
-
-    layers, width, heads = SIZES[name]
-    with torch.device("cuda"):
-        model = Denoiser(layers, width, heads, math.isqrt(TOKENS))
-    rotary = model.rotary(torch.tensor(PAST, device="cuda"))
-    model = model.bfloat16()
-    parameters = sum(p.numel() for p in model.parameters())
-    cache = FrameCache(
-        layers, batch, PAST, TOKENS, heads, width // heads, dtype=torch.bfloat16, device="cuda"
-    )
-    x = torch.randn(batch, TOKENS, width, device="cuda", dtype=torch.bfloat16)
-    for _ in range(PAST + 1):
-        model.step(x, rotary, cache, append=True)
-        cache.advance()
-    torch.cuda.synchronize()
-    graphs = {}
-    for append in (False, True):
-        graphs[append] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[append]):
-            model.step(x, rotary, cache, append=append)
-
-    def frame() -> None:
-        for _ in range(STEPS):
-            graphs[False].replay()
-        graphs[True].replay()
-        cache.advance()
-
-    frame()
-    torch.cuda.synchronize()
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    count = 10
-    start.record()
-    for _ in range(count):
-        frame()
-    stop.record()
-    torch.cuda.synchronize()
-    seconds = start.elapsed_time(stop) / 1e3 / count
-    attention = 4.0 * layers * TOKENS**2 * (PAST + 1) * width
-    work = (STEPS + 1) * batch * (2.0 * TOKENS * parameters + attention)
+def generate(
+    name: str, batch: int, flops: float, device: str = "cuda", frames: int = 10
+) -> dict[str, float]:
+    """Frames per second of the simulator with random weights in bf16, ring full: N steps and a
+    cache pass per latent frame. On a GPU a frame is one CUDA graph."""
+    layers, width, heads, hidden = SIZES[name]
+    config = SimulatorConfig(
+        patch=32, width=width, layers=layers, heads=heads, mlp_ratio=hidden / width, window=PAST,
+        prediction="velocity", precision="bfloat16",
+    )  # fmt: skip
+    with torch.device(device):
+        model = Simulator(config, image_size=256, views=1).eval().for_generation()
+        state, rows = model.start(batch), np.ones(batch, dtype=bool)
+        image = torch.randint(256, (batch, 1, 1, 256, 256, 3), dtype=torch.uint8)
+        still, action = torch.zeros(batch, 1, 8, 7), torch.randn(batch, 8, 7)
+        model.prefill(state, rows, image, torch.zeros(batch, 1, 8), still, torch.arange(batch))
+    for _ in range(PAST):
+        model.step(state, action, STEPS, rows)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    seconds = min(clock(lambda: model.step(state, action, STEPS, rows), frames) for _ in range(3))
+    per_frame = ("action", "time", "dynamics", "proprio", "tokenizer")  # not once per token
+    parameters = {n: p.numel() for n, p in model.named_parameters()}
+    per_token = sum(k for n, k in parameters.items() if not any(x in n for x in per_frame))
+    attention = 4.0 * layers * model.tokens**2 * (PAST + 1) * width
+    work = (STEPS + 1) * batch * (2.0 * model.tokens * per_token + attention)
     return {
-        "parameters": parameters,
+        "parameters": sum(parameters.values()),
         "batch": batch,
         "video_frames_per_second": batch * VIDEO_FRAMES_PER_LATENT / seconds,
         "milliseconds_per_latent_frame": 1e3 * seconds,
         "of_matmul_rate": work / seconds / flops,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
     }
 
 
@@ -130,8 +112,6 @@ def generation() -> dict[str, object]:
     rows: dict[str, object] = {"matmul_flops": reach.flops, "copy_bytes": reach.bytes_per_second}
     for name in SIZES:
         for batch in (1, 16):
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
             rows[f"{name} batch {batch}"] = generate(name, batch, reach.flops)
             print(name, batch, rows[f"{name} batch {batch}"], flush=True)
     return rows

@@ -33,6 +33,14 @@ def test_gates_belong_to_cases():
         assert action_loss_case(256, False, "cpu").name in names
 
 
+def test_the_simulator_of_the_gpu_suite_generates():
+    from bench.gpu_suite import generate
+
+    row = generate("3M", 2, 1e12, device="cpu", frames=1)
+    assert row["parameters"] > 3e6
+    assert row["video_frames_per_second"] > 0
+
+
 def test_no_speed_is_reported_for_a_wrong_result():
     x = torch.randn(8)
 

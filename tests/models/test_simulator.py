@@ -40,9 +40,11 @@ def generate(model, state, actions, steps=2, active=ALL):
     return seen
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("frames", [1, 3])
-def test_cache_holds_what_recomputing_the_window_gives(frames):
-    model = simulator()
+def test_cache_holds_what_recomputing_the_window_gives(frames, precision):
+    model = simulator(precision=precision).for_generation()
+    close = {"rtol": 1e-4, "atol": 1e-5} if precision == "float32" else {"rtol": 0, "atol": 3e-2}
     image, proprio, action = contexts(3, frames)
     state = model.start(3)
     model.prefill(state, ALL, image, proprio, action, torch.arange(3))
@@ -57,8 +59,27 @@ def test_cache_holds_what_recomputing_the_window_gives(frames):
     for layer, (k, v) in enumerate(stored):
         keys, values, valid = state.cache.gather(layer)
         assert valid.all()
-        torch.testing.assert_close(keys, k[:, -2:], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(values, v[:, -2:], rtol=1e-4, atol=1e-5)
+        assert keys.dtype == values.dtype == getattr(torch, precision)
+        torch.testing.assert_close(keys, k[:, -2:], **close)
+        torch.testing.assert_close(values, v[:, -2:], **close)
+
+
+def test_half_the_precision_imagines_nearly_the_same():
+    image, proprio, action = contexts(3)
+    actions = torch.randn(4, 3, 8, 7, generator=generator("actions"))
+    seen = {}
+    for precision in ("float32", "bfloat16"):
+        model = simulator(precision=precision)
+        low = model.for_generation()
+        assert (low is model) == (precision == "float32")
+        assert model.dtype == torch.float32  # what trains is left as it is
+        state = low.start(3)
+        low.prefill(state, ALL, image, proprio, action, torch.arange(3))
+        seen[precision] = generate(low, state, actions)
+    for (a, p), (b, q) in zip(*seen.values(), strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert 0 < (a - b).abs().mean() < 0.02 * a.abs().mean()
+        assert (p - q).abs().mean() < 0.02 * p.abs().mean()
 
 
 def test_a_row_does_not_depend_on_its_company_or_history():

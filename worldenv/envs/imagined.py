@@ -97,7 +97,7 @@ class ImaginedVectorEnv(VectorEnv):
     ) -> None:
         if not contexts:
             raise UserError("an imagined environment needs at least one context; collect episodes")
-        self.simulator, self.reflector = simulator.eval(), reflector.eval()
+        self.simulator, self.reflector = simulator.eval().for_generation(), reflector.eval()
         self.contexts, self.num_envs = list(contexts), num_envs
         self.max_chunks, self.sampling_steps = max_chunks, sampling_steps
         self.threshold, self.terminate = float(reflector.threshold), terminate
@@ -114,7 +114,7 @@ class ImaginedVectorEnv(VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.device = simulator.position.device
-        self._state = simulator.start(num_envs)
+        self._state = self.simulator.start(num_envs)
         self._judge = Judge(reflector, num_envs)
         self._instructions = [""] * num_envs
         self._chunks = np.zeros(num_envs, np.int64)

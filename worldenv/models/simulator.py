@@ -13,6 +13,7 @@ training the cached keys and values carry no gradient (as in Transformer-XL), so
 sees exactly what generation sees.
 """
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -146,11 +147,12 @@ class Simulator(nn.Module):
         seen = (1 - s) * noisy if clean else noisy
         reference = reference[:, None].expand_as(last)
         x = self.patch_in(torch.cat([seen, last, reference], -1)) + self.position
-        time = self.time_in(sinusoidal(1000 * sigma, 256).to(x.dtype))
+        time = self.time_in(sinusoidal(1000 * sigma, 256))
         modulation = self.time_out(time).unflatten(-1, (6, -1))
+        x, modulation, action = (y.to(self.dtype) for y in (x, modulation, condition.action))
         for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, modulation, condition.action, rotary, attend)
-        x = self.norm(x)
+            x = block(x, modulation, action, rotary, attend)
+        x = self.norm(x.float())
         refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
         if clean:
             return self.head(x, last, reference), refined
@@ -272,16 +274,29 @@ class Simulator(nn.Module):
 
     # ---------------------------------------------------------------- generation
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer blocks and of what they cache; everything else is float32."""
+        return self.blocks[0].table.dtype
+
+    def for_generation(self) -> "Simulator":
+        """What generates: itself, or a copy whose blocks have `config.precision`."""
+        dtype = getattr(torch, self.config.precision)
+        if dtype == self.dtype:
+            return self
+        copied = copy.deepcopy(self)
+        copied.blocks.to(dtype)
+        return copied
+
     @torch.no_grad()
     def start(self, batch: int) -> SimulatorState:
         """B empty worlds; give them contexts with `prefill`."""
         device, config = self.position.device, self.config
         cache = None
         if config.window:
+            sizes = (config.layers, batch, config.window, self.tokens, config.heads)
             dim = config.width // config.heads
-            cache = FrameCache(
-                config.layers, batch, config.window, self.tokens, config.heads, dim, device=device
-            )
+            cache = FrameCache(*sizes, dim, dtype=self.dtype, device=device)
         proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)

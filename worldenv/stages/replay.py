@@ -23,6 +23,7 @@ def replay(
 
     steps: denoising steps per frame. Sequences of like length run together.
     """
+    simulator = simulator.for_generation()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     imagined: dict[int, FrameSequence] = {}
     with progress.bar(len(sequences), "imagined replays") as bar:
