@@ -3,14 +3,16 @@ are left out."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.timing import Case
+from bench.timing import Case, Run
 from worldenv.ops import (
     FrameCache,
     action_logprob,
@@ -22,6 +24,7 @@ from worldenv.ops import (
     norm_rotary,
     spatiotemporal_attention,
 )
+from worldenv.ops import backend as backends
 from worldenv.ops.action_loss import action_loss_reference
 from worldenv.ops.adaln import modulated_norm_reference
 from worldenv.ops.attention import frame_mask, spatiotemporal_attention_reference
@@ -235,51 +238,92 @@ def gae_case(steps: int, batch: int, device: str) -> Case:
 
 
 def attention_case(
-    shape: tuple[int, ...], window: int | None, causal: bool, dtype: torch.dtype, device: str
+    shape: tuple[int, ...],
+    window: int | None,
+    causal: bool,
+    dtype: torch.dtype,
+    device: str,
+    train: bool,
 ) -> Case:
-    """Denoiser training: forward and backward."""
+    """The denoiser's attention in training: forward and backward, or forward alone."""
     leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
     weight = torch.randn(shape, device=device).to(dtype)
     batch, frames, tokens, heads, dim = shape
     options = {"window": window, "causal": causal}
+    allowed = frame_mask(frames, window, 0, causal).to(device)
+    share = allowed.float().mean().item()
+    mask = None
+    if causal:
+        mask = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
 
-    def ours(*x: Tensor) -> Tensor:
-        return (spatiotemporal_attention(*x, **options) * weight).sum()
+    def through(attend: Callable[..., Tensor]) -> Run:
+        if train:
+            return lambda: backward_of(lambda *x: (attend(*x) * weight).sum(), leaves)
+        return torch.no_grad()(lambda: attend(*leaves))
 
-    def masked(*x: Tensor) -> Tensor:
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in x)
-        allowed = frame_mask(frames, window, 0, causal).to(device)
-        allowed = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed if causal else None)
-        return (out.transpose(1, 2).reshape(shape) * weight).sum()
+    def on_sequences(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """From [B, F, S, H, D] to [B, H, F*S, D] and back."""
 
-    rivals = {"sdpa with a mask": lambda: backward_of(masked, leaves)}
+        def run(*x: Tensor) -> Tensor:
+            out = attend(*(t.flatten(1, 2).transpose(1, 2) for t in x))
+            return out.transpose(1, 2).reshape(shape)
+
+        return run
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    rivals = {"sdpa with a mask" if causal else "sdpa": through(on_sequences(sdpa))}
     if torch.cuda.is_available():
-        rivals["flex_attention"] = _flex(shape, window, causal, leaves, weight)
-
-    def truth() -> Tensor:
-        def exact(*x: Tensor) -> Tensor:
-            return (spatiotemporal_attention_reference(*x, **options) * weight).sum()
-
-        return backward_of(exact, leaves)
-
-    share = frame_mask(frames, window, 0, causal).float().mean().item()
+        rivals["flex_attention"] = through(on_sequences(_flex(frames, tokens, window, causal)))
+    for library in _libraries(causal, dtype, device):
+        forced = functools.partial(spatiotemporal_attention, backend=library, **options)
+        rivals[library] = through(forced)
+    if not causal:
+        for name, kernel in _sdpa_kernels(shape, dtype, device).items():
+            rivals[f"sdpa, {name}"] = through(on_sequences(sdpa_kernel(kernel)(sdpa)))
     return Case(
-        "spatiotemporal_attention",
+        f"spatiotemporal_attention {'training' if train else 'forward'}",
         f"{shape} window {window} {'causal' if causal else 'full'}",
         str(dtype)[6:],
-        lambda: backward_of(ours, leaves),
+        through(functools.partial(spatiotemporal_attention, **options)),
         rivals,
-        truth,
+        through(functools.partial(spatiotemporal_attention_reference, **options)),
         1e-4 if dtype == torch.float32 else 3e-2,
-        14.0 * batch * heads * (frames * tokens) ** 2 * dim * share,
+        (14.0 if train else 4.0) * batch * heads * (frames * tokens) ** 2 * dim * share,
     )
 
 
-def _flex(shape, window, causal, leaves, weight) -> Callable[[], Tensor]:
+def _libraries(causal: bool, dtype: torch.dtype, device: str) -> Iterator[str]:
+    """Attention libraries that are installed and take such tensors."""
+    if device == "cuda" and not causal and dtype in (torch.bfloat16, torch.float16):
+        if backends.NO_FLASH_ATTN is None:
+            yield "flash_attn"
+        if backends.NO_XFORMERS is None:
+            yield "xformers"
+
+
+def _sdpa_kernels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict:
+    """SDPA's kernels that can run such tensors, each as a rival of its own; on a GPU."""
+    if device != "cuda":
+        return {}
+    batch, frames, tokens, heads, dim = shape
+    x = torch.empty(batch, heads, frames * tokens, dim, dtype=dtype, device=device)
+    given = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
+    usable = {
+        "flash": (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention),
+        "cudnn": (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.can_use_cudnn_attention),
+        "efficient": (
+            SDPBackend.EFFICIENT_ATTENTION,
+            torch.backends.cuda.can_use_efficient_attention,
+        ),
+    }
+    return {name: kernel for name, (kernel, can) in usable.items() if can(given)}
+
+
+def _flex(frames: int, tokens: int, window: int | None, causal: bool) -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    frames, tokens = shape[1], shape[2]
     reach = frames if window is None else window
     length = frames * tokens
 
@@ -288,14 +332,7 @@ def _flex(shape, window, causal, leaves, weight) -> Callable[[], Tensor]:
         return (gap >= 0) & (gap < reach)
 
     mask = create_block_mask(visible, None, None, length, length, "cuda") if causal else None
-    attend = torch.compile(flex_attention, dynamic=False)
-
-    def flex(*x: Tensor) -> Tensor:
-        q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in x)
-        out = attend(q, k, v, block_mask=mask).transpose(1, 2).reshape(shape)
-        return (out * weight).sum()
-
-    return lambda: backward_of(flex, leaves)
+    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
 
 
 def modulated_norm_case(rows: tuple[int, ...], width: int, dtype: torch.dtype, device: str) -> Case:
@@ -393,9 +430,10 @@ def cpu_cases(compiled: bool) -> Iterator[Case]:
 def gpu_cases() -> Iterator[Case]:
     bf16 = torch.bfloat16
     for dim in (64, 128):
-        for tokens in (512, 1024, 4096):
-            yield attention_case((4, 1, tokens, 16, dim), None, False, bf16, "cuda")
-        yield attention_case((4, 16, 256, 16, dim), 4, True, bf16, "cuda")
+        for train in (False, True):
+            for tokens in (512, 1024, 4096):
+                yield attention_case((4, 1, tokens, 16, dim), None, False, bf16, "cuda", train)
+            yield attention_case((4, 16, 256, 16, dim), 4, True, bf16, "cuda", train)
         yield frame_attention_case(32, 64, 16, dim, 16, bf16, "cuda")
         yield frame_attention_case(8, 256, 24, dim, 8, bf16, "cuda")
     for batch in (256, 16384, 262144):

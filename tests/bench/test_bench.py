@@ -14,7 +14,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.timing import Case, GateFailed, Limits, measure  # noqa: E402
+from bench.timing import Case, GateFailed, Limits, gate, measure  # noqa: E402
 
 
 def test_every_case_agrees_with_its_reference():
@@ -22,6 +22,15 @@ def test_every_case_agrees_with_its_reference():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cases agree" in done.stdout
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("window", [None, 2])
+def test_the_attention_cases_of_a_gpu_agree_here_too(train, window):
+    from bench.cases import attention_case
+
+    causal = window is not None
+    gate(attention_case((1, 3, 8, 2, 32), window, causal, torch.float32, "cpu", train))
 
 
 def test_gates_belong_to_cases():
