@@ -8,15 +8,19 @@ recomputing the whole window at each step. Weights are random: only the arithmet
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bench.timing import Case
+from worldenv.config import SimulatorConfig
 from worldenv.models.layers import Rotary3D
+from worldenv.models.simulator import Simulator
 from worldenv.ops import (
     FrameCache,
     frame_attention,
@@ -221,11 +225,47 @@ def _wan_episode(model: Denoiser, noise: Tensor, steps: int) -> Callable[[], Ten
     return run
 
 
+def frame_case(batch: int, device: str) -> Case:
+    """A frame of the default simulator, blocks in bf16, against itself in f32."""
+    config = SimulatorConfig(precision="bfloat16")
+    model = Simulator(config, image_size=64).to(device).eval()
+    rows = np.ones(batch, dtype=bool)
+    image = torch.randint(256, (batch, 1, 2, 64, 64, 3), dtype=torch.uint8, device=device)
+    proprio, action = torch.randn(batch, 1, 8), torch.randn(batch, 8, 7)
+    with torch.no_grad():
+        for parameter in model.parameters():  # layers that begin at zero would hide mistakes
+            parameter.add_(0.02 * torch.randn_like(parameter))
+
+    def draws(simulator: Simulator) -> Callable[[], Tensor]:
+        start = simulator.start(batch)
+        context = (image, proprio, torch.zeros(batch, 1, 8, 7), torch.arange(batch))
+        simulator.prefill(start, rows, *(x.to(device) for x in context))
+
+        def run() -> Tensor:
+            state = dataclasses.replace(start)
+            simulator.step(state, action.to(device), 1, rows)
+            return state.latents
+
+        return run
+
+    exact = draws(model)
+    return Case(
+        "simulator frame",
+        f"default, B{batch}",
+        "bfloat16",
+        draws(model.for_generation()),
+        {"float32": exact},
+        exact,
+        6e-2,
+    )
+
+
 def cases(device: str, once: bool = False) -> Iterator[Case]:
     """once: the episode small enough to be checked in seconds."""
     if device == "cpu":
         for dtype in (torch.float32, torch.bfloat16):
             yield step_case(8, 256, 8, 8, 64, 8, dtype, device)
+        yield frame_case(32, device)
         yield (
             episode_case(2, 4, 32, 4, 2, 3, 2, device)
             if once
@@ -234,4 +274,5 @@ def cases(device: str, once: bool = False) -> Iterator[Case]:
         return
     for layers, width, heads in ((8, 256, 4), (12, 1024, 16), (30, 1536, 12)):
         yield step_case(layers, width, heads, 16, 64, 8, torch.bfloat16, device)
+    yield frame_case(32, device)
     yield episode_case(8, 8, 32, 8, 16, 16, 4, device)

@@ -40,6 +40,6 @@ STABLE_TORCH_LIBRARY(worldenv, m) {
   // GELU, tanh approximation.
   m.def("gelu(Tensor x, int isa=-1) -> Tensor");
   m.def("gelu_bwd(Tensor grad, Tensor x, int isa=-1) -> Tensor");
-  // Best instruction set of this CPU: 0 portable, 1 AVX2, 2 AVX-512, 3 AVX-512 with bf16 dot products.
+  // Best instruction set of this CPU, as cpu/isa.h numbers them.
   m.def("best_isa() -> int");
 }
