@@ -50,7 +50,8 @@ def measure(folder: Path) -> dict:
             noise = derive(run.config.seed, "precision")
             imagined = replay(simulator, real, run.config.sampling_steps(0), noise)
             seconds.append(time.perf_counter() - began)
-        verdicts.append([float(s.max()) > reflector.threshold for s in score(reflector, imagined)])
+        top = [float(s.max()) for s in score(reflector, imagined)]
+        verdicts.append([x > float(reflector.threshold) for x in top])
         row[precision] = {
             **horizon_errors(real, imagined),
             **outcome_agreement(reflector, real, imagined),
