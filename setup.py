@@ -9,13 +9,38 @@ and, as PTX, later ones.
 """
 
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 ROOT = Path(__file__).parent
+
+
+def toolkit() -> str | None:
+    """Where nvcc says it lives. Torch goes by the path of the command, which may be a wrapper's."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", said, re.MULTILINE)
+    return str(Path(top[1]).resolve()) if top else None
+
+
+if not (os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")) and (home := toolkit()):
+    os.environ["CUDA_HOME"] = home
+
+from torch.utils.cpp_extension import (  # noqa: E402 (reads CUDA_HOME)
+    CUDA_HOME,
+    BuildExtension,
+    CppExtension,
+    CUDAExtension,
+)
+
 WITH_CUDA = CUDA_HOME is not None and torch.version.cuda is not None
 
 
