@@ -78,23 +78,13 @@ WORLDENV_INLINE Vec exp2_near(Vec f) {
   p = p * f + 6.9314696706e-01f;
   return p * f + 1.0f;
 }
-// 2^x to 1e-7 relative on [-1/2, 1/2], minimax.
-WORLDENV_INLINE Vec exp2_polynomial(Vec x) {
-  Vec p = splat(1.3276471874e-03f);
-  p = p * x + 9.6755413335e-03f;
-  p = p * x + 5.5507132739e-02f;
-  p = p * x + 2.4022119724e-01f;
-  p = p * x + 6.9314696706e-01f;
-  return p * x + 1.0f;
-}
-// The same for |x| <= 126, nonsense outside.
+// 2^x to 1e-7 relative for |x| <= 126; `exp2v` clamps what lies outside, NaN stays NaN.
 WORLDENV_INLINE Vec exp2_unclamped(Vec x) {
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec shifted = x + magic;
-  const Vec p = exp2_polynomial(x - (shifted - magic));
+  const Vec p = exp2_near(x - (shifted - magic));
   return (Vec)((Bits)p + ((Bits)shifted << 23));
 }
-// The same, clamped outside; NaN stays NaN.
 WORLDENV_INLINE Vec exp2v(Vec x) {
   const Vec low = splat(-126.0f), high = splat(126.0f);
   Vec y = pick(x < low, low, x);
