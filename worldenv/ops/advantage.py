@@ -160,8 +160,9 @@ def gae(
         reward, value = reward.detach(), value.detach()
     if backends.choose(op, backend, why_not) == "reference":
         return gae_reference(reward, value, terminated, truncated, gamma=gamma, lam=lam)
-    inputs = [x.contiguous() for x in (reward, value, terminated, truncated)]
-    return torch.ops.worldenv.gae.default(*inputs, gamma, lam)
+    reward, value = reward.contiguous(), value.contiguous()
+    terminated, truncated = terminated.contiguous(), truncated.contiguous()
+    return torch.ops.worldenv.gae.default(reward, value, terminated, truncated, gamma, lam)
 
 
 if backends.NO_CPP is None:
