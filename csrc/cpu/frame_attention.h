@@ -26,13 +26,15 @@ struct FrameAttention {
 constexpr int64_t kQueryBlock = 96;  // queries that meet a block of keys before the next is read
 constexpr int64_t kKeyBlock = 64;    // its keys, then its values, stay in the nearest cache: 16 KB at D = 64
 
+constexpr int64_t kTileStretch = 4;  // on AMX: blocks of 32 keys whose probabilities, in bf16, are held at a time
+
 // Floats of scratch one thread needs.
 inline int64_t scratch_floats(const FrameAttention& a) {
   const int64_t rows = a.tokens < kQueryBlock ? a.tokens : kQueryBlock;
   // Queries, outputs, row sums, row maxima, raw scores, probabilities; packed frame and widened tile.
   const int64_t vectors = rows * (2 * a.dim16() + 2 * 16 + 2 * kKeyBlock) + 4 * a.tile() + 64;
   // On tiles: packed frame, outputs, queries; row sums; two blocks of scores; probabilities; parts of keys and values.
-  const int64_t tiles = 9 * a.tile() / 2 + 16 * a.tokens16() + 2 * 32 * 32 + 8 * 256 + 96 * a.dim16();
+  const int64_t tiles = 9 * a.tile() / 2 + 16 * a.tokens16() + 2 * 32 * 32 + 2 * 256 * kTileStretch + 96 * a.dim16();
   return vectors > tiles ? vectors : tiles;
 }
 

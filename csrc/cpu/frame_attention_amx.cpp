@@ -70,10 +70,11 @@ WORLDENV_INLINE void settle() { asm volatile("" ::: "memory"); }
 // bf16: the cache is the operand.
 struct Pairs {
   using Element = uint16_t;
-  static constexpr int64_t kParts = 1, kStretch = 4;  // tiles of an operand; blocks of keys in a stretch
+  static constexpr int64_t kParts = 1;                         // tiles of an operand
+  static constexpr int64_t kStretch = worldenv::kTileStretch;  // blocks of keys in a stretch
   static constexpr auto kVectors = worldenv::frame_attention_avx512_pairs;
 
-  static Layout key_layout(int64_t tokens, int64_t) { return {16 * tokens, 16, tokens}; }
+  static Layout key_layout(int64_t tokens) { return {16 * tokens, 16, tokens}; }
   static Layout value_layout(int64_t dim) { return {32, 16, dim}; }
   static const Word* keys(const Word* at, int64_t, int64_t, Word*) { return at; }
   static const Word* values(const Word* at, int64_t, Word*) { return at; }
@@ -107,7 +108,7 @@ struct Floats {
   static constexpr int64_t kParts = 3, kStretch = 1;
   static constexpr auto kVectors = worldenv::frame_attention_avx512_f32;
 
-  static Layout key_layout(int64_t, int64_t) { return {2 * kParts * kTile, kParts * kTile, 16}; }
+  static Layout key_layout(int64_t) { return {2 * kParts * kTile, kParts * kTile, 16}; }
   static Layout value_layout(int64_t) { return {2 * kParts * kTile, kParts * kTile, 16}; }
   // Parts of the pairs (a, b): a row of each part's tile.
   static WORLDENV_INLINE void split(Vec a, Vec b, Word* to) {
@@ -197,6 +198,7 @@ template <class Op>
 void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
   using T = typename Op::Element;
   constexpr int64_t tiles = Op::kParts * kTile, stretch = Op::kStretch;  // words of an operand tile with its parts
+  static_assert(Op::kParts * stretch <= worldenv::kTileStretch, "what scratch_floats counts on");
   const int64_t tokens = a.tokens16(), dim = a.dim, per_frame = tokens / kBlock;
   const int64_t frame = a.tile() * sizeof(T) / 4, q_row = dim / kBlock * tiles;
   auto *own_keys = reinterpret_cast<Word*>(scratch), *own_values = own_keys + frame;
@@ -231,7 +233,7 @@ void attend(const FrameAttention& a, int64_t b, int64_t h, float* scratch) {
   const Rows<T> next_rows = last ? rows : Rows<T>(a, b + (h + 1) / a.heads, (h + 1) % a.heads);
 
   const Word *keys[stretch], *values[stretch];
-  const Layout key_layout = Op::key_layout(tokens, dim), value_layout = Op::value_layout(dim);
+  const Layout key_layout = Op::key_layout(tokens), value_layout = Op::value_layout(dim);
   const auto multiply_scores = [&](int64_t query, int64_t i, float* to) WORLDENV_LAMBDA {
     const Word* left = q + query / 16 * q_row;
     settle();
