@@ -397,7 +397,7 @@ class Simulator(nn.Module):
             z = frame + (after / now) * (z - frame)
         frame = frame.clamp(-1, 1)
         if cache is not None:
-            attends = [_remembering(cache, i) for i in layers]
+            attends = [_over_cache(cache, i, remember=True) for i in layers]
             clean = torch.zeros_like(level)
             self.denoise(frame, last, reference, clean, condition, rotary, attends)
         reached = refined[:, 0] * self.proprio_std + self.proprio_mean
@@ -420,17 +420,13 @@ def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return spatiotemporal_attention(q, k, v, window=1)
 
 
-def _over_cache(cache: FrameCache, layer: int):
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return frame_attention(q[:, 0], k[:, 0], v[:, 0], cache, layer)[:, None]
+def _over_cache(cache: FrameCache, layer: int, remember: bool = False):
+    """Of one frame, to the cached ones and itself; remember: its keys and values are cached."""
 
-    return attend
-
-
-def _remembering(cache: FrameCache, layer: int):
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = frame_attention(q[:, 0], k[:, 0], v[:, 0], cache, layer)[:, None]
-        cache.append(layer, k[:, 0], v[:, 0])
+        if remember:
+            cache.append(layer, k[:, 0], v[:, 0])
         return y
 
     return attend
