@@ -102,7 +102,7 @@ def no_triton(tensor: torch.Tensor, most: int | None = None) -> str | None:
 def no_cuda(tensor: torch.Tensor, op: str) -> str | None:
     """Why the CUDA kernel registered as worldenv::`op` cannot take `tensor`, or None."""
     if not tensor.is_cuda:
-        return f"CUDA kernels take CUDA tensors, got {tensor.device.type} (move them with .cuda())"
+        return "CUDA kernels take CUDA tensors, got one of another device (move it with .cuda())"
     if NO_CPP is not None:
         return NO_CPP
     if not has_kernel(op, "CUDA"):
