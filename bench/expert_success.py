@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from worldenv.data.libero_tasks import SUITES
-from worldenv.envs.assets import resolve_assets
-from worldenv.envs.expert import EXPERT_SUITES, run_expert
-from worldenv.envs.libero_worker import LiberoSimulator
+from worldenv.envs.libero.assets import resolve_assets
+from worldenv.envs.libero.expert import EXPERT_SUITES, run_expert
+from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
 from worldenv.runtime.graphics import choose
 

@@ -21,13 +21,13 @@ from statistics import mean, stdev
 
 from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
 from worldenv.models.policy import Policy
+from worldenv.report.statistics import student_quantile, wilson
 from worldenv.runtime import device as devices
 from worldenv.runtime.revision import commit
 from worldenv.stages import pipeline, store
 from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy, held_out_starts
 from worldenv.stages.run import Run, write_json
-from worldenv.statistics import student_quantile, wilson
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from worldenv import doctor
 from worldenv.doctor import Finding
-from worldenv.envs import assets
+from worldenv.envs.libero import assets
 from worldenv.runtime import device, graphics
 from worldenv.runtime.errors import UserError
 

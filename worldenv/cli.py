@@ -16,6 +16,7 @@ from worldenv import doctor as doctor_module
 from worldenv.config import Config
 from worldenv.data.episodes import read_episodes
 from worldenv.presets import NAMES, preset
+from worldenv.report.statistics import wilson
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import collect as collecting
@@ -23,7 +24,6 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.run import Run, open_run, write_json
-from worldenv.statistics import wilson
 
 _Stage = Literal[
     "all",

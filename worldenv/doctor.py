@@ -1,6 +1,6 @@
 """`worldenv-doctor`: what this machine has of what worldenv needs, and how to get what it lacks.
 
-It stands at the top, beside report.py, because it looks at every floor (the environments' assets
+It stands at the top, beside cli.py, because it looks at every floor (the environments' assets
 too) and runtime/ may import none of them. Anything that could crash or wait for an answer, such as
 a GL driver or LIBERO's first import, is tried in a process of its own.
 """
@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from worldenv import __version__
-from worldenv.envs import assets
+from worldenv.envs.libero import assets
 from worldenv.runtime import device, graphics
 from worldenv.runtime.errors import UserError
 
@@ -46,7 +46,7 @@ _IMPORT_TIMEOUT = 180  # seconds
 _IMPORT_LIBERO = """
 import tempfile
 from pathlib import Path
-from worldenv.envs.assets import configure_libero
+from worldenv.envs.libero.assets import configure_libero
 configure_libero(Path(tempfile.gettempdir()))
 import libero.libero.benchmark
 import libero.libero.envs

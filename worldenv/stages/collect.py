@@ -17,7 +17,7 @@ from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
-from worldenv.envs.libero import LiberoVectorEnv
+from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.rl.noise import Noise

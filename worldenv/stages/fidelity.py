@@ -14,6 +14,7 @@ from torch import Tensor
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
+from worldenv.report.statistics import area_under_curve, roc_curve
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
@@ -21,7 +22,6 @@ from worldenv.stages.collect import load_round
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, use_cores
-from worldenv.statistics import area_under_curve, roc_curve
 
 HORIZONS = (1, 2, 4, 8, 12, 16)
 

@@ -17,13 +17,13 @@ from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
+from worldenv.report.video import side_by_side, write_video
 from worldenv.rl.rollout import rollout
 from worldenv.runtime.seeds import derive
 from worldenv.stages.collect import EpisodeRecorder, make_env
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, use_cores, write_json
-from worldenv.video import side_by_side, write_video
 
 FPS = 4.0
 

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from worldenv.config import fingerprint
-from worldenv.report import write_report
+from worldenv.report.page import write_report
+from worldenv.report.statistics import paired_difference
 from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.runtime.logging import read_metrics
@@ -32,7 +33,6 @@ from worldenv.stages import (
 )
 from worldenv.stages.imagine import imagine, real_episodes
 from worldenv.stages.run import Run, write_json
-from worldenv.statistics import paired_difference
 
 ROUND_STAGES = ("explore", "simulator", "reflector", "fidelity", "posttrain")
 STAGES = ("demonstrations", "sft", *ROUND_STAGES, "evaluate", "report")

@@ -1,4 +1,4 @@
-"""The program of a LIBERO worker process: owns simulators, obeys the commands of `libero_pool`.
+"""The program of a LIBERO worker process: owns simulators, obeys the commands of `pool`.
 
 Commands (kind, content) are answered one by one with ("ok", answer), ("user_error", text)
 or ("error", traceback). ("building", None) and ("alive", None) in between tell the parent that work
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from worldenv.data.episode import Episode
-from worldenv.envs.expert import run_expert
-from worldenv.envs.libero_worker import LiberoSimulator
+from worldenv.envs.libero.expert import run_expert
+from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError
 

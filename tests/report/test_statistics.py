@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from worldenv.statistics import (
+from worldenv.report.statistics import (
     area_under_curve,
     bootstrap_difference,
     mcnemar,

@@ -5,10 +5,10 @@ primitive pack. Success rates over whole suites are in bench/expert_success.py.
 import numpy as np
 import pytest
 
-from worldenv.envs.assets import resolve_assets
-from worldenv.envs.expert import run_expert
-from worldenv.envs.grasps import choose_grasp
-from worldenv.envs.libero_worker import LiberoSimulator
+from worldenv.envs.libero.assets import resolve_assets
+from worldenv.envs.libero.expert import run_expert
+from worldenv.envs.libero.grasps import choose_grasp
+from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError
 

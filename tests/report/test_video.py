@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from worldenv.report.video import side_by_side, write_video
 from worldenv.runtime.errors import UserError
-from worldenv.video import side_by_side, write_video
 
 
 def blocks(frames, height, width):

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from worldenv.charts import WIDTH, Series, bar, interval_chart, line_chart
+from worldenv.report.charts import WIDTH, Series, bar, interval_chart, line_chart
 
 
 def parse(svg):

@@ -1,6 +1,6 @@
 """Worker processes of the real environment, seen from the parent: start, command, replace, stop.
 
-A worker is a plain child process that runs `libero_server.main` and answers commands on a socket,
+A worker is a plain child process that runs `server.main` and answers commands on a socket,
 one at a time. It is not started by `multiprocessing`, whose spawn would import the caller's main
 module (and torch with it) into each worker. Observations travel through the socket: pickling and
 copying the 24 KB of a look takes 0.1 ms beside the tens of ms of the chunk itself, so shared
@@ -35,7 +35,7 @@ BUILD_TIMEOUT_S = 600.0  # importing and compiling a scene, on a busy machine wi
 CLOSE_TIMEOUT_S = 10.0
 MAX_ATTEMPTS = 3
 _PROGRAM = (
-    "import sys; from worldenv.envs.libero_server import main; main(sys.argv[1], sys.argv[2])"
+    "import sys; from worldenv.envs.libero.server import main; main(sys.argv[1], sys.argv[2])"
 )
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 

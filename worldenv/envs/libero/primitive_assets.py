@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from worldenv.envs import primitive_textures
+from worldenv.envs.libero import primitive_textures
 
 PRIMITIVE_SUITES = ("libero_spatial",)
 STAMP_FILE = "worldenv-primitive-pack.txt"

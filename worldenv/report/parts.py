@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from worldenv.statistics import Interval
+from worldenv.report.statistics import Interval
 
 PAGE = """<!doctype html>
 <html lang="en">

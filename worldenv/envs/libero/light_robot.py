@@ -16,7 +16,7 @@ from robosuite.models.grippers import GRIPPER_MAPPING, PandaGripper
 from robosuite.models.mounts import MOUNT_MAPPING, RethinkMount
 from robosuite.robots import ROBOT_CLASS_MAPPING, SingleArm
 
-from worldenv.envs.primitive_assets import lathe
+from worldenv.envs.libero.primitive_assets import lathe
 
 ROBOT = "LightPanda"  # what LIBERO is asked for; it puts "Mounted" before it
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worldenv import report_curves as curves
-from worldenv.charts import bar, interval_chart
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.report_parts import (
+from worldenv.report import curves
+from worldenv.report.charts import bar, interval_chart
+from worldenv.report.parts import (
     PAGE,
     absent,
     duration,
@@ -29,16 +29,16 @@ from worldenv.report_parts import (
     span,
     text,
 )
-from worldenv.runtime.errors import UserError
-from worldenv.runtime.logging import read_metrics
-from worldenv.statistics import (
+from worldenv.report.statistics import (
     Interval,
     bootstrap_difference,
     mcnemar,
     paired_difference,
     wilson,
 )
-from worldenv.video import side_by_side, write_video
+from worldenv.report.video import side_by_side, write_video
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.logging import read_metrics
 
 __all__ = ["side_by_side", "write_report", "write_video"]
 

@@ -23,10 +23,10 @@ from gymnasium.vector.utils import batch_space
 
 from worldenv.data.episode import Episode
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.envs.assets import resolve_assets
-from worldenv.envs.libero_pool import Command, WorkerPool
-from worldenv.envs.libero_server import Chunk, Demonstration
-from worldenv.envs.libero_worker import ACTION_DIMS, CAMERAS, PROPRIO_DIMS, read_init_state
+from worldenv.envs.libero.assets import resolve_assets
+from worldenv.envs.libero.pool import Command, WorkerPool
+from worldenv.envs.libero.server import Chunk, Demonstration
+from worldenv.envs.libero.worker import ACTION_DIMS, CAMERAS, PROPRIO_DIMS, read_init_state
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.runtime.seeds import derive

@@ -1,4 +1,4 @@
-"""The report of a made-up run. To look at one: python tests/test_report.py <folder>."""
+"""The report of a made-up run. To look at one: python tests/report/test_page.py <folder>."""
 
 import json
 import math
@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worldenv.report import write_report
-from worldenv.report_curves import group_metrics
+from worldenv.report.curves import group_metrics
+from worldenv.report.page import write_report
+from worldenv.report.video import side_by_side, write_video
 from worldenv.runtime.errors import UserError
-from worldenv.video import side_by_side, write_video
 
 
 def rollout(rng, steps=20, noise=0.0):

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldenv.envs.grasps import PALM, TIP, choose_grasp, hand_rotation
+from worldenv.envs.libero.grasps import PALM, TIP, choose_grasp, hand_rotation
 from worldenv.runtime.errors import UserError
 
 if TYPE_CHECKING:  # the simulator imports MuJoCo and robosuite
-    from worldenv.envs.libero_worker import LiberoSimulator
+    from worldenv.envs.libero.worker import LiberoSimulator
     from worldenv.envs.start import Start
 
 EXPERT_SUITES = ("libero_spatial", "libero_object")

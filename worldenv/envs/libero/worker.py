@@ -27,7 +27,7 @@ import numpy as np
 
 from worldenv.data.episode import area_resize, continuous_axis_angle
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.envs.assets import configure_libero, is_primitive, libero_root, robot_for
+from worldenv.envs.libero.assets import configure_libero, is_primitive, libero_root, robot_for
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError, unknown
 
@@ -179,7 +179,7 @@ class LiberoSimulator:
         from libero.libero.envs import TASK_MAPPING
         from libero.libero.envs.bddl_utils import get_problem_info
 
-        from worldenv.envs.libero_step import ControlStep
+        from worldenv.envs.libero.step import ControlStep
 
         name = SUITES[self.suite][self.task]
         file = libero_root() / "bddl_files" / self.suite / f"{name}.bddl"

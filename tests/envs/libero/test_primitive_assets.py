@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from worldenv.envs.primitive_assets import FILES, PRIMITIVE_SUITES, write_pack
+from worldenv.envs.libero.primitive_assets import FILES, PRIMITIVE_SUITES, write_pack
 from worldenv.envs.start import Start
 
 pytest.importorskip("libero", reason="hf-libero is not installed")
-from worldenv.envs.assets import configure_libero, missing_files, robot_for
+from worldenv.envs.libero.assets import configure_libero, missing_files, robot_for
 from worldenv.runtime.errors import UserError
 
 # Height above the table's surface (z = 0.90 m) of an object's frame when it lies on the table.
@@ -26,7 +26,7 @@ def pack(tmp_path_factory):
 
 
 def _simulator(pack, task):
-    from worldenv.envs.libero_worker import LiberoSimulator
+    from worldenv.envs.libero.worker import LiberoSimulator
 
     return LiberoSimulator("libero_spatial", task, assets=pack)
 
@@ -51,7 +51,7 @@ def test_pack_is_complete_small_and_reproducible(pack, tmp_path):
 @pytest.mark.parametrize("task", range(10))
 def test_init_states_settle_where_the_benchmark_puts_them(pack, task):
     """Objects fall straight down from their init state, lie still, and rest at known heights."""
-    from worldenv.envs.libero_worker import read_init_state
+    from worldenv.envs.libero.worker import read_init_state
 
     simulator = _simulator(pack, task)
     nq, nv = simulator.sim.model.nq, simulator.sim.model.nv
@@ -76,7 +76,7 @@ def test_init_states_settle_where_the_benchmark_puts_them(pack, task):
 
 
 def test_default_task_can_be_seen_and_solved(pack):
-    from worldenv.envs.expert import run_expert
+    from worldenv.envs.libero.expert import run_expert
 
     simulator = _simulator(pack, 3)
     simulator.reset(Start(3, 0, seed=0))
@@ -103,7 +103,7 @@ def test_light_robot_has_the_physics_of_the_original(pack):
     from libero.libero.envs.robots import MountedPanda
     from robosuite.models.grippers import PandaGripper
 
-    from worldenv.envs.light_robot import LightPandaGripper, MountedLightPanda
+    from worldenv.envs.libero.light_robot import LightPandaGripper, MountedLightPanda
 
     pairs = ((MountedLightPanda(), MountedPanda()), (LightPandaGripper(), PandaGripper()))
     for light, heavy in pairs:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from worldenv.charts import Series, line_chart
-from worldenv.report_parts import (
+from worldenv.report.charts import Series, line_chart
+from worldenv.report.parts import (
     absent,
     decimal,
     figure,

@@ -18,7 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from worldenv.envs.primitive_assets import PRIMITIVE_SUITES, STAMP_FILE, pack_version, write_pack
+from worldenv.envs.libero.primitive_assets import (
+    PRIMITIVE_SUITES,
+    STAMP_FILE,
+    pack_version,
+    write_pack,
+)
 from worldenv.runtime.errors import UserError, nearest
 
 ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
@@ -257,7 +262,7 @@ def robot_for(path: Path) -> str:
     """
     if not is_primitive(path):
         return "Panda"
-    from worldenv.envs.light_robot import ROBOT
+    from worldenv.envs.libero.light_robot import ROBOT
 
     return ROBOT
 

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from worldenv.envs import assets
-from worldenv.envs.primitive_assets import STAMP_FILE, write_pack
+from worldenv.envs.libero import assets
+from worldenv.envs.libero.primitive_assets import STAMP_FILE, write_pack
 from worldenv.runtime.errors import UserError
 
 pytest.importorskip("libero", reason="hf-libero is not installed")
@@ -118,8 +118,8 @@ def test_configure_asks_nothing_and_leaves_home_alone(tmp_path):
     home.mkdir()
     program = textwrap.dedent(f"""
         from pathlib import Path
-        from worldenv.envs.assets import configure_libero, resolve_assets
-        from worldenv.envs.primitive_assets import write_pack
+        from worldenv.envs.libero.assets import configure_libero, resolve_assets
+        from worldenv.envs.libero.primitive_assets import write_pack
         path = resolve_assets(None, "libero_spatial").path
         configure_libero(path)
         configure_libero(path)

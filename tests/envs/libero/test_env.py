@@ -13,17 +13,17 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from worldenv.data.episode import check_episode
-from worldenv.envs import environment_id
-from worldenv.envs.assets import configure_libero, resolve_assets
+from worldenv.envs.libero import environment_id
+from worldenv.envs.libero.assets import configure_libero, resolve_assets
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError
 
 pytest.importorskip("robosuite", reason="robosuite is not installed")
 pytest.importorskip("libero", reason="hf-libero is not installed")
 
-from worldenv.envs.libero import LiberoEnv, LiberoVectorEnv
-from worldenv.envs.libero_pool import WorkerError
-from worldenv.envs.libero_worker import (
+from worldenv.envs.libero.env import LiberoEnv, LiberoVectorEnv
+from worldenv.envs.libero.pool import WorkerError
+from worldenv.envs.libero.worker import (
     SETTLING_ACTION,
     SETTLING_STEPS,
     LiberoSimulator,
@@ -317,8 +317,8 @@ def test_a_lost_worker_is_replaced_and_its_episode_redone(env, accident):
 
 def test_never_terminates_without_the_oracle(env):
     """Success is only reported when told to ignore it; else it ends the row at its sub-step."""
-    from worldenv.envs.libero import _Row
-    from worldenv.envs.libero_server import Chunk
+    from worldenv.envs.libero.env import _Row
+    from worldenv.envs.libero.server import Chunk
 
     dones = np.array([False, False, True, False])
     view = {"image": np.zeros((2, 4, 4, 3), np.uint8), "proprio": np.zeros(8, np.float32)}
@@ -378,7 +378,7 @@ def test_demonstrations_repeat_and_keep_their_order(env):
 
 PROGRAM = """
 import signal, sys, numpy as np
-from worldenv.envs.libero import LiberoVectorEnv
+from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 # A shell starts background jobs with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
