@@ -27,6 +27,7 @@ from worldenv.runtime.revision import commit
 from worldenv.stages import pipeline, store
 from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy, held_out_starts
+from worldenv.stages.results import success_of
 from worldenv.stages.run import Run, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +82,7 @@ def against_posttrained(run: Run, policy: Policy, label: str, results: dict) -> 
         outcomes = evaluate_policy(run, policy, held_out_starts(run), f"{label}, held out")
     outcomes = sorted(outcomes, key=lambda e: (e["task"], e["start"], e["seed"]))
     both = {"sft": outcomes, "posttrained": results["evaluation"]["posttrained"]}
-    found = pipeline.success_of(both, "success")
+    found = success_of(both, "success")
     print(f"{label}, held out: {found}")
     return found
 
