@@ -9,14 +9,14 @@ import subprocess
 import sys
 
 import pytest
-from toy import Toy
+from toy import NAMES, Toy
 
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
+from worldenv.runtime.lock import FolderLock
 from worldenv.stages import pipeline, records
 from worldenv.stages.run import Run
 
-NAMES = tuple(pipeline.steps(preset("smoke")))
 ARTIFACTS = [
     path + ("/a.hdf5" if path.startswith("data/") else "")
     for step in pipeline.steps(preset("smoke")).values()
@@ -215,10 +215,10 @@ def test_kills_at_every_move_of_a_fresh_change(tmp_path):
             toy = Toy(tmp_path / str(count), patch)
             toy.run(posttrain__rounds=1)
             before = toy.state()
-            with pytest.MonkeyPatch.context() as killer, pytest.raises(Killed):
+            with pytest.MonkeyPatch.context() as killer:
                 kill_at(killer, count)
-                toy.run(posttrain__rounds=1, sft__lr=0.1, seed=5)
-                raise Killed  # fewer moves than that
+                with pytest.raises(Killed):
+                    toy.run(posttrain__rounds=1, sft__lr=0.1, seed=5)
             assert toy.run(posttrain__rounds=1) == []
             assert toy.state() == before
 
@@ -289,16 +289,10 @@ def test_a_lock_dies_with_its_process(tmp_path):
     try:
         assert process.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {process.pid} on"):
-            records_lock(tmp_path)
+            FolderLock(tmp_path)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        records_lock(tmp_path).release()
+        FolderLock(tmp_path).release()
     finally:
         process.kill()
         process.stdout.close()
-
-
-def records_lock(folder):
-    from worldenv.runtime.lock import FolderLock
-
-    return FolderLock(folder)

@@ -1,7 +1,6 @@
 """Stage bookkeeping, and training that resumes to the same bits."""
 
 import signal
-from dataclasses import replace
 
 import pytest
 import torch
@@ -75,26 +74,6 @@ def test_a_second_ctrl_c_stops_at_once(run):
 def test_a_nan_loss_stops_with_its_step(run):
     with pytest.raises(UserError, match=r"toy loss.*11|11.*toy loss"):
         fit(run, model(), bad_at=11)
-
-
-def test_stages_are_skipped_until_their_configuration_or_source_changes(run):
-    calls = []
-
-    def work(mark):
-        calls.append(mark)
-        return {"value": len(calls)}
-
-    run.stage("a", (run.config.sft,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    run.stage("a", (run.config.sft,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    assert len(calls) == 2
-    changed = replace(run.config.sft, steps=1)
-    run.stage("a", (changed,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    assert len(calls) == 4
-    with pytest.raises(UserError, match="has not run"):
-        run.record("c")
 
 
 def test_the_schedule_warms_up_and_ends_at_zero():

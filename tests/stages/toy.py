@@ -13,6 +13,8 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.stages import evaluate, pipeline, results
 from worldenv.stages.run import Run, Stage, Step, read_record
 
+NAMES = tuple(pipeline.steps(preset("smoke")))
+
 
 class Board:
     """Stands in for TensorBoard: one file of what was logged."""
@@ -105,7 +107,7 @@ class Toy:
         for name in step.needs(run.config):
             for path in every[name].makes:
                 files = sorted((run.dir / path).rglob("*.hdf5")) or [run.dir / path]
-                seen += [file.read_text() for file in files]
+                seen += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
         content = hashlib.sha256("".join(seen).encode()).hexdigest()
         partial = run.path("checkpoints", f"{step.name}.partial.safetensors")
         went_on = partial.exists() and partial.read_text() == mark
