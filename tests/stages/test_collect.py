@@ -15,6 +15,7 @@ from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.stages import collect
 from worldenv.stages.collect import EpisodeRecorder, _missing, record_policy
+from worldenv.stages.reality import Reality
 
 STARTS = [Start(3, 0, 7), Start(3, 1, 7)]
 
@@ -59,7 +60,7 @@ def test_another_policys_episodes_are_not_reported_for_this_one(tmp_path, monkey
     """The same for other noise, pushes or images; what is there stays."""
     rolled: list[str] = []
 
-    def roll_out(config, policy, starts, folder, mark, number):
+    def roll_out(reality, policy, starts, folder, mark, number):
         rolled.append(mark)
         for start in starts:
             write(folder, start, mark=mark, success=len(rolled) == 1)
@@ -73,16 +74,16 @@ def test_another_policys_episodes_are_not_reported_for_this_one(tmp_path, monkey
         "chunk": replace(base, env=replace(base.env, chunk=4)),
         "frames": replace(base, collect=replace(base.collect, record_every=2)),
     }
-    assert record_policy(base, first, 2, tmp_path)["successes"] == 2
-    assert record_policy(base, first, 2, tmp_path)["successes"] == 2
+    assert record_policy(Reality(base), first, 2, tmp_path)["successes"] == 2
+    assert record_policy(Reality(base), first, 2, tmp_path)["successes"] == 2
     assert len(rolled) == 1  # the same policy's are not rolled out again
-    found = record_policy(base, second, 2, tmp_path)
+    found = record_policy(Reality(base), second, 2, tmp_path)
     assert (found["episodes"], found["successes"], len(rolled)) == (2, 0, 2)
     for config in other.values():
-        assert record_policy(config, first, 2, tmp_path)["successes"] == 0
+        assert record_policy(Reality(config), first, 2, tmp_path)["successes"] == 0
     assert len(set(rolled)) == 6
     assert len(read_episodes(tmp_path)) == 12
-    assert record_policy(base, first, 2, tmp_path)["successes"] == 2
+    assert record_policy(Reality(base), first, 2, tmp_path)["successes"] == 2
     assert len(rolled) == 6
 
 
@@ -92,8 +93,9 @@ def view(step: int) -> dict:
 
 
 def test_an_episode_keeps_every_recorded_frame():
-    recorder = EpisodeRecorder(Config(), [Start(8, None, 5)], "policy")
-    rows, commands = np.array([0]), torch.arange(16).repeat(7, 1).T.reshape(1, 16, 7).float()
+    kept = []
+    recorder = EpisodeRecorder(Config(), [Start(8, None, 5)], kept.append, hold=8)
+    commands = torch.arange(16).repeat(7, 1).T.reshape(1, 16, 7).float()
     for begin, end in ((0, 8), (8, 14)):  # the second chunk is cut short
         steps = [s for s in (begin + 4, begin + 8) if s < end] + [end]
         frames = {k: np.stack([view(s)[k] for s in steps]) for k in ("image", "proprio")}
@@ -101,8 +103,9 @@ def test_an_episode_keeps_every_recorded_frame():
         before = {k: torch.from_numpy(v)[None] for k, v in view(begin).items()}
         info = {"steps": np.array([end]), "success": np.array([True]), "frames": [frames]}
         before["instruction"] = ("lift the cup",)
-        recorder.step(rows, before, commands[:, begin : begin + 8], {}, info)
-    episode = recorder.finish(0, {"success": True})
+        recorder.step(0, before, commands[:, begin : begin + 8], {}, info)
+    recorder.finish(0, {"success": True})
+    (episode,) = kept
     assert episode.frame_steps.tolist() == [0, 4, 8, 12, 14]
     assert episode.actions[:, 0].tolist() == list(range(14))
     assert (episode.images[:, 0, 0, 0, 0] == episode.frame_steps).all()

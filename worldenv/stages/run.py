@@ -14,18 +14,19 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from worldenv.config import Config, fingerprint, load, to_dict
 from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
+from worldenv.stages.reality import Reality
 
 
 class Run:
-    """Everything a stage needs: `config`, `dir`, `device`, `logger`, and the finished records.
+    """Everything a stage needs: `config`, `dir`, `device`, `logger`, `reality` (the real
+    benchmark) and the finished records.
 
     writes: whether to be the only run at work in the folder (UserError if there is another).
     Whoever only reads disturbs nobody.
@@ -34,7 +35,9 @@ class Run:
     def __init__(self, config: Config, writes: bool = True) -> None:
         self.config, self.dir = config, Path(config.run_dir)
         self.device = devices.pick(config.device)
+        parallel.use_threads(config.threads)
         self._lock = FolderLock(self.dir) if writes else None
+        self.reality = Reality(config)
 
     @cached_property
     def logger(self) -> RunLogger:
@@ -62,7 +65,8 @@ class Run:
         return record
 
     def close(self) -> None:
-        """Close the metrics and let others work in the folder."""
+        """Close the metrics, end the simulators and let others work in the folder."""
+        self.reality.close()
         if "logger" in self.__dict__:
             self.logger.close()
         if self._lock is not None:
@@ -185,8 +189,3 @@ def read_record(path: Path) -> dict | None:
 @cache
 def _say_broken(path: Path) -> None:
     print(f"{path} is not as worldenv wrote it: what it was the record of is done again")
-
-
-def use_cores(count: int | None = None) -> None:
-    """Let torch use all usable cores (or `count`)."""
-    torch.set_num_threads(count or devices.usable_cores())
