@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldenv.config import Config
 from worldenv.models.layers import views_to_channels
+from worldenv.models.policy import Policy
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.rl.rollout import Actor
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store
@@ -47,10 +47,10 @@ def calibrate(config: Config) -> Costs:
         max(1, part.batch // n) for part in (config.sft, config.simulator, config.reflector)
     )
     return Costs(
-        _seconds(lambda: _policy_gradient(policy, config, samples)) / samples,
-        _seconds(lambda: _simulator_gradient(simulator, config, windows)),
-        _seconds(lambda: _reflector_gradient(reflector, config, judged)),
-        _seconds(lambda: _imagine(simulator, reflector, policy, config, rows)) / rows,
+        _seconds(lambda: _gradient(policy, policy_loss(policy, config, samples))) / samples,
+        _seconds(lambda: _gradient(simulator, simulator_loss(simulator, config, windows))),
+        _seconds(lambda: _gradient(reflector, reflector_loss(reflector, config, judged))),
+        _seconds(lambda: imagine(simulator, reflector, policy, config, rows)) / rows,
     )
 
 
@@ -124,37 +124,43 @@ def _pictures(config: Config, *shape: int) -> Tensor:
     return torch.randint(256, (*shape, 2, size, size, 3), generator=generator("pictures")).byte()
 
 
-def _policy_gradient(policy: Actor, config: Config, batch: int) -> None:
+def policy_loss(policy: Policy, config: Config, batch: int) -> Tensor:
+    """Of imitation, on B random samples."""
     views = views_to_channels(_pictures(config, batch))
     mu, scale = policy.decode(views, torch.zeros(batch, 8), policy.words(["go"] * batch))
-    torch.autograd.grad((mu + scale).mean(), list(policy.parameters()), allow_unused=True)
+    return (mu + scale).square().mean()
 
 
-def _simulator_gradient(simulator: Simulator, config: Config, batch: int) -> None:
+def simulator_loss(simulator: Simulator, config: Config, batch: int) -> Tensor:
+    """Of the simulator, on B random windows whose history is its own."""
     frames, chunk = config.simulator.frames + 1, config.env.chunk
-    zeros = torch.zeros
     windows = {
         "image": _pictures(config, batch, frames),
         "reference": _pictures(config, batch),
-        "proprio": zeros(batch, frames, 8),
-        "action": zeros(batch, frames, chunk, 7),
-        "previous_proprio": zeros(batch, 8),
-        "previous_action": zeros(batch, chunk, 7),
+        "proprio": torch.zeros(batch, frames, 8),
+        "action": torch.zeros(batch, frames, chunk, 7),
+        "previous_proprio": torch.zeros(batch, 8),
+        "previous_action": torch.zeros(batch, chunk, 7),
     }
-    loss, _ = simulator.loss(windows, generator("windows"), True)
-    parameters = [p for p in simulator.parameters() if p.requires_grad]
+    return simulator.loss(windows, generator("windows"), True)[0]
+
+
+def reflector_loss(reflector: Reflector, config: Config, batch: int) -> Tensor:
+    """Of the reflector, on B random pairs of frames."""
+    words = ["go"] * batch
+    return reflector(_pictures(config, batch, 2), torch.zeros(batch, 2, 8), words).square().mean()
+
+
+def _gradient(module: nn.Module, loss: Tensor) -> None:
+    parameters = [p for p in module.parameters() if p.requires_grad]
     torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
-def _reflector_gradient(reflector: Reflector, config: Config, batch: int) -> None:
-    logits = reflector(_pictures(config, batch, 2), torch.zeros(batch, 2, 8), ["go"] * batch)
-    torch.autograd.grad(logits.mean(), list(reflector.parameters()), allow_unused=True)
-
-
 @torch.no_grad()
-def _imagine(
-    simulator: Simulator, reflector: Reflector, policy: Actor, config: Config, rows: int
+def imagine(
+    simulator: Simulator, reflector: Reflector, policy: Policy, config: Config, rows: int
 ) -> None:
+    """One decision, frame and verdict in each of B imagined episodes."""
     state, live = simulator.start(rows), torch.ones(rows, dtype=torch.bool)
     action = torch.zeros(rows, config.env.chunk, 7)
     image, proprio = simulator.step(state, action, config.sampling_steps(0), live.numpy())
