@@ -35,7 +35,7 @@ SECONDS = 8.0
 def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Callable[[], list[Tensor]]:
     """A step of the loop in stages/training.py; returns the gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-9, fused=True)
+    optimizer = torch.optim.AdamW(parameters, 0.0, fused=True)
 
     def step() -> list[Tensor]:
         torch.manual_seed(0)
