@@ -29,6 +29,7 @@ from worldenv.rl.loss import episode_rewards, group_advantages
 from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, progress
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import TUNING_STARTS, load_round
@@ -286,8 +287,13 @@ def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, d
         return 0, fresh
     tensors, metadata = found
     totals = metadata["totals"]
-    if not fresh.keys() <= totals.keys() or (totals["kept_success"] and not best.exists()):
-        print(f"{path} or {best} is not as it was written: the round begins anew")
+    try:
+        if totals.keys() != fresh.keys():
+            raise UserError(f"{path}: totals: expected {[*fresh]}, got {[*totals]}")
+        if totals["kept_iteration"] is not None:
+            store.load("policy", best)
+    except UserError as error:
+        print(f"the round begins anew: {error}")
         return 0, fresh
     critic: dict[str, Tensor] = checkpoint.selected("critic/", tensors)
     own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
