@@ -43,7 +43,7 @@ from worldenv.runtime.logging import read_metrics
 __all__ = ["side_by_side", "write_report", "write_video"]
 
 _LARGEST_MEDIUM = 24 * 2**20
-_BEFORE, _AFTER = "var(--before)", "var(--accent)"
+_COLOURS = {"before": "before", "after": "accent"}
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -150,18 +150,13 @@ def _headline(results: dict[str, Any]) -> str:
     for name, (wins, total) in rates.items():
         interval = wilson(wins, total)
         label = f"{labels[name]} · {wins} of {total}"
-        rows.append((label, interval.mean, interval.low, interval.high, f"var(--{_colour(name)})"))
-    chart = (
-        f'<figure class="wide">{interval_chart(rows)}<figcaption>{_WILSON}</figcaption></figure>'
-    )
+        rows.append((label, interval.mean, interval.low, interval.high, _COLOURS[name]))
+    chart = interval_chart("Success rates", rows) + f"<figcaption>{_WILSON}</figcaption>"
+    chart = f'<figure class="wide">{chart}</figure>'
     return f"<header>{head}{''.join(lines)}{chart}{_without_oracle(results)}</header>"
 
 
 _WILSON = "Share of successful episodes with 95% Wilson intervals."
-
-
-def _colour(name: str) -> str:
-    return "before" if name == "before" else "accent"
 
 
 def _verdict(results: dict[str, Any]) -> str:
@@ -214,7 +209,7 @@ def _tasks(results: dict[str, Any]) -> str:
         own = [pair for pair in pairs if pair[0]["task"] == task]
         change, _, test = _difference(own, "success")
         cells = [f'<td class="name">{text(_task_name(results, task))}</td>']
-        for index, colour in ((0, _BEFORE), (1, _AFTER)):
+        for index, colour in enumerate(_COLOURS.values()):
             wins = sum(bool(pair[index]["success"]) for pair in own)
             interval = wilson(wins, len(own))
             cells.append(
