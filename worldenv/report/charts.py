@@ -1,8 +1,8 @@
 """Charts of the report: drawn by matplotlib, returned as `<svg>` strings to stand inside the page.
 
-They are WIDTH units wide whatever their width on the screen. Text stays text and takes the page's
-font, colours become the page's variables and so follow its dark mode; a title and a description of
-the data are there for who cannot see them. The same data give the same bytes.
+They scale to the width they are given. Text stays text and takes the page's font, colours become
+the page's variables and so follow its dark mode; a title and a description of the data are there
+for those who cannot see them. The same data give the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PALETTE = {
     "third": "#6d5bae",
 }
 COLOURS = ("accent", "second", "before", "third")
-WIDTH = 360
+_WIDTH, _WIDE = 300, 500  # about as wide as the page shows them, so that text keeps its size
 _STYLE = {
     "svg.fonttype": "none",
     "figure.facecolor": "none",
@@ -81,7 +81,7 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     percent: bool = False,
     from_zero: bool = False,
-    height: int = 220,
+    height: int = 190,
 ) -> str:
     """Lines over x with a legend when there are several; the y axis is logarithmic for wide
     positive data.
@@ -98,7 +98,8 @@ def line_chart(
         for number, (line, x, y) in enumerate(drawn):
             axes.plot(
                 x,
-                y,
+                np.clip(y, *y_range) if y_range else y,
+                clip_on=False,
                 label=line.name,
                 color=PALETTE[line.colour or COLOURS[number % len(COLOURS)]],
                 linestyle="--" if line.dashed else "-",
@@ -120,7 +121,7 @@ def line_chart(
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
         axes.set(**{k: v for k, v in (("xlim", x_range), ("ylim", y_range)) if v})
         if len(drawn) > 1:
-            wide = sum(len(line.name) for line, _, _ in drawn) > 42
+            wide = sum(34 + 7 * len(line.name) for line, _, _ in drawn) > _WIDTH
             axes.figure.legend(
                 loc="outside upper left",
                 ncols=2 if wide else len(drawn),
@@ -135,7 +136,7 @@ def line_chart(
         + (f" to {_said(y[-1], percent)} at {x[-1]:g}" if len(x) > 1 else "")
         for line, x, y in drawn
     )
-    return _draw(title, described, height, paint)
+    return _draw(title, described, (_WIDTH, height), paint)
 
 
 def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float, str]]) -> str:
@@ -146,7 +147,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float, st
             axes.barh(-number, rate, height=0.18, color=PALETTE[colour], alpha=0.35)
             axes.plot([low, high], [-number] * 2, color=PALETTE[colour], linewidth=2)
             axes.plot(rate, -number, "o", color=PALETTE[colour], markersize=10, clip_on=False)
-            axes.text(0, 0.26 - number, name, size=12, weight="bold")
+            axes.text(0, 0.26 - number, name, size=13, weight="bold")
         axes.set(xlim=(0, 1), ylim=(0.3 - len(rows), 0.65), yticks=[])
         axes.set_xticks(np.linspace(0, 1, 5), ["0%", "25%", "50%", "75%", "100%"])
         axes.grid(True, axis="x")
@@ -156,7 +157,7 @@ def interval_chart(title: str, rows: Sequence[tuple[str, float, float, float, st
     described = "; ".join(
         f"{name}: {rate:.0%} ({low:.0%} to {high:.0%})" for name, rate, low, high, _ in rows
     )
-    return _draw(title, described, 44 * len(rows) + 26, paint)
+    return _draw(title, described, (_WIDE, 48 * len(rows) + 26), paint)
 
 
 def bar(share: float, colour: str = "accent") -> str:
@@ -168,7 +169,9 @@ def bar(share: float, colour: str = "accent") -> str:
     )
 
 
-def _draw(title: str, description: str, height: int, paint: Callable[[Axes], None]) -> str:
+def _draw(
+    title: str, description: str, size: tuple[int, int], paint: Callable[[Axes], None]
+) -> str:
     # Loaded when a page is drawn: no command should wait for it at its start.
     import matplotlib
     from matplotlib.figure import Figure
@@ -176,20 +179,20 @@ def _draw(title: str, description: str, height: int, paint: Callable[[Axes], Non
     with matplotlib.rc_context(), io.StringIO() as file:
         matplotlib.rcdefaults()  # whatever a matplotlibrc of the user's says
         matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": title})
-        figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
         paint(figure.subplots())
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=nothing)
-        return _inline(file.getvalue(), title, description, height)
+        return _inline(file.getvalue(), title, description, size)
 
 
-def _inline(svg: str, title: str, description: str, height: int) -> str:
+def _inline(svg: str, title: str, description: str, size: tuple[int, int]) -> str:
     """A file of matplotlib's as a part of the page: without header, own fonts, colours and ids."""
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
     body = re.sub(r"<[^>]*>", _plain_tag, body)
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
+        f'<svg viewBox="0 0 {size[0]} {size[1]}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title><desc>{escape(description)}</desc>{body.rstrip()}"
     )
 

@@ -172,6 +172,6 @@ def reflector(results: dict[str, Any]) -> str:
         "false positive rate",
         y_range=(0.0, 1.0),
         x_range=(0.0, 1.0),
-        height=300,
+        height=260,
     )
     return numbers + grid([figure(title, chart)])
