@@ -37,6 +37,7 @@ from worldenv.report.statistics import (
     wilson,
 )
 from worldenv.report.video import side_by_side, write_video
+from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 
@@ -46,13 +47,19 @@ _LARGEST_MEDIUM = 24 * 2**20
 _COLOURS = {"before": "before", "after": "accent"}
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Build `<run_dir>/report.html` and return its path. UserError without a results.json."""
+def write_report(run_dir: Path | str, missing: Sequence[str] = ()) -> Path:
+    """Build `<run_dir>/report.html` and return its path.
+
+    missing: what could not be drawn, and why, to be said on the page. UserError without a
+    results.json, or where the disk refuses; a page of earlier results is gone then.
+    """
     run_dir = Path(run_dir)
+    path = run_dir / "report.html"
+    path.unlink(missing_ok=True)
     results = _read_json(run_dir / "results.json")
     metrics = curves.group_metrics(read_metrics(run_dir))
     sections: list[tuple[str, str]] = [
-        ("Imagined and real", _media(run_dir / "media")),
+        ("Imagined and real", _media(run_dir / "media", missing)),
         ("Task by task", _tasks(results)),
         ("Post-training inside the world", curves.posttraining(metrics)),
         ("The learned world", curves.world(results)),
@@ -62,10 +69,13 @@ def write_report(run_dir: Path | str) -> Path:
     ]
     body = [_headline(results)]
     body += [f"<section><h2>{title}</h2>{content}</section>" for title, content in sections]
-    path = run_dir / "report.html"
     draft = path.with_suffix(".tmp")
-    draft.write_text(PAGE.replace("{{body}}", "\n".join(body)), encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(PAGE.replace("{{body}}", "\n".join(body)), encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise write_error(path, error) from error
     return path
 
 
@@ -236,15 +246,16 @@ def _task_name(results: dict[str, Any], task: int) -> str:
 # --- media and machine
 
 
-def _media(folder: Path) -> str:
+def _media(folder: Path, missing: Sequence[str]) -> str:
+    notes = "".join(f'<p class="absent">Not drawn: {text(what)}</p>' for what in missing)
     videos = sorted(folder.glob("*.mp4"))
     posters = {video.with_suffix(".png") for video in videos}
     figures = []
     for path in [*videos, *(p for p in sorted(folder.glob("*.png")) if p not in posters)]:
         notes_file = path.with_suffix(".json")
-        notes = _read_json(notes_file) if notes_file.exists() else {}
-        title = text(notes.get("title", path.stem.replace("_", " ").replace("-", " ")))
-        caption = f"<strong>{title}</strong> {text(notes.get('caption', ''))}"
+        said = _read_json(notes_file) if notes_file.exists() else {}
+        title = text(said.get("title", path.stem.replace("_", " ").replace("-", " ")))
+        caption = f"<strong>{title}</strong> {text(said.get('caption', ''))}"
         if path.stat().st_size > _LARGEST_MEDIUM:
             figures.append(f"<p>{caption} (too large to embed: {text(path.name)})</p>")
             continue
@@ -259,8 +270,8 @@ def _media(folder: Path) -> str:
             )
         figures.append(f"<figure>{element}<figcaption>{caption}</figcaption></figure>")
     if not figures:
-        return absent("comparison of rollouts")
-    return f'<div class="media">{"".join(figures)}</div>'
+        return notes or absent("comparison of rollouts")
+    return f'{notes}<div class="media">{"".join(figures)}</div>'
 
 
 def _machine(results: dict[str, Any]) -> str:
