@@ -46,6 +46,10 @@ class Reflector(nn.Module):
         self.proprio_mean.copy_(mean)
         self.proprio_std.copy_(std)
 
+    def watcher(self, batch: int) -> "Judge":
+        """A judge of B episodes from their beginnings."""
+        return Judge(self, batch)
+
     def features(self, views: Tensor, proprio: Tensor) -> Tensor:
         """Float images `[V, N, 3, H, W]` and proprio `[N, P]` to features `[N, size]`."""
         seen = [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]
@@ -72,7 +76,7 @@ class Judge:
 
     def __init__(self, reflector: Reflector, batch: int) -> None:
         device = reflector.proprio_mean.device
-        self.reflector = reflector
+        self.reflector = reflector.eval()
         self.first = torch.zeros(batch, reflector.size, device=device)
         self.fresh = torch.ones(batch, 1, dtype=torch.bool, device=device)
 

@@ -99,8 +99,9 @@ def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], lis
         if c.gripper_open and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
     checkpoints = run.path("checkpoints")
+    simulator = store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device)
     env = ImaginedVectorEnv(
-        store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device),
+        simulator.for_generation(),
         store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),
         [*firsts, *middles],
         config.posttrain.rows,
