@@ -37,6 +37,7 @@ _STYLE = {
     "axes.facecolor": "none",
     "axes.edgecolor": PALETTE["rule"],
     "axes.labelcolor": PALETTE["ink"],
+    "axes.formatter.useoffset": False,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,

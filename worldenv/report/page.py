@@ -317,6 +317,8 @@ def _details(stage: dict[str, Any]) -> str:
     shown = [
         f"{k.replace('_', ' ')} {plain(v)}"
         for k, v in stage.items()
-        if k != "seconds" and isinstance(v, int | float | str) and not isinstance(v, bool)
+        if k not in ("seconds", "peak_memory_bytes")
+        and isinstance(v, int | float | str)
+        and not isinstance(v, bool)
     ]
     return text(" · ".join(shown))
