@@ -45,8 +45,8 @@ def test_what_pages_name_exists(name):
     for path in paths:
         place = root / ("worldenv/" + path if path.startswith("stages") else path)
         assert place.exists(), path
-    for name in re.findall(r"`(worldenv\.[\w.]+)", page(name)):
-        assert pkgutil.resolve_name(name) is not None
+    for thing in re.findall(r"`(worldenv\.[\w.]+)", page(name)):
+        assert pkgutil.resolve_name(thing) is not None
     links = re.findall(r"\]\(([\w-]+\.md)\)", page(name))
     assert all((DOCS / link).exists() for link in links)
 
