@@ -20,6 +20,7 @@ from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, from_first_step
 from worldenv.envs.start import Start
+from worldenv.runtime import parallel
 from worldenv.runtime.errors import UserError
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-,.'"
@@ -53,7 +54,7 @@ class WorldModel(Protocol):
         passes of sampling; rows that are not active (bool [B], host) keep theirs."""
 
 
-class Watcher(Protocol):
+class Onlooker(Protocol):
     """B episodes watched at once (`models.reflector.Judge` is one)."""
 
     def reset(self, rows: Tensor) -> None:
@@ -71,7 +72,7 @@ class RewardModel(Protocol):
     threshold: Any
     """Reward above which an episode has succeeded, and ends; a number, also as a tensor."""
 
-    def watcher(self, batch: int) -> Watcher:
+    def onlooker(self, batch: int) -> Onlooker:
         """One that watches B episodes from their beginnings."""
 
 
@@ -124,6 +125,22 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
     )
 
 
+def imagined_envs(
+    simulator: WorldModel,
+    reflector: RewardModel,
+    contexts: Sequence[Context],
+    rows: int,
+    **arguments: Any,
+) -> list["ImaginedVectorEnv"]:
+    """`rows` rows as environments for `rl.rollout.rollout_shards`: one on a GPU, which wants large
+    batches, else several that threads can share. arguments: `ImaginedVectorEnv`'s.
+    """
+    return [
+        ImaginedVectorEnv(simulator, reflector, contexts, part.stop - part.start, **arguments)
+        for part in parallel.shares(rows, parallel.shards(simulator.device))
+    ]
+
+
 class ImaginedVectorEnv(VectorEnv):
     """B imagined episodes. Observations and actions as in `envs.libero`, as tensors.
 
@@ -164,7 +181,7 @@ class ImaginedVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self.device = simulator.device
         self._state = self.simulator.start(num_envs)
-        self._judge = reflector.watcher(num_envs)
+        self._judge = reflector.onlooker(num_envs)
         self._instructions = [""] * num_envs
         self._chunks = np.zeros(num_envs, np.int64)
         self._steps = np.zeros(num_envs, np.int64)
