@@ -52,10 +52,11 @@ _STYLE = {
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
     "text.color": PALETTE["ink"],
-    "font.size": 11.5,
-    "xtick.labelsize": 11,
-    "ytick.labelsize": 11,
-    "legend.fontsize": 11.5,
+    "font.size": 11,
+    "legend.frameon": False,
+    "legend.handlelength": 1.2,
+    "legend.columnspacing": 1.4,
+    "legend.borderaxespad": 0.1,
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
 }
@@ -123,18 +124,12 @@ def line_chart(
         axes.set(**{k: v for k, v in (("xlim", x_range), ("ylim", y_range)) if v})
         if len(drawn) > 1:
             wide = sum(34 + 7 * len(line.name) for line, _, _ in drawn) > _WIDTH
-            axes.figure.legend(
-                loc="outside upper left",
-                ncols=2 if wide else len(drawn),
-                frameon=False,
-                handlelength=1.2,
-                columnspacing=1.4,
-                borderaxespad=0.1,
-            )
+            axes.figure.legend(loc="outside upper left", ncols=2 if wide else len(drawn))
 
+    said = "{:.0%}" if percent else "{:.3g}"
     described = "; ".join(
-        f"{line.name}: {_said(y[0], percent)} at {x_label} {x[0]:g}"
-        + (f" to {_said(y[-1], percent)} at {x[-1]:g}" if len(x) > 1 else "")
+        f"{line.name}: {said.format(y[0])} at {x_label} {x[0]:g}"
+        + (f" to {said.format(y[-1])} at {x[-1]:g}" if len(x) > 1 else "")
         for line, x, y in drawn
     )
     return _draw(title, described, (_WIDTH, height), paint)
@@ -209,10 +204,6 @@ def _plain_tag(match: re.Match) -> str:
     for name, value in PALETTE.items():
         tag = tag.replace(value, f"var(--{name})")
     return tag
-
-
-def _said(value: float, percent: bool) -> str:
-    return f"{value:.0%}" if percent else f"{value:.3g}"
 
 
 def _points(series: Series, most: int = 240) -> tuple[np.ndarray, np.ndarray]:
