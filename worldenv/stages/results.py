@@ -9,6 +9,7 @@ from worldenv.config import fingerprint
 from worldenv.report.page import write_report
 from worldenv.report.statistics import paired_difference
 from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
@@ -121,7 +122,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
             for n, r in records.items()
         ),
         "peak_memory_bytes": records["evaluate"].get("peak_memory_bytes"),
-        "machine": devices.describe(),
+        "machine": {**devices.describe(), "threads": parallel.threads()},
         "evaluation": outcomes,
     }
 
