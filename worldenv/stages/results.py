@@ -9,6 +9,8 @@ from worldenv.config import fingerprint
 from worldenv.report.page import write_report
 from worldenv.report.statistics import paired_difference
 from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
 from worldenv.stages import collect, evaluate, store
@@ -17,18 +19,34 @@ from worldenv.stages.run import Run, write_json
 
 
 def report(run: Run, names: Sequence[str]) -> Path:
-    """Videos, results.json and report.html from what the stages `names` left."""
-    results = collect_results(run, names)
+    """Write results.json from what the stages `names` left, then draw it: videos, report.html.
+
+    A finished run is finished: what cannot be drawn is said, on the page and on the terminal.
+    Returns the path of results.json.
+    """
+    path = run.path("results.json")
+    write_json(path, collect_results(run, names))
+    missing: list[str] = []
+    drawings = (("videos", _draw_videos), ("report.html", lambda r: write_report(r.dir, missing)))
+    for what, draw in drawings:
+        try:
+            draw(run)
+        except (UserError, OSError) as error:
+            missing.append(f"{what}: {error}")
+            print(f"not drawn: {missing[-1]}", file=sys.stderr)
+    if missing:
+        print("The results are complete; the same command draws what is missing.", file=sys.stderr)
+    return path
+
+
+def _draw_videos(run: Run) -> None:
+    """The videos, unless those in the folder show these very policies."""
     media = run.path("media", "x").parent
-    mark = fingerprint(run.record("evaluate")["fingerprint"])
-    if not (media / f"{mark}.done").exists():
+    mark = media / f"{fingerprint(run.record('evaluate')['fingerprint'])}.done"
+    if not mark.exists():
         shutil.rmtree(media, ignore_errors=True)
         _videos(run, media)
-        (media / f"{mark}.done").touch()
-    path = run.path("results.json")
-    write_json(path, results)
-    write_report(run.dir)
-    return path
+        mark.touch()
 
 
 def _videos(run: Run, media: Path) -> None:
@@ -104,7 +122,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
             for n, r in records.items()
         ),
         "peak_memory_bytes": records["evaluate"].get("peak_memory_bytes"),
-        "machine": devices.describe(),
+        "machine": {**devices.describe(), "threads": parallel.threads()},
         "evaluation": outcomes,
     }
 
