@@ -147,8 +147,9 @@ def _before(
         first = refused[0]
         command = first.stage.name + (f" --round {first.number}" if first.number else "")
         reasons = ", ".join(
-            f"{step.name} ({records.standing(run.dir, step, marks[step.name])})" for step in refused
-        )
+            f"{step.name} ({records.standing(run.dir, step, marks[step.name])})"
+            for step in refused[:3]
+        ) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
         raise UserError(
             f"{target} builds on stages that {run.dir} does not hold as this configuration makes "
             f"them: {reasons}. Run `worldenv-train {command}` first, or `worldenv-train` for all "
