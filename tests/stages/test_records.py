@@ -230,7 +230,7 @@ def test_kills_at_every_move_of_a_fresh_change(tmp_path):
         (("simulator",), {"collect__episodes": 30}, r"explore-0 \(was made with other settings\)"),
         (("evaluate",), {"posttrain__lr": 1e-3}, r"posttrain-0 \(was made with other settings\)"),
         (("report",), {"seed": 5}, r"demonstrations \(was made with other settings\)"),
-        (("fidelity", 1), {"reflector__steps": 6}, r"reflector-1 \(was made with"),
+        (("fidelity", 1), {"reflector__steps": 6}, r"`worldenv-train reflector` first"),
         (("report",), {"posttrain__rounds": 3}, r"explore-2 \(has not run\)"),
     ],
 )
