@@ -269,6 +269,11 @@ def _evaluate() -> None:
 
 def _collect() -> None:
     arguments = parse(CollectArguments)
+    if arguments.source == "expert" and arguments.episodes > INIT_STATES:
+        raise UserError(
+            f"--episodes: expected at most {INIT_STATES} of the expert, one for each init state "
+            f"of the benchmark, got {arguments.episodes}."
+        )
     base = preset(arguments.preset)
     env = replace(
         base.env,

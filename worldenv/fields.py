@@ -82,8 +82,9 @@ def check(instance: Any, label: Label) -> None:
     """
     for name, hint in hints(type(instance)).items():
         value = getattr(instance, name)
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, hint):
+        kind, _ = bare(hint)
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, kind):
                 raise _refusal(label(name), "a table of fields", value)
             check(value, lambda inner, outer=name: label(f"{outer}.{inner}"))
             continue
@@ -113,7 +114,7 @@ def build(cls: type, values: Any, label: Label, at: str = "") -> Any:
             guess = nearest(key, known)
             hint = f"; did you mean {guess!r}?" if guess else ""
             raise UserError(f"{label(at)}: unknown key {_shown(key)}{hint}")
-        inner = known[key]
+        inner, _ = bare(known[key])
         if dataclasses.is_dataclass(inner):
             value = build(inner, value, label, f"{at}.{key}" if at else key)
         kwargs[key] = value

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.libero
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from worldenv.cli import train
+from worldenv.entry import train
 train()
 """
 TINY = [
@@ -81,7 +81,7 @@ def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone(tmp_path):
 
     assert stop_when(broken, logged("sft"), signal.SIGINT) == 130
     assert stop_when(broken, exists("data/explore-0/**/*.hdf5"), signal.SIGKILL) == -9
-    assert stop_when(broken, logged("simulator-0"), signal.SIGINT) == 130
+    assert stop_when(broken, logged("simulator-0"), signal.SIGTERM) == 143
     assert stop_when(broken, logged("posttrain-0"), signal.SIGKILL) == -9
     assert stop_when(broken, exists("evaluation/sft.json"), signal.SIGKILL) == -9
     complete(broken)
