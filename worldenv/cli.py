@@ -7,6 +7,7 @@ A `UserError` is printed without a traceback and exits with 2; Ctrl-C, SIGTERM a
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
+from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, open_run, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
@@ -299,7 +301,8 @@ def _collect() -> None:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
         policy = store.load("policy", arguments.policy)
-        record = collecting.record_policy(config, policy, arguments.episodes, arguments.out)
+        with closing(Reality(config)) as reality:
+            record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
 
 

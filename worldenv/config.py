@@ -225,10 +225,10 @@ class PosttrainConfig:
     """Whether each round post-trains the imitated policy anew: what was learned wrongly in a world
     too kind is forgotten. Otherwise rounds go on from each other: few iterations in each allow it.
     """
-    iterations: Count = 12
+    iterations: Count = 8
     """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
     real success falls."""
-    refresh_iterations: Count = 8
+    refresh_iterations: Count = 4
     """Iterations in each later round."""
     contexts: Batch = 16
     """Contexts per draw."""
@@ -326,10 +326,10 @@ class Config:
     """Seed of the whole pipeline."""
     run_dir: Path = Path("runs/default")
     """Folder for checkpoints, metrics, report and results."""
-    device: Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")] = (
-        "auto"
-    )
+    device: Device = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: Annotated[int, Range(0, 1024)] = 0
+    """Threads to compute with (0: one for every usable core). Results do not depend on it."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -21,6 +21,7 @@ from worldenv.data.windows import FrameSequence, from_first_step
 from worldenv.envs.start import Start
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.models.simulator import Simulator
+from worldenv.runtime import parallel
 from worldenv.runtime.errors import UserError
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-,.'"
@@ -73,6 +74,23 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
         elapsed,
         bool(sequence.success.any()),
     )
+
+
+def imagined_envs(
+    simulator: Simulator,
+    reflector: Reflector,
+    contexts: Sequence[Context],
+    rows: int,
+    **arguments: Any,
+) -> list["ImaginedVectorEnv"]:
+    """`rows` rows as environments for `rl.rollout.rollout_shards`: one on a GPU, which wants large
+    batches, else several that threads can share. arguments: `ImaginedVectorEnv`'s.
+    """
+    simulator = simulator.eval().for_generation()
+    return [
+        ImaginedVectorEnv(simulator, reflector, contexts, part.stop - part.start, **arguments)
+        for part in parallel.shares(rows, parallel.shards(simulator.position.device))
+    ]
 
 
 class ImaginedVectorEnv(VectorEnv):
