@@ -73,7 +73,8 @@ OUTCOMES = {
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_damaged_outcomes_are_measured_anew_or_named(name, run, monkeypatch):
     last = run.config.posttrain.rounds - 1
-    for kind, file in (("policy", "policy-sft"), ("reflector", f"reflector-{last}")):
+    for file in ("policy-sft", f"policy-{last}", f"reflector-{last}"):
+        kind = file.split("-")[0]
         path = run.path("checkpoints", f"{file}.safetensors")
         store.save(kind, store.build(kind, SMALL), SMALL, path)
     run.path("evaluation", "sft.json").write_bytes(OUTCOMES[name])
@@ -86,7 +87,7 @@ def test_damaged_outcomes_are_measured_anew_or_named(name, run, monkeypatch):
 
     monkeypatch.setattr(evaluate, "evaluate_policy", outcomes)
     try:
-        measured = evaluate.run(run, "m", {"sft": "policy-sft"})["outcomes"]["sft"]
+        measured = evaluate.run(run, "m")["outcomes"]["sft"]
     except UserError as error:
         named = str(error)
     else:

@@ -210,6 +210,12 @@ def _damage_attributes(rng: random.Random, node: Any) -> None:
         node.attrs[name] = odd_array(rng)
 
 
+def poses(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Proprio [count, 8] of a hand over a table that looks down."""
+    where = rng.uniform(-0.3, 0.3, (count, 3))
+    return np.c_[where, [[np.pi, 0, 0]] * count, [[0.03, -0.03]] * count].astype(np.float32)
+
+
 def own_episodes(path: Path) -> None:
     """Two episodes as worldenv writes them, one of sparse frames."""
     with EpisodeWriter(path) as writer:
@@ -228,7 +234,7 @@ def own_episodes(path: Path) -> None:
                     dones=np.eye(8, dtype=bool)[-1],
                     frame_steps=steps,
                     images=rng.integers(0, 256, (len(steps), 2, 16, 16, 3), dtype=np.uint8),
-                    proprio=rng.normal(size=(len(steps), 8)).astype(np.float32),
+                    proprio=poses(rng, len(steps)),
                     success=True,
                 )
             )
@@ -242,17 +248,16 @@ def official_episodes(path: Path) -> None:
         data.attrs["problem_info"] = '{"language_instruction": "do the task"}'
         for number in range(2):
             demo = data.create_group(f"demo_{number}")
-            joints = np.cumsum(rng.normal(size=(7, 7)), axis=0)
+            joints = np.cumsum(rng.uniform(-0.5, 0.5, (7, 7)), axis=0)
             demo["actions"] = rng.uniform(-1, 1, (6, 7))
             demo["states"] = np.concatenate([np.arange(6)[:, None], joints[:-1]], 1)
             demo["dones"] = demo["rewards"] = np.eye(6, dtype=np.uint8)[-1]
             demo["robot_states"] = rng.normal(size=(6, 9))
             for camera in ("agentview_rgb", "eye_in_hand_rgb"):
                 demo[f"obs/{camera}"] = rng.integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
-            pose = np.concatenate([rng.normal(size=(6, 3)), [[np.pi, 0, 0]] * 6], 1)
-            demo["obs/ee_pos"], demo["obs/ee_ori"] = pose[:, :3], pose[:, 3:]
-            demo["obs/ee_states"] = pose
-            demo["obs/gripper_states"] = rng.normal(size=(6, 2)) * 0.01
+            proprio = poses(rng, 6)
+            demo["obs/ee_pos"], demo["obs/ee_ori"] = proprio[:, :3], proprio[:, 3:6]
+            demo["obs/ee_states"], demo["obs/gripper_states"] = proprio[:, :6], proprio[:, 6:]
             demo["obs/joint_states"] = joints[1:]
 
 
@@ -265,7 +270,7 @@ def outcomes_of(path: Path) -> Any:
     usual, evaluate.evaluate_policy = evaluate.evaluate_policy, lambda *a, **k: []
     loading, store.load = store.load, lambda *a, **k: None
     try:
-        return evaluate.run(run, "m", {"sft": "policy-sft"})
+        return evaluate.run(run, "m")
     finally:
         evaluate.evaluate_policy, store.load = usual, loading
         run.close()
