@@ -162,13 +162,14 @@ LOGS = {
     "a list": (b"[1]\n", None),
     "a number": (b"3\n", None),
     "without a step": (b'{"stage": "a"}\n', None),
-    "Latin-1": '{"stage": "für", "step": 1}\n'.encode("latin-1"),
+    "Latin-1": ('{"stage": "für", "step": 1}\n'.encode("latin-1"), None),
+    "nested deep": (b"[" * 100_000 + b"\n", None),
 }
 
 
 @pytest.mark.parametrize("name", LOGS)
 def test_a_damaged_log_is_read_as_far_as_it_is_whole_or_named(name, tmp_path):
-    content, rows = LOGS[name] if isinstance(LOGS[name], tuple) else (LOGS[name], None)
+    content, rows = LOGS[name]
     if content is not None:
         (tmp_path / "metrics.jsonl").write_bytes(content)
     if rows is None:

@@ -92,7 +92,8 @@ def test_damaged_outcomes_are_measured_anew_or_named(name, run, monkeypatch):
         named = str(error)
     else:
         named = ""
-        assert [e["start"] for e in measured] == [s.index for s in evaluate.held_out_starts(run)]
+        wanted = {(s.index, s.seed) for s in evaluate.held_out_starts(run)}
+        assert {(e["start"], e["seed"]) for e in measured} == wanted
         assert not any(e["success"] for e in measured)
     assert not named or "sft.json" in named
 
