@@ -14,9 +14,8 @@ from worldenv.runtime import signals
 # A shell starts background jobs with SIGINT ignored, and children inherit that.
 USUAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 TOY = """
-import sys
+import sys, time
 from pathlib import Path
-from dataclasses import replace
 import torch
 from worldenv import cli
 from worldenv.config import Config
@@ -26,9 +25,10 @@ from worldenv.stages.run import Run
 def work():
     run = Run(Config(run_dir=Path(sys.argv[1]), device="cpu"))
     module = torch.nn.Linear(4, 2)
-    def loss_at(step):
-        print("step", step, flush=True)
-        import time; time.sleep(0.05)
+    def loss_at(step, shard):
+        if shard == 0:
+            print("step", step, flush=True)
+        time.sleep(0.05)
         loss = module(torch.ones(1, 4)).square().mean()
         return loss, {"loss": loss.detach()}
     training.train(run, "toy", "mark", module, loss_at, steps=10_000, lr=0.1)
