@@ -228,7 +228,8 @@ def _train() -> None:
     finally:
         run.close()
     if isinstance(results, Path):
-        print(f"report:  {run.dir / 'report.html'}\nresults: {results}")
+        page = run.dir / "report.html"
+        print(*[f"report:  {page}"] * page.exists(), f"results: {results}", sep="\n")
     else:
         shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
         print("\n".join(f"{k}: {v}" for k, v in shown.items()))

@@ -329,7 +329,8 @@ class Config:
     device: Device = "auto"
     """auto, cpu, cuda or cuda:N."""
     threads: Annotated[int, Range(0, 1024)] = 0
-    """Threads to compute with (0: one for every usable core). Results do not depend on it."""
+    """Threads to compute with (0: OMP_NUM_THREADS, or one for every usable core). Results do not
+    depend on it."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -43,6 +43,10 @@ class Reflector(nn.Module):
         self.proprio_mean.copy_(mean)
         self.proprio_std.copy_(std)
 
+    def onlooker(self, batch: int) -> "Judge":
+        """A judge of B episodes from their beginnings."""
+        return Judge(self, batch)
+
     def features(self, views: Tensor, proprio: Tensor) -> Tensor:
         """Float images `[V, N, 3, H, W]` and proprio `[N, P]` to features `[N, size]`."""
         seen = [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]

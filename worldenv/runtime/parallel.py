@@ -12,6 +12,7 @@ that asked for it.
 
 import ctypes
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,9 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def use_threads(count: int = 0) -> None:
-    """Let `run` use `count` threads (0: every usable core), and torch one in each of them."""
+    """Let `run` use `count` threads, and torch one in each. 0: OMP_NUM_THREADS, or all cores."""
     global _count, _pool
-    count = count or usable_cores()
+    count = count or _default()
     torch.set_num_threads(1)
     if count != _count:
         if _pool is not None:
@@ -44,7 +45,12 @@ def use_threads(count: int = 0) -> None:
 
 def threads() -> int:
     """How many threads `run` uses."""
-    return _count or usable_cores()
+    return _count or _default()
+
+
+def _default() -> int:
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdigit() and int(stated) else usable_cores()
 
 
 def shards(device: torch.device) -> int:

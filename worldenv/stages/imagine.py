@@ -110,7 +110,7 @@ def _act(
 ) -> FrameSequence:
     """The policy's own imagined episode from a sequence's first frame."""
     env = ImaginedVectorEnv(
-        simulator,
+        simulator.for_generation(),
         reflector,
         first_frames([sequence]),
         1,

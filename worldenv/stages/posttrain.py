@@ -106,8 +106,9 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
         if c.gripper_open and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
     checkpoints = run.path("checkpoints")
+    simulator = store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device)
     envs = imagined_envs(
-        store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device),
+        simulator.for_generation(),
         store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),
         [*firsts, *middles],
         config.posttrain.rows,

@@ -92,7 +92,7 @@ def _calibrated(
     explored = load_round(run, number)[1][len(earlier) :]
     contexts = first_frames(chunk_sequences(explored, config.env.chunk))
     envs = imagined_envs(
-        simulator,
+        simulator.for_generation(),
         reflector,
         contexts,
         config.posttrain.rows,

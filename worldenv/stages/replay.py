@@ -43,7 +43,7 @@ def replay(
 def _replay(
     simulator: Simulator, sequences: list[FrameSequence], group: list[int], steps: int, seed: int
 ) -> list[FrameSequence]:
-    device = simulator.position.device
+    device = simulator.device
     chosen = [sequences[i] for i in group]
     state = simulator.start(len(group))
     everyone = np.ones(len(group), bool)
