@@ -93,7 +93,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
     outcomes = records["evaluate"]["outcomes"]
     measured = records[f"fidelity-{last}"]
     reflector_quality = measured["reflector"]
-    skip = {"fingerprint", "outcomes", "reflector"}
+    skip = {"fingerprint", "artifacts", "outcomes", "reflector"}
     stages = {
         name: {k: v for k, v in record.items() if k not in skip} for name, record in records.items()
     }
