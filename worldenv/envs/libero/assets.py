@@ -105,7 +105,7 @@ def _place(spec: ModuleSpec) -> str:
 
 
 def _prefer(root: Path) -> None:
-    """Makes `import libero` find hf-libero's `root`, before any other package of that name."""
+    """Loads hf-libero's package where `import libero` would find another of that name."""
     loaded = sys.modules.get("libero")
     spec = loaded.__spec__ if loaded else importlib.util.find_spec("libero")
     found = [Path(place).resolve() for place in spec.submodule_search_locations or ()]
@@ -116,8 +116,13 @@ def _prefer(root: Path) -> None:
             f"Another package named libero is loaded: {_place(spec)}. Expected hf-libero's, "
             f"{root.parent}. Take the other off PYTHONPATH."
         )
-    sys.path.insert(0, str(root.parent.parent))
-    importlib.invalidate_caches()
+    own = importlib.util.spec_from_file_location(
+        "libero", root.parent / "__init__.py", submodule_search_locations=[str(root.parent)]
+    )
+    package = importlib.util.module_from_spec(own)  # the path stays: others may mind its order
+    sys.modules["libero"] = package
+    if Path(own.origin).is_file():
+        own.loader.exec_module(package)
 
 
 def resolve_assets(explicit: Path | None, suite: str, cache_dir: Path | None = None) -> AssetSource:
