@@ -23,7 +23,7 @@ from worldenv.envs.libero.assets import resolve_assets
 from worldenv.envs.libero.expert import EXPERT_SUITES, run_expert
 from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
-from worldenv.runtime.graphics import choose
+from worldenv.runtime.graphics import adopt
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int, default=220)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "expert.json")
     arguments = parser.parse_args()
-    os.environ.setdefault("MUJOCO_GL", choose())
+    adopt()
     run = measure(arguments)
     print(f"{run['suite']} ({run['assets']} assets, noise {run['noise']}): "
           f"{run['successes']}/{run['episodes']}")  # fmt: skip

@@ -33,7 +33,7 @@ def gl_failure() -> str | None:
     if not _gl_tried:
         _gl_tried = True
         try:
-            os.environ.setdefault("MUJOCO_GL", graphics.choose())
+            graphics.adopt()
         except UserError as error:
             _gl_failure = str(error)
     return _gl_failure

@@ -92,24 +92,71 @@ def test_unwritable_cache_is_explained(tmp_path, monkeypatch):
 
 
 def test_absent_libero_names_the_commands(monkeypatch):
-    monkeypatch.setattr(assets.importlib.util, "find_spec", lambda name: None)
+    def absent(name):
+        raise assets.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(assets.importlib.metadata, "distribution", absent)
     with pytest.raises(UserError, match=r"pip install --no-deps hf-libero==0\.1\.4"):
         assets.libero_root()
 
 
-def test_gl_falls_back_to_osmesa_and_then_explains(monkeypatch):
-    monkeypatch.setattr(assets.sys, "modules", {})
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.delenv("PYOPENGL_PLATFORM", raising=False)
-    monkeypatch.setattr(assets, "egl_devices", lambda: 0)
-    monkeypatch.setattr(assets, "osmesa_loads", lambda: True)
-    assert assets.choose_gl() == "osmesa"
-    assert os.environ["MUJOCO_GL"] == os.environ["PYOPENGL_PLATFORM"] == "osmesa"
-    monkeypatch.setattr(assets, "osmesa_loads", lambda: False)
-    with pytest.raises(UserError, match="apt-get install"):
-        assets.choose_gl()
-    monkeypatch.setenv("MUJOCO_GL", "glfw")
-    assert assets.choose_gl() == "glfw"
+@pytest.mark.libero
+def test_a_foreign_libero_earlier_on_the_path_is_not_used(tmp_path):
+    foreign = tmp_path / "libero"
+    (foreign / "libero" / "bddl_files").mkdir(parents=True)
+    for folder in (foreign, foreign / "libero"):
+        (folder / "__init__.py").write_text("_assets_path_cache = 'theirs'\n")
+    source = """
+        import sys
+        from worldenv.envs.libero.assets import configure_libero, libero_root, resolve_assets
+        assert "theirs" not in str(libero_root())
+        path = resolve_assets(None, "libero_spatial").path
+        if LOADED:
+            import libero
+        configure_libero(path)
+        import libero.libero as found
+        import libero.libero.benchmark
+        assert found.__file__.startswith(str(libero_root())), found.__file__
+        assert found.get_assets_path() == str(path)
+    """
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for loaded in (False, True):
+        program = textwrap.dedent(source).replace("LOADED", str(loaded))
+        run = subprocess.run([sys.executable, "-c", program], env=environment, check=False,
+                             capture_output=True, text=True)  # fmt: skip
+        if loaded:
+            assert "UserError" in run.stderr
+            assert str(foreign) in run.stderr
+            assert str(assets.libero_root().parent) in run.stderr
+        else:
+            assert run.returncode == 0, run.stderr
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(assets.CACHE_VARIABLE, str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"{tmp_path}/file.*{assets.CACHE_VARIABLE}"):
+        assets.library_environment({})
+
+
+@pytest.mark.libero
+def test_robosuite_opens_no_log_in_a_temporary_folder_of_everybody(tmp_path):
+    program = textwrap.dedent("""
+        import logging
+        opened = []
+        logging.FileHandler = lambda name, *rest: opened.append(name)
+        from worldenv.envs.libero.assets import configure_libero, resolve_assets
+        configure_libero(resolve_assets(None, "libero_spatial").path)
+        import libero.libero.envs, robosuite.macros, os
+        assert opened == [], opened
+        assert robosuite.macros.FILE_LOGGING_LEVEL is None
+        for name in ("NUMBA_CACHE_DIR", "MPLCONFIGDIR", "TMPDIR"):
+            assert os.environ[name].startswith(os.environ["WORLDENV_CACHE"]), name
+    """)
+    run = subprocess.run([sys.executable, "-c", program], check=False, cwd=tmp_path,
+                         env={**os.environ, "PYTHONPATH": os.getcwd()},
+                         capture_output=True, text=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr
 
 
 def test_configure_asks_nothing_and_leaves_home_alone(tmp_path):

@@ -5,16 +5,19 @@ when first imported and downloads assets when it finds none. We write its config
 cache folder, and set its module-level asset path, so none of that can happen.
 """
 
-import ctypes
 import hashlib
+import importlib.metadata
 import importlib.util
+import logging
 import os
 import re
 import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +27,7 @@ from worldenv.envs.libero.primitive_assets import (
     pack_version,
     write_pack,
 )
+from worldenv.runtime import graphics
 from worldenv.runtime.errors import UserError, nearest
 
 ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
@@ -34,7 +38,6 @@ LIBERO_INSTALL = (
     "matplotlib pyyaml h5py tqdm termcolor future\n"
     "  pip install --no-deps hf-libero==0.1.4"
 )
-GL_INSTALL = "apt-get install -y libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6"
 
 # Where a category's XML may lie, and which scene each kind of problem loads.
 _OBJECT_PATHS = (
@@ -79,16 +82,47 @@ def default_cache_dir() -> Path:
 
 
 def libero_root() -> Path:
-    """The installed `libero/libero` folder, found without importing it. UserError if absent."""
+    """The `libero/libero` folder of the installed hf-libero, whatever else is named libero.
+
+    Found without importing it. Raises UserError if hf-libero is absent.
+    """
+    try:
+        root = Path(importlib.metadata.distribution("hf-libero").locate_file("libero/libero"))
+        if (root / "bddl_files").is_dir():
+            return root
+    except importlib.metadata.PackageNotFoundError:
+        pass
     spec = importlib.util.find_spec("libero")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(place) / "libero" / "bddl_files").is_dir():
-            return Path(place) / "libero"
     raise UserError(
         "The LIBERO benchmark is not installed: expected the package hf-libero, found "
-        f"{'another package named libero' if spec else 'none'}. Install it with\n"
+        f"{f'another package named libero ({_place(spec)})' if spec else 'none'}. Install it with\n"
         f"  {LIBERO_INSTALL}"
     )
+
+
+def _place(spec: ModuleSpec) -> str:
+    return spec.origin or ", ".join(spec.submodule_search_locations or ())
+
+
+def _prefer(root: Path) -> None:
+    """Loads hf-libero's package where `import libero` would find another of that name."""
+    loaded = sys.modules.get("libero")
+    spec = loaded.__spec__ if loaded else importlib.util.find_spec("libero")
+    found = [Path(place).resolve() for place in spec.submodule_search_locations or ()]
+    if found[:1] == [root.parent.resolve()]:
+        return
+    if loaded:
+        raise UserError(
+            f"Another package named libero is loaded: {_place(spec)}. Expected hf-libero's, "
+            f"{root.parent}. Take the other off PYTHONPATH."
+        )
+    own = importlib.util.spec_from_file_location(
+        "libero", root.parent / "__init__.py", submodule_search_locations=[str(root.parent)]
+    )
+    package = importlib.util.module_from_spec(own)  # the path stays: others may mind its order
+    sys.modules["libero"] = package
+    if Path(own.origin).is_file():
+        own.loader.exec_module(package)
 
 
 def resolve_assets(explicit: Path | None, suite: str, cache_dir: Path | None = None) -> AssetSource:
@@ -239,7 +273,10 @@ def configure_libero(path: Path) -> None:
     path = Path(path).expanduser().resolve()
     if not path.is_dir():
         raise UserError(f"The assets folder {path} does not exist. Name an existing folder.")
-    choose_gl()
+    graphics.adopt()
+    os.environ.update(library_environment(os.environ))
+    _prefer(root)
+    import_robosuite()
     config = _write_config(root, path)
     os.environ["LIBERO_CONFIG_PATH"] = str(config.parent)
     try:
@@ -297,56 +334,40 @@ def _write_config(root: Path, assets: Path) -> Path:
     return target
 
 
-def choose_gl() -> str:
-    """Sets MUJOCO_GL (and PYOPENGL_PLATFORM) if unset: EGL if a device answers, else OSMesa.
+def library_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """`base` with every folder that the simulator's libraries write to below our cache.
 
-    A backend the user set is respected but must be loadable. UserError if none can be used.
+    Raises UserError if that folder cannot be written to.
     """
-    usable = {"egl": egl_devices, "osmesa": osmesa_loads}
-    wanted = os.environ.get("MUJOCO_GL", "").lower()
-    if wanted and wanted not in usable:
-        return wanted  # glfw and the like: a display the user has set up
-    for name in [wanted] if wanted else ["egl", "osmesa"]:
-        if usable[name]():
-            if not wanted and "robosuite" in sys.modules:
-                raise UserError(
-                    "robosuite was imported before a GL backend was chosen. Import worldenv first, "
-                    f"or set MUJOCO_GL={name} in the environment."
-                )
-            os.environ["MUJOCO_GL"] = name
-            os.environ.setdefault("PYOPENGL_PLATFORM", name)
-            return name
-    raise UserError(
-        "No GL library can be used for rendering: expected "
-        + (f"a working {wanted} (MUJOCO_GL={wanted})" if wanted else "EGL or OSMesa")
-        + f", found none. Install one with\n  {GL_INSTALL}"
-    )
-
-
-def egl_devices() -> int:
-    """How many EGL devices this machine offers; 0 if libEGL is absent."""
+    folder = default_cache_dir() / "libraries"
+    places = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "TMPDIR": "tmp"}
     try:
-        library = ctypes.CDLL("libEGL.so.1")
-    except OSError:
-        return 0
-    library.eglGetProcAddress.restype = ctypes.c_void_p
-    library.eglGetProcAddress.argtypes = [ctypes.c_char_p]
-    address = library.eglGetProcAddress(b"eglQueryDevicesEXT")
-    if not address:
-        return 0
-    query = ctypes.CFUNCTYPE(
-        ctypes.c_uint, ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_int)
-    )(address)
-    count = ctypes.c_int(0)
-    return count.value if query(0, None, ctypes.byref(count)) else 0
+        for name in places.values():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder / name):
+                pass
+    except OSError as error:
+        raise UserError(
+            f"The simulator's libraries need a folder to write to, and {folder} is not one: "
+            f"{error}. Set {CACHE_VARIABLE} to a folder you may write to."
+        ) from error
+    return dict(base) | {key: str(folder.absolute() / name) for key, name in places.items()}
 
 
-def osmesa_loads() -> bool:
-    """True if an OSMesa library can be loaded."""
-    for name in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"):
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            continue
-        return True
-    return False
+def import_robosuite() -> None:
+    """Imports robosuite without its log file, which would be /tmp/robosuite.log for every user."""
+    if "robosuite" in sys.modules:
+        return
+    package = importlib.util.find_spec("robosuite")
+    if package is None or package.origin is None:
+        raise UserError(f"robosuite is not installed. Install it with\n  {LIBERO_INSTALL}")
+    file = Path(package.origin).parent / "macros.py"
+    spec = importlib.util.spec_from_file_location("robosuite.macros", file)
+    macros = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(macros)
+    macros.FILE_LOGGING_LEVEL = None
+    sys.modules["robosuite.macros"] = macros
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # its advice about a macro file
+    import robosuite
+
+    robosuite.macros = macros

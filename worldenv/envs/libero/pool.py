@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import worldenv
+from worldenv.envs.libero.assets import library_environment
+from worldenv.runtime import graphics
 from worldenv.runtime.errors import UserError
 
 Command = tuple[str, Any]
@@ -166,12 +168,16 @@ class WorkerPool:
         self.stop()
 
     def _start(self) -> _Worker:
+        chosen = graphics.environment(graphics.choose(), os.environ)
+        environment = library_environment(chosen) | dict.fromkeys(_THREADS, "1")
         ours, theirs = Pipe()
-        environment = dict(os.environ, **dict.fromkeys(_THREADS, "1"))
         package = str(Path(worldenv.__file__).parents[1])
-        paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
+        inherited = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [os.path.abspath(path) for path in (package, *inherited)]  # for it starts elsewhere
+        )
+        scratch = environment["TMPDIR"]
+        errors = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 - lives as long as the worker
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -186,6 +192,7 @@ class WorkerPool:
             stderr=errors,
             pass_fds=[theirs.fileno()],
             env=environment,
+            cwd=scratch,  # MuJoCo writes MUJOCO_LOG.TXT where it runs
             start_new_session=True,  # Ctrl-C reaches the parent, which ends its workers in order
         )
         theirs.close()

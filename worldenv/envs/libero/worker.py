@@ -17,7 +17,6 @@ Liberties against LIBERO's own wrapper:
 """
 
 import atexit
-import logging
 import weakref
 from functools import cache
 from pathlib import Path
@@ -172,7 +171,6 @@ class LiberoSimulator:
     def _build(self) -> None:
         """Imports LIBERO and compiles the task's scene; seconds, and about a gigabyte."""
         configure_libero(self._assets)
-        _quiet_robosuite()
         import mujoco
         import robosuite
         from libero.libero.envs import TASK_MAPPING
@@ -303,8 +301,3 @@ def _init_states(suite: str, task: int) -> np.ndarray:
         raise UserError(
             f"LIBERO's init states are missing: expected {path}. Reinstall hf-libero==0.1.4."
         ) from error
-
-
-def _quiet_robosuite() -> None:
-    """Silences robosuite's advice about a private macro file, printed when it is imported."""
-    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
