@@ -9,7 +9,9 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
+
+from tyro.conf import arg
 
 from worldenv.runtime.errors import UserError, nearest
 
@@ -64,6 +66,23 @@ class CollectConfig:
     """Chunks recorded after success first fires: the world must see what success looks like."""
     held_out: float = 0.125
     """Fraction of policy episodes kept from training, to measure simulator and reflector on."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
+
+    paths: Annotated[tuple[Path, ...], arg(name="")] = ()
+    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own."""
+    episodes: int | None = None
+    """Demonstrations per task at most; unset: all."""
+    no_ops: Literal["keep", "drop"] = "keep"
+    """What to do with actions that ask for nothing (openvla-oft's rule)."""
+    observations: Literal["detect", "before", "after"] = "detect"
+    """Whether observations were taken before or after each action (LIBERO's own writer)."""
+    images: Literal["detect", "raw", "upright", "flipped", "mirrored"] = "detect"
+    """How images lie: raw (upside down and mirrored, as LIBERO's and openvla's files have them),
+    upright, or with rows (mirrored) or columns (flipped) the wrong way round."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +303,7 @@ class Config:
     """auto, cpu, cuda or cuda:N."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
@@ -369,7 +389,7 @@ def from_dict(cls: type, values: dict, where: str = "config") -> Any:
         if dataclasses.is_dataclass(kind):
             value = from_dict(kind, value, f"{where}.{key}")
         elif isinstance(value, list):
-            value = tuple(value)
+            value = tuple(Path(v) if "Path" in str(kind) else v for v in value)
         elif value is not None and "Path" in str(kind):
             value = Path(value)
         kwargs[key] = value

@@ -36,11 +36,11 @@ from worldenv.data.reading import (
     SUFFIXES,
     demo_names,
     identity,
+    look_into,
     open_file,
     parts_folder,
     parts_of,
     read_episodes,
-    task_of,
 )
 from worldenv.runtime.errors import UserError
 
@@ -84,8 +84,8 @@ class EpisodeWriter:
         self._next = 1 + max((int(p.stem.split("-")[1]) for p in parts_of(self.path)), default=-1)
         for file in (self.path, *parts_of(self.path)[-1:]):
             if self._task is None and file.exists():
-                facts = task_of(file)
-                self._task = (facts["suite"], facts["task"])
+                facts = look_into(file)
+                self._task = (facts.suite, facts.task)
 
     def append(self, episode: Episode) -> None:
         """Store one finished episode durably; it is readable from the moment this returns."""

@@ -126,6 +126,19 @@ def read_array(
     sizes: the letters bound so far, extended by this array's.
     """
     expected, place = LAYOUT[declared or name], f"{where}/{name}"
+    shape = array_shape(group, name, where, declared)
+    _check_shape(place, name, shape, expected, sizes)
+    with readable(place):
+        values = group[name][()]
+    _check_values(place, values, expected)
+    return values
+
+
+def array_shape(
+    group: h5py.Group, name: str, where: str, declared: str | None = None
+) -> tuple[int, ...]:
+    """The shape of an array, sure to be one of as many axes and of the kind that is declared."""
+    expected, place = LAYOUT[declared or name], f"{where}/{name}"
     found = member(group, name, where)
     if not isinstance(found, h5py.Dataset):
         got = "a group" if found is not None else f"only {contents(group, where)[:12]}"
@@ -138,29 +151,31 @@ def read_array(
     kinds, words = _KINDS[expected.kind]
     if dtype.kind not in kinds or (expected.kind == "image" and dtype != np.uint8):
         raise UserError(f"{place}: expected {words}, got {dtype}. {expected.mend}")
-    _check_shape(place, name, shape, expected, sizes)
-    with readable(place):
-        values = found[()]
-    _check_values(place, values, expected)
-    return values
+    if shape is None or len(shape) != len(expected.shape):
+        raise _wrong_shape(place, shape, expected, {})
+    return shape
 
 
 def _check_shape(
-    place: str, name: str, shape: tuple[int, ...] | None, expected: Array, sizes: Sizes
+    place: str, name: str, shape: tuple[int, ...], expected: Array, sizes: Sizes
 ) -> None:
-    letters = ", ".join(str(s) for s in expected.shape)
-    fits = shape is not None and len(shape) == len(expected.shape)
     bound = dict(sizes)
-    for size, letter in zip(shape, expected.shape, strict=True) if fits else ():
+    for size, letter in zip(shape, expected.shape, strict=True):
         most = LARGEST if letter == "H" else LONGEST
         known = letter if isinstance(letter, int) else bound.setdefault(letter, (size, name))[0]
-        fits = fits and size == known and 1 <= size <= most
-    if not fits:
-        known = [f"{k} = {n} as in {of}" for k, (n, of) in sizes.items() if k in expected.shape]
-        here = f" with {', '.join(known)}" if known else ""
-        got = "nothing" if shape is None else list(shape)
-        raise UserError(f"{place}: expected shape [{letters}]{here}, got {got}. {expected.mend}")
+        if size != known or not 1 <= size <= most:
+            raise _wrong_shape(place, shape, expected, sizes)
     sizes.update(bound)
+
+
+def _wrong_shape(
+    place: str, shape: tuple[int, ...] | None, expected: Array, sizes: Sizes
+) -> UserError:
+    letters = ", ".join(str(s) for s in expected.shape)
+    known = [f"{k} = {n} as in {of}" for k, (n, of) in sizes.items() if k in expected.shape]
+    here = f" with {', '.join(known)}" if known else ""
+    got = "nothing" if shape is None else list(shape)
+    return UserError(f"{place}: expected shape [{letters}]{here}, got {got}. {expected.mend}")
 
 
 def _check_values(place: str, values: np.ndarray, expected: Array) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import h5py
 from worldenv.data.conventions import CONVENTIONS, IMAGES, OURS, Conventions, measure
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.libero_hdf5 import file_defaults, own_facts, read_demo
-from worldenv.data.libero_layout import readable, subgroup
+from worldenv.data.libero_layout import CAMERAS, array_shape, readable, subgroup
 from worldenv.runtime.errors import UserError, unknown
 
 SUFFIXES = (".hdf5", ".h5")  # in any case
@@ -114,13 +115,28 @@ def defaults_of(data: h5py.Group, file: Path) -> dict[str, Any]:
     return file_defaults(data, str(file), stem.removesuffix("_demo"), file.parent.name)
 
 
-def task_of(file: Path) -> dict[str, Any]:
-    """suite, task, instruction of a file's first demonstration."""
-    found = file if file.exists() else parts_of(file)[0]
-    with open_file(found) as handle:
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file is seen to hold without reading its demonstrations; side: of images, pixels."""
+
+    suite: str
+    task: int
+    demos: int
+    side: int
+
+
+def look_into(file: Path) -> FileFacts:
+    """The task of a file (by its first demonstration, if ours) and how much it holds."""
+    places = ([file] if file.exists() else []) + parts_of(file)
+    with open_file(places[0]) as handle:
         data = handle["data"]
-        demo = subgroup(data, demo_names(data)[0], str(found))
-        return own_facts(demo, f"{found}: {demo.name}") or defaults_of(data, file)
+        names = demo_names(data)
+        where = f"{places[0]}: {names[0]}"
+        demo = subgroup(data, names[0], str(places[0]))
+        facts = own_facts(demo, where) or defaults_of(data, file)
+        obs = subgroup(demo, "obs", where)
+        shape = array_shape(obs, CAMERAS[0], f"{where}/obs", "obs/agentview_rgb")
+    return FileFacts(facts["suite"], facts["task"], len(names) + len(places) - 1, shape[1])
 
 
 def open_file(file: Path) -> h5py.File:

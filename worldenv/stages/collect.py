@@ -25,7 +25,7 @@ from worldenv.rl.rollout import rollout
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
-from worldenv.stages import store
+from worldenv.stages import demonstrations, store
 from worldenv.stages.run import Run, use_cores
 
 TUNING_STARTS = 20  # benchmark init states 0-19 are for training and tuning
@@ -47,8 +47,10 @@ def make_env(config: Config, rows: int | None = None, **arguments: object) -> Li
 
 
 def demonstrate(run: Run, mark: str) -> dict:
-    """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task."""
+    """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task, or files."""
     config = run.config
+    if config.data.paths:
+        return demonstrations.from_files(run, mark)
     folder = run.path("data", "demonstrations")
     return record_expert(config, config.collect.demonstrations, folder, mark)
 
@@ -64,6 +66,7 @@ def explore(run: Run, mark: str, number: int, policy_path: Path) -> dict:
 
 def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> dict:
     """`count` scripted episodes of every task into folder; returns what it then holds."""
+    demonstrations.require_expert(config.env.suite)
     starts = [
         Start(task, index, derive(config.seed, "fixture", task, index) % 2**31)
         for task in config.env.tasks

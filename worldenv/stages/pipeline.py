@@ -23,6 +23,7 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
 from worldenv.stages import (
     collect,
+    demonstrations,
     evaluate,
     fidelity,
     posttrain,
@@ -40,6 +41,7 @@ STAGES = ("demonstrations", "sft", *ROUND_STAGES, "evaluate", "report")
 
 def run_all(run: Run) -> Path:
     """Run every stage that is not done yet; returns the path of results.json."""
+    demonstrations.check(run.config)
     with devices.PeakMemory() as memory:
         for stage in STAGES[:2]:
             run_stage(run, stage)
@@ -75,7 +77,9 @@ def _plan(
     rl = config.posttrain
     plans: dict[str, tuple[tuple, tuple[str, ...], Callable[[str], dict]]] = {
         "demonstrations": (
-            (world, config.collect.demonstrations, config.collect.demonstration_noise),
+            (world, demonstrations.identity(config))
+            if config.data.paths
+            else (world, config.collect.demonstrations, config.collect.demonstration_noise),
             (),
             lambda mark: collect.demonstrate(run, mark),
         ),
