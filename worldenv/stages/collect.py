@@ -141,6 +141,7 @@ def _roll_out(
                 stop=stop,
                 on_finish=keep,
                 on_step=recorder.step,
+                images=False,
             )
     finally:
         env.close()

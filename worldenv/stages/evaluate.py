@@ -106,6 +106,7 @@ def evaluate_policy(
                 stop=ruling.stop if ruling else None,
                 on_finish=finish,
                 on_step=ruling.note if ruling else None,
+                images=False,
             )
     finally:
         env.close()

@@ -198,7 +198,8 @@ def _check_reality(
     count = config.posttrain.real_check_episodes
     picked = firsts[:: max(1, len(firsts) // count)][:count]
     starts = [Start(0, c, derive(config.seed, "check world", c)) for c in picked]
-    imagined = rollout(env, policy, starts, seeds=[0] * len(starts), noise=None)
+    seeds = [0] * len(starts)
+    imagined = rollout(env, policy, starts, seeds=seeds, noise=None, images=False)
     real = evaluate_policy(
         run,
         policy,

@@ -101,7 +101,8 @@ def _calibrated(
     keys = [(c, n) for c in range(len(contexts)) for n in range(CALIBRATION_EPISODES)]
     starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
     seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
-    imagined = rollout(env, policy.eval(), starts, seeds=seeds, noise=exploration_noise(config))
+    noise = exploration_noise(config)
+    imagined = rollout(env, policy.eval(), starts, seeds=seeds, noise=noise, images=False)
     top = torch.zeros(len(starts), device=imagined.reward.device)
     top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
     rate = sum(e.success for e in explored) / len(explored)
