@@ -14,7 +14,7 @@ def moments(steps: int, size: int, seed: int = 0, still: bool = False) -> dict[s
     """
     rng = np.random.default_rng(seed)
     turn = np.linspace(0, 2 * np.pi, steps + 1) + seed
-    hand = np.stack([0.1 * np.cos(turn), 0.15 * np.sin(turn), 1.1 + 0.1 * np.cos(turn)], 1)
+    hand = np.stack([-0.05 * np.cos(turn), 0.15 * np.sin(turn), 1.1 + 0.1 * np.cos(turn)], 1)
     hand = hand * (not still) + [0, 0, still]
     close = 2 * steps // 3
     closing = np.clip(np.arange(steps + 1) - close - 1, -1, 5) * 0.004 + 0.0004
