@@ -176,13 +176,14 @@ def read_demo(
     if facts is None and not dones.any() and "rewards" in names:
         dones = read_array(demo, "rewards", where, sizes) > 0
     way = IMAGES["raw" if facts is not None else conventions.images]
-    images, proprio, extras = _observations(demo, "obs", where, sizes, image_size, way)
+    foreign = facts is None
+    images, proprio, extras = _observations(demo, "obs", where, sizes, image_size, way, foreign)
     if facts is None:
         check_units(actions, proprio[:, :3], f"{where}/actions")
     final = "final_obs" in names
     if final:
         one = {"H": sizes["H"]}
-        last = _observations(demo, "final_obs", where, one, image_size, way)
+        last = _observations(demo, "final_obs", where, one, image_size, way, foreign)
         images = np.concatenate([images, last[0]])
         proprio = np.concatenate([proprio, last[1]])
         extras = _extended(extras, last[2])
@@ -232,15 +233,17 @@ def _observations(
     sizes: Sizes,
     image_size: int | None,
     way: tuple[int, int],
+    ranged: bool,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Images [F, V, H, W, 3] uint8 upright, proprio [F, 8] float32 and further low-dimensional
-    rows. way: steps along rows and columns that make images upright.
+    rows. way: steps along rows and columns that make images upright; ranged: as in
+    `read_array`.
     """
     group, where = subgroup(demo, name, where), f"{where}/{name}"
     names = contents(group, where)
 
     def read(array: str) -> np.ndarray:
-        return read_array(group, array, where, sizes, f"obs/{array}")
+        return read_array(group, array, where, sizes, f"obs/{array}", ranged)
 
     views = [read(camera) for camera in CAMERAS]
     if image_size is not None:

@@ -67,7 +67,6 @@ LAYOUT: dict[str, Array] = {
     ),
     "obs/joint_states": Array(("F", 7), "number", -7, 7, "The arm's seven joint angles in rad."),
 }
-ACTION_RANGE = (-1.0, 1.0)  # of files that are not ours; a policy of ours may ask for more
 
 Sizes = dict[str, tuple[int, str]]  # letter: its size and the array that first had it
 
@@ -119,18 +118,24 @@ def subgroup(group: h5py.Group, name: str, where: str) -> h5py.Group:
 
 
 def read_array(
-    group: h5py.Group, name: str, where: str, sizes: Sizes, declared: str | None = None
+    group: h5py.Group,
+    name: str,
+    where: str,
+    sizes: Sizes,
+    declared: str | None = None,
+    ranged: bool = True,
 ) -> np.ndarray:
     """The array `name` of a group, checked against LAYOUT[declared] (default: `name` itself).
 
-    sizes: the letters bound so far, extended by this array's.
+    sizes: the letters bound so far, extended by this array's. ranged: whether numbers must lie in
+    the declared range (Panda's); files of ours may be of another robot.
     """
     expected, place = LAYOUT[declared or name], f"{where}/{name}"
     shape = array_shape(group, name, where, declared)
     _check_shape(place, name, shape, expected, sizes)
     with readable(place):
         values = group[name][()]
-    _check_values(place, values, expected)
+    _check_values(place, values, expected, ranged)
     return values
 
 
@@ -178,7 +183,7 @@ def _wrong_shape(
     return UserError(f"{place}: expected shape [{letters}]{here}, got {got}. {expected.mend}")
 
 
-def _check_values(place: str, values: np.ndarray, expected: Array) -> None:
+def _check_values(place: str, values: np.ndarray, expected: Array, ranged: bool) -> None:
     if expected.kind == "image":
         return
     finite = np.isfinite(values)
@@ -191,7 +196,8 @@ def _check_values(place: str, values: np.ndarray, expected: Array) -> None:
     low, high = values.min(), values.max()
     if expected.kind == "flag" and not np.isin(values, (0, 1)).all():
         raise UserError(f"{place}: expected zeros and ones, got {low}..{high}. {expected.mend}")
-    if low < expected.low or high > expected.high:
+    bound = ranged or expected.kind != "number"
+    if bound and (low < expected.low or high > expected.high):
         raise UserError(
             f"{place}: expected values within {expected.low:g}..{expected.high:g}, got "
             f"{low:g}..{high:g}. {expected.mend}"
