@@ -6,6 +6,7 @@ in progress has saved what it had.
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +24,7 @@ from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
+from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, open_run, write_json
 
 _Stage = Literal[
@@ -183,7 +185,8 @@ def _train() -> None:
     finally:
         run.close()
     if isinstance(results, Path):
-        print(f"report:  {run.dir / 'report.html'}\nresults: {results}")
+        page = run.dir / "report.html"
+        print(*[f"report:  {page}"] * page.exists(), f"results: {results}", sep="\n")
     else:
         shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
         print("\n".join(f"{k}: {v}" for k, v in shown.items()))
@@ -250,7 +253,8 @@ def _collect() -> None:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
         policy = store.load("policy", arguments.policy)
-        record = collecting.record_policy(config, policy, arguments.episodes, arguments.out)
+        with closing(Reality(config)) as reality:
+            record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
 
 

@@ -58,8 +58,9 @@ def view(step: int) -> dict:
 
 
 def test_an_episode_keeps_every_recorded_frame():
-    recorder = EpisodeRecorder(Config(), [Start(8, None, 5)], "policy")
-    rows, commands = np.array([0]), torch.arange(16).repeat(7, 1).T.reshape(1, 16, 7).float()
+    kept = []
+    recorder = EpisodeRecorder(Config(), [Start(8, None, 5)], kept.append, hold=8)
+    commands = torch.arange(16).repeat(7, 1).T.reshape(1, 16, 7).float()
     for begin, end in ((0, 8), (8, 14)):  # the second chunk is cut short
         steps = [s for s in (begin + 4, begin + 8) if s < end] + [end]
         frames = {k: np.stack([view(s)[k] for s in steps]) for k in ("image", "proprio")}
@@ -67,8 +68,9 @@ def test_an_episode_keeps_every_recorded_frame():
         before = {k: torch.from_numpy(v)[None] for k, v in view(begin).items()}
         info = {"steps": np.array([end]), "success": np.array([True]), "frames": [frames]}
         before["instruction"] = ("lift the cup",)
-        recorder.step(rows, before, commands[:, begin : begin + 8], {}, info)
-    episode = recorder.finish(0, {"success": True})
+        recorder.step(0, before, commands[:, begin : begin + 8], {}, info)
+    recorder.finish(0, {"success": True})
+    (episode,) = kept
     assert episode.frame_steps.tolist() == [0, 4, 8, 12, 14]
     assert episode.actions[:, 0].tolist() == list(range(14))
     assert (episode.images[:, 0, 0, 0, 0] == episode.frame_steps).all()

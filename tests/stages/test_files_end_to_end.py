@@ -15,7 +15,7 @@ from official_files import write_official
 from worldenv.config import DataConfig, PolicyConfig
 from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.presets import preset
-from worldenv.stages import collect, demonstrations, pipeline
+from worldenv.stages import demonstrations, pipeline, reality
 from worldenv.stages.run import Run
 
 TASKS = {"libero_goal": 7, "libero_10": 2}
@@ -30,7 +30,7 @@ class StandIn(VectorEnv):
                  record_every=None, **_):  # fmt: skip
         self.suite, self.num_envs, self.size = suite, num_envs, image_size
         self.chunk, self.max_steps, self.terminate = chunk, max_steps, terminate
-        self.every = record_every
+        self.record_every = record_every
         self.starts, self.steps = [None] * num_envs, np.zeros(num_envs, int)
 
     def reset(self, *, seed=None, options=None):
@@ -59,7 +59,7 @@ class StandIn(VectorEnv):
         before, won = self.steps.copy(), self.info()["success"]
         self.steps = np.minimum(self.steps + self.chunk, self.max_steps)
         info = self.info()
-        if self.every:
+        if self.record_every:
             info["frames"] = [self.frames(row, before[row]) for row in range(self.num_envs)]
         terminated = info["success"] & (self.terminate == "success")
         truncated = (self.steps >= self.max_steps) & ~terminated
@@ -67,7 +67,7 @@ class StandIn(VectorEnv):
         return self.observe(), reward, terminated, truncated, info
 
     def frames(self, row, before):
-        steps = [s for s in range(before + 1, self.steps[row] + 1) if s % self.every == 0]
+        steps = [s for s in range(before + 1, self.steps[row] + 1) if s % self.record_every == 0]
         seen = [self.look(row, s) for s in steps]
         dones = np.arange(before + 1, self.steps[row] + 1) >= 12
         return {"steps": np.array(steps), "dones": dones & (self.starts[row].seed % 2 == 1),
@@ -103,7 +103,7 @@ def trained(config, suite) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", TASKS)
 def test_trains_from_files_with_a_stand_in_for_reality(tmp_path, monkeypatch, suite):
-    monkeypatch.setattr(collect, "LiberoVectorEnv", StandIn)
+    monkeypatch.setattr(reality, "LiberoVectorEnv", StandIn)
     monkeypatch.setattr(demonstrations, "resolve_assets", lambda *_: None)
     results = trained(tiny(tmp_path, suite), suite)
     assert results["stages"]["demonstrations"]["episodes"] == 2

@@ -40,7 +40,9 @@ def scripted(tmp_path, monkeypatch):
         torch.nn.init.zeros_(policy.mu[-1].bias)
         store.save("policy", policy, run.config, run.path("checkpoints", "policy-sft.safetensors"))
         monkeypatch.setattr(
-            posttrain, "_check_reality", lambda run, policy, env, firsts, number, step: real[step]
+            posttrain,
+            "_check_reality",
+            lambda run, policy, envs, firsts, number, step, known: real[step],
         )
         return run
 

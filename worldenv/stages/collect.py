@@ -7,6 +7,7 @@ are both kept. Episodes already on disk are not collected again.
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,33 +18,17 @@ from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
-from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.rl.noise import Noise
-from worldenv.rl.rollout import rollout
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import demonstrations, store
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.reality import Reality, Watcher, make_env
+from worldenv.stages.run import Run
 
 TUNING_STARTS = 20  # benchmark init states 0-19 are for training and tuning
-
-
-def make_env(config: Config, rows: int | None = None, **arguments: object) -> LiberoVectorEnv:
-    """The real benchmark as a run's configuration describes it."""
-    env = config.env
-    return LiberoVectorEnv(
-        env.suite,
-        rows or env.workers,
-        workers=env.workers,
-        assets=env.assets,
-        image_size=env.image_size,
-        chunk=env.chunk,
-        max_steps=env.max_steps,
-        **arguments,
-    )
 
 
 def demonstrate(run: Run, mark: str) -> dict:
@@ -61,7 +46,7 @@ def explore(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     count = collect.refresh_episodes if number else collect.episodes
     folder = run.path("data", f"explore-{number}")
     policy = store.load("policy", policy_path)
-    return record_policy(run.config, policy, count, folder, mark, number)
+    return record_policy(run.reality, policy, count, folder, mark, number)
 
 
 def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> dict:
@@ -73,7 +58,7 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
         for index in range(count)
     ]
     missing = _missing(folder, mark, starts)
-    env = make_env(config)
+    env = make_env(config, config.env.workers)
     try:
         with DatasetWriter(folder) as writer, progress.bar(len(starts), "demonstrations") as bar:
             bar.update(len(starts) - len(missing))
@@ -94,9 +79,10 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
 
 
 def record_policy(
-    config: Config, policy: Policy, count: int, folder: Path, mark: str = "", number: int = 0
+    reality: Reality, policy: Policy, count: int, folder: Path, mark: str = "", number: int = 0
 ) -> dict:
     """`count` sampled policy episodes of every task into folder; returns what it then holds."""
+    config = reality.config
     starts = [
         _exploration_start(config, task, number, k)
         for task in config.env.tasks
@@ -104,48 +90,35 @@ def record_policy(
     ]
     missing = _missing(folder, mark, starts)
     if missing:
-        _roll_out(config, policy, missing, folder, mark, number)
+        _roll_out(reality, policy, missing, folder, mark, number)
     return _counts(folder)
 
 
 def _roll_out(
-    config: Config, policy: Policy, starts: list[Start], folder: Path, mark: str, number: int
+    reality: Reality, policy: Policy, starts: list[Start], folder: Path, mark: str, number: int
 ) -> None:
+    config = reality.config
     hold = config.collect.hold_chunks * config.env.chunk
-
-    def stop(observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
-        return info["success"] & (info["steps"] >= info["success_step"] + hold)
-
-    use_cores(1)  # the simulators need the cores
-    env = make_env(config, terminate="never", record_every=config.collect.record_every)
-    recorder = EpisodeRecorder(config, starts, "policy")
     won = 0
-    try:
-        with DatasetWriter(folder) as writer, progress.bar(len(starts), folder.name) as bar:
+    with DatasetWriter(folder) as writer, progress.bar(len(starts), folder.name) as bar:
 
-            def keep(episode: int, info: dict) -> None:
-                nonlocal won
-                record = recorder.finish(episode, info)
-                if mark:
-                    record.meta["mark"] = mark
-                writer.append(record)
-                won += record.success
-                bar.advance(successes=won)
+        def keep(record: Episode) -> None:
+            nonlocal won
+            if mark:
+                record.meta["mark"] = mark
+            writer.append(record)
+            won += record.success
+            bar.advance(successes=won)
 
-            rollout(
-                env,
-                policy,
-                starts,
-                seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
-                noise=exploration_noise(config),
-                stop=stop,
-                on_finish=keep,
-                on_step=recorder.step,
-                images=False,
-            )
-    finally:
-        env.close()
-        use_cores()
+        reality.roll_out(
+            policy.eval(),
+            starts,
+            lambda env: EpisodeRecorder(config, starts, keep, hold),
+            seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
+            noise=exploration_noise(config),
+            terminate="never",
+            record_every=config.collect.record_every,
+        )
 
 
 def exploration_noise(config: Config) -> Noise:
@@ -162,50 +135,54 @@ def _counts(folder: Path) -> dict:
     }
 
 
-class EpisodeRecorder:
-    """Builds `Episode`s of a rollout's chunks, for `on_step` and `on_finish`."""
+class EpisodeRecorder(Watcher):
+    """Builds an `Episode` of the chunks of each and gives it to `keep`."""
 
-    def __init__(self, config: Config, starts: list[Start], source: str) -> None:
-        self.config, self.starts, self.source = config, starts, source
-        self.open: dict[int, dict[str, list]] = {}
+    def __init__(
+        self, config: Config, starts: Sequence[Start], keep: Callable[[Episode], None], hold: int
+    ) -> None:
+        """hold: actions still recorded after success first fired."""
+        self.config, self.starts, self.keep, self.hold = config, starts, keep, hold
+        self.open: dict[str, list] = {}
 
-    def step(self, rows: np.ndarray, before: dict, action: Tensor, after: dict, info: dict) -> None:
-        """One chunk of every live row."""
-        for row in np.flatnonzero(rows >= 0):
-            parts = self.open.setdefault(
-                int(rows[row]),
-                {
-                    "image": [before["image"][row].numpy().copy()],
-                    "proprio": [before["proprio"][row].numpy().copy()],
-                    "steps": [0],
-                    "action": [],
-                    "dones": [],
-                    "instruction": [before["instruction"][row]],
-                },
+    def step(self, episode: int, before: dict, action: Tensor, after: dict, info: dict) -> None:
+        """Note a chunk."""
+        parts = self.open
+        if not parts:
+            for name in ("image", "proprio"):
+                parts[name] = [before[name][0].numpy().copy()]
+            parts |= {"steps": [0], "action": [], "dones": []}
+            parts["instruction"] = [before["instruction"][0]]
+        done = int(info["steps"][0]) - parts["steps"][-1]
+        parts["action"].append(action[0, :done].cpu().numpy())
+        frames = info["frames"][0]
+        parts["dones"].append(frames["dones"])
+        for name in ("image", "proprio", "steps"):
+            parts[name].extend(frames[name])
+
+    def stop(self, observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
+        """Rows that have been recorded long enough."""
+        return info["success"] & (info["steps"] >= info["success_step"] + self.hold)
+
+    def finish(self, episode: int, info: dict) -> None:
+        """Keep the episode."""
+        parts, start = self.open, self.starts[episode]
+        self.open = {}
+        self.keep(
+            Episode(
+                suite=self.config.env.suite,
+                task=start.task,
+                instruction=parts["instruction"][0],
+                start=start.index,
+                seed=start.seed,
+                source="policy",
+                actions=np.concatenate(parts["action"]).astype(np.float32),
+                dones=np.concatenate(parts["dones"]),
+                frame_steps=np.array(parts["steps"]),
+                images=np.stack(parts["image"]),
+                proprio=np.stack(parts["proprio"]),
+                success=bool(info["success"]),
             )
-            done = int(info["steps"][row]) - parts["steps"][-1]
-            parts["action"].append(action[row, :done].cpu().numpy())
-            frames = info["frames"][row]
-            parts["dones"].append(frames["dones"])
-            for name in ("image", "proprio", "steps"):
-                parts[name].extend(frames[name])
-
-    def finish(self, episode: int, info: dict) -> Episode:
-        """The recorded episode; what was held of it is let go."""
-        parts, start = self.open.pop(episode), self.starts[episode]
-        return Episode(
-            suite=self.config.env.suite,
-            task=start.task,
-            instruction=parts["instruction"][0],
-            start=start.index,
-            seed=start.seed,
-            source=self.source,
-            actions=np.concatenate(parts["action"]).astype(np.float32),
-            dones=np.concatenate(parts["dones"]),
-            frame_steps=np.array(parts["steps"]),
-            images=np.stack(parts["image"]),
-            proprio=np.stack(parts["proprio"]),
-            success=bool(info["success"]),
         )
 
 

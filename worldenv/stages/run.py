@@ -13,22 +13,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from worldenv.config import Config, fingerprint, load, to_dict
 from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import RunLogger
+from worldenv.stages.reality import Reality
 
 
 class Run:
-    """Everything a stage needs: `config`, `dir`, `device`, `logger`, and the finished records."""
+    """Everything a stage needs: `config`, `dir`, `device`, `logger`, `reality` (the real
+    benchmark) and the finished records."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.dir = config, Path(config.run_dir)
         self.device = devices.pick(config.device)
+        parallel.use_threads(config.threads)
         self.logger = RunLogger(self.dir)
+        self.reality = Reality(config)
         self.records: dict[str, dict[str, Any]] = {}
         write_json(self.dir / "config.json", to_dict(config))
 
@@ -91,8 +94,9 @@ class Run:
         return seconds
 
     def close(self) -> None:
-        """Close the metrics."""
+        """Close the metrics and end the simulators."""
         self.logger.close()
+        self.reality.close()
 
 
 def open_run(run_dir: Path, **changes: Any) -> Run:
@@ -118,8 +122,3 @@ def read_json(path: Path) -> dict | None:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-
-
-def use_cores(count: int | None = None) -> None:
-    """Let torch use all usable cores (or `count`)."""
-    torch.set_num_threads(count or devices.usable_cores())
