@@ -217,6 +217,7 @@ CONTENTS = [
     ("data-an-array", lambda f: put(f, "data", np.zeros(3)), "expected a group `data`"),
     ("no-demos", lambda f: f["data"].pop("demo_0"), "demo_0, demo_1"),
     ("named-otherwise", lambda f: f.move("data/demo_0", "data/trajectory_0"), "demo_0, demo_1"),
+    ("named-in-no-text", lambda f: f.move("data/demo_0", b"data/demo_\xe9"), "demo_0, demo_1"),
     ("demo-an-array", lambda f: put(f, "data/demo_0", 1), "expected a group `demo_0`"),
     ("demo-a-dangling-link", lambda f: put(f, "data/demo_0", h5py.SoftLink("/x")), "`demo_0`"),
 ]

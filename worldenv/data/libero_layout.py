@@ -95,7 +95,8 @@ def readable(where: str) -> Iterator[None]:
 def contents(group: h5py.Group, where: str) -> list[str]:
     """Names of what a group holds, sorted."""
     with readable(where):
-        return sorted(group)
+        # h5py gives names that are not UTF-8 as bytes.
+        return sorted(name if isinstance(name, str) else repr(name) for name in group)
 
 
 def member(group: h5py.Group, name: str, where: str) -> h5py.Group | h5py.Dataset | None:

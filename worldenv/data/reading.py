@@ -20,7 +20,7 @@ import h5py
 from worldenv.data.conventions import CONVENTIONS, IMAGES, OURS, Conventions, measure
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.libero_hdf5 import file_defaults, own_facts, read_demo
-from worldenv.data.libero_layout import CAMERAS, array_shape, readable, subgroup
+from worldenv.data.libero_layout import CAMERAS, array_shape, contents, readable, subgroup
 from worldenv.runtime.errors import UserError, unknown
 
 SUFFIXES = (".hdf5", ".h5")  # in any case
@@ -151,8 +151,8 @@ def open_file(file: Path) -> h5py.File:
         ) from error
     with readable(str(file)):
         data = handle.get("data")
-        content = sorted(handle)[:12]
     if not isinstance(data, h5py.Group):
+        content = contents(handle, str(file))[:12]
         handle.close()
         raise UserError(
             f"{file}: expected a group `data` of demonstrations, got {content}. "
@@ -163,13 +163,12 @@ def open_file(file: Path) -> h5py.File:
 
 def demo_names(data: h5py.Group) -> list[str]:
     """Names of the demonstrations in numeric order; other members (robomimic's `mask`) are none."""
-    with readable(data.file.filename):
-        names = list(data)
+    names = contents(data, data.file.filename)
     numbered = [(int(m[1]), m[0]) for m in (re.fullmatch(r"demo_(\d{1,9})", n) for n in names) if m]
     if not numbered:
         raise UserError(
             f"{data.file.filename}: expected demonstrations named demo_0, demo_1, ..., got "
-            f"{sorted(names)[:8]}. Rename the groups, or record the data again."
+            f"{names[:8]}. Rename the groups, or record the data again."
         )
     return [name for _, name in sorted(numbered)]
 
