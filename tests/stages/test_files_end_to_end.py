@@ -84,7 +84,7 @@ def tiny(folder, suite):
         data=DataConfig(paths=(folder / "official",), episodes=2),
         policy=PolicyConfig(width=32, layers=1, heads=2, encoder_channels=8),
         sft=replace(base.sft, steps=2, batch=4),
-        simulator=replace(base.simulator, steps=2, batch=2),
+        simulator=replace(base.simulator, steps=2),
         reflector=replace(base.reflector, steps=2),
         posttrain=replace(base.posttrain, rounds=1, iterations=1, contexts=1),
     )
