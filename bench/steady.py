@@ -9,7 +9,6 @@ compared bit for bit. The machine must be quiet otherwise.
 """
 
 import argparse
-import re
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.__main__ import RESULTS, machine
+from bench.__main__ import RESULTS, machine, machine_file
 from worldenv.config import Config
 from worldenv.models.policy import Critic
 from worldenv.runtime import parallel
@@ -128,8 +127,7 @@ def main() -> int:
         )
     about = {**machine(), "threads": parallel.threads()}
     report = {"command": "python -m bench.steady", "commit": commit(), "machine": about}
-    processor = re.sub(r"[^A-Za-z0-9]+", "-", str(about["processor"])).strip("-").lower()
-    write_json(RESULTS / f"steady-{processor}.json", {**report, "work": rows})
+    write_json(RESULTS / f"steady-{machine_file(about)}", {**report, "work": rows})
     bad = [r["work"] for r in rows if r["ratio"] > LIMIT or not r["same_bits"]]
     if arguments.check and bad:
         print(f"more than {LIMIT} times, or other bits: {', '.join(bad)}", file=sys.stderr)

@@ -55,11 +55,13 @@ class TrainArguments:
     round: int = 0
     """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
     policy: Path | None = None
-    """Use this policy checkpoint instead of training one by imitation."""
+    """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
+    stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
+    """
     simulator: Path | None = None
-    """Use this simulator checkpoint for the round."""
+    """Use this simulator checkpoint for the round, instead of training one."""
     reflector: Path | None = None
-    """Use this reflector checkpoint for the round."""
+    """Use this reflector checkpoint for the round, instead of training one."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -171,17 +173,15 @@ def _guarded(work: Callable[[], int | None]) -> None:
 def _train() -> None:
     name = _preset_name(sys.argv[1:])
     arguments = tyro.cli(TrainArguments, default=TrainArguments(config=preset(name)))
+    pipeline.check_round(arguments.config, arguments.round)
+    named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
+    files = {kind: path for kind, path in named.items() if path is not None}
     run = Run(arguments.config)
     try:
-        for kind in ("policy", "simulator", "reflector"):
-            path = getattr(arguments, kind)
-            if path is not None:
-                pipeline.adopt(run, kind, path, arguments.round)
         if arguments.stage == "all":
-            results = pipeline.run_all(run)
+            results = pipeline.run_all(run, files, arguments.round)
         else:
-            pipeline.check_round(run, arguments.round)
-            results = pipeline.run_stage(run, arguments.stage, arguments.round)
+            results = pipeline.run_stage(run, arguments.stage, arguments.round, files)
     finally:
         run.close()
     if isinstance(results, Path):
@@ -212,7 +212,7 @@ def _evaluate() -> None:
         fixture_seeds=arguments.fixture_seeds or part.fixture_seeds,
     )
     run.config = replace(run.config, evaluate=part)
-    policy = store.load("policy", arguments.policy or _last_policy(run))
+    policy = store.load("policy", arguments.policy or _last_policy(run), fits=run.config)
     starts = evaluating.held_out_starts(run)
     outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
     wins = sum(o["success"] for o in outcomes)
@@ -263,13 +263,12 @@ def _imagine() -> None:
     run = open_run(arguments.run_dir)
     config = run.config
     last = config.posttrain.rounds - 1
-    simulator = store.load(
-        "simulator", run.path("checkpoints", f"simulator-{last}.safetensors"), run.device
+    checkpoints = run.dir / "checkpoints"
+    simulator, reflector = (
+        store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
+        for kind in ("simulator", "reflector")
     )
-    reflector = store.load(
-        "reflector", run.path("checkpoints", f"reflector-{last}.safetensors"), run.device
-    )
-    policy = store.load("policy", arguments.policy or _last_policy(run))
+    policy = store.load("policy", arguments.policy or _last_policy(run), fits=config)
     if arguments.episodes is not None:
         episodes = read_episodes(arguments.episodes, config.env.image_size)[: arguments.count]
     else:

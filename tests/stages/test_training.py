@@ -3,13 +3,14 @@
 import os
 import signal
 import time
-from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from worldenv.config import Config
+from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.seeds import generator
@@ -82,28 +83,28 @@ def test_a_nan_loss_stops_with_its_step(run):
         fit(run, model(), bad_at=11)
 
 
-def test_stages_are_skipped_until_their_configuration_or_source_changes(run):
-    calls = []
-
-    def work(mark):
-        calls.append(mark)
-        return {"value": len(calls)}
-
-    run.stage("a", (run.config.sft,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    run.stage("a", (run.config.sft,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    assert len(calls) == 2
-    changed = replace(run.config.sft, steps=1)
-    run.stage("a", (changed,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    assert len(calls) == 4
-    with pytest.raises(UserError, match="has not run"):
-        run.record("c")
-
-
 def test_the_schedule_warms_up_and_ends_at_zero():
     rates = [training.learning_rate(s, 100, 1.0) for s in range(100)]
     assert rates[0] < rates[4]
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another mark", "no step", "no JSON"])
+def test_training_begins_anew_where_nothing_can_be_gone_on_from(run, damage):
+    whole = model()
+    fit(run, whole)
+    path = run.path("checkpoints", "toy.partial.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, model(), stop_at=23)
+    tensors, metadata = checkpoint.load(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:300])
+    elif damage == "no JSON":
+        save_file(tensors, path, metadata={"worldenv": "{"})
+    else:
+        changed = {"another mark": {**metadata, "mark": "x"}, "no step": {"mark": "mark"}}[damage]
+        checkpoint.save(path, tensors, changed)
+    again = model()
+    fit(run, again)
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))

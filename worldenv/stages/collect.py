@@ -6,7 +6,6 @@ success so that the simulator and the reflector see what success looks like. Suc
 are both kept. Episodes already on disk are not collected again.
 """
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldenv.config import Config
+from worldenv.config import Config, fingerprint
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
@@ -26,12 +25,19 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import demonstrations, store
 from worldenv.stages.reality import Reality, Watcher, make_env
-from worldenv.stages.run import Run
+from worldenv.stages.run import Run, Stage, policy_before, stage_before
 
 TUNING_STARTS = 20  # benchmark init states 0-19 are for training and tuning
 
 
-def demonstrate(run: Run, mark: str) -> dict:
+def world(config: Config) -> tuple:
+    """What of the real benchmark results depend on: not where the assets come from, nor how many
+    workers serve them."""
+    env = config.env
+    return (env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps)
+
+
+def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
     """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task, or files."""
     config = run.config
     if config.data.paths:
@@ -40,24 +46,58 @@ def demonstrate(run: Run, mark: str) -> dict:
     return record_expert(config, config.collect.demonstrations, folder, mark)
 
 
-def explore(run: Run, mark: str, number: int, policy_path: Path) -> dict:
+def explore(run: Run, mark: str, number: int) -> dict:
     """Stage `explore-N`: episodes of the current policy, successes and failures."""
     collect = run.config.collect
     count = collect.refresh_episodes if number else collect.episodes
     folder = run.path("data", f"explore-{number}")
-    policy = store.load("policy", policy_path)
+    policy = store.load("policy", run.path("checkpoints", f"{policy_before(number)}.safetensors"))
     return record_policy(run.reality, policy, count, folder, mark, number)
 
 
+def _demonstrated(config: Config, number: int) -> tuple:
+    """What demonstrations depend on: the files they come from, or how they are scripted."""
+    if config.data.paths:
+        return (world(config), demonstrations.identity(config))
+    part = config.collect
+    return (world(config), part.demonstrations, part.demonstration_noise)
+
+
+DEMONSTRATIONS = Stage(
+    "demonstrations",
+    demonstrate,
+    settings=_demonstrated,
+    makes=("data/demonstrations",),
+    rounds=False,
+)
+EXPLORE = Stage(
+    "explore",
+    explore,
+    settings=lambda config, n: (world(config), config.collect),
+    needs=lambda config, n: (stage_before(n),),
+    makes=("data/explore-{n}",),
+)
+
+
 def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> dict:
-    """`count` scripted episodes of every task into folder; returns what it then holds."""
+    """`count` scripted episodes of every task into folder; returns how many of them it then holds,
+    and their successes and steps.
+
+    mark: a stage's fingerprint; the folder may hold nothing else then. By default the folder is the
+    user's, is only added to, and the mark is of who acts, how and where. It is stored with each
+    episode: one of another mark is none of them.
+    """
     demonstrations.require_expert(config.env.suite)
+    alone = bool(mark)
+    mark = mark or fingerprint(
+        "expert", config.seed, world(config), config.collect.demonstration_noise
+    )
     starts = [
         Start(task, index, derive(config.seed, "fixture", task, index) % 2**31)
         for task in config.env.tasks
         for index in range(count)
     ]
-    missing = _missing(folder, mark, starts)
+    missing = _missing(folder, mark, starts, alone)
     env = make_env(config, config.env.workers)
     try:
         with DatasetWriter(folder) as writer, progress.bar(len(starts), "demonstrations") as bar:
@@ -69,29 +109,33 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
                     seed=derive(config.seed, "demonstration"),
                     attempts=4,
                 ):
-                    if mark:
-                        episode.meta["mark"] = mark
+                    episode.meta["mark"] = mark
                     writer.append(episode)
                     bar.advance()
     finally:
         env.close()
-    return _counts(folder)
+    return _counts(folder, mark)
 
 
 def record_policy(
     reality: Reality, policy: Policy, count: int, folder: Path, mark: str = "", number: int = 0
 ) -> dict:
-    """`count` sampled policy episodes of every task into folder; returns what it then holds."""
-    config = reality.config
+    """`count` sampled policy episodes of every task into folder; returns and takes what
+    `record_expert` does. By default the mark is of the policy's weights and the configuration.
+    """
+    config, alone = reality.config, bool(mark)
+    mark = mark or fingerprint(
+        store.digest(policy), config.seed, world(config), _recording(config), number
+    )
     starts = [
         _exploration_start(config, task, number, k)
         for task in config.env.tasks
         for k in range(count)
     ]
-    missing = _missing(folder, mark, starts)
+    missing = _missing(folder, mark, starts, alone)
     if missing:
         _roll_out(reality, policy, missing, folder, mark, number)
-    return _counts(folder)
+    return _counts(folder, mark)
 
 
 def _roll_out(
@@ -104,8 +148,7 @@ def _roll_out(
 
         def keep(record: Episode) -> None:
             nonlocal won
-            if mark:
-                record.meta["mark"] = mark
+            record.meta["mark"] = mark
             writer.append(record)
             won += record.success
             bar.advance(successes=won)
@@ -126,8 +169,14 @@ def exploration_noise(config: Config) -> Noise:
     return Noise(config.collect.scale, config.collect.push)
 
 
-def _counts(folder: Path) -> dict:
-    episodes = read_episodes(folder)
+def _recording(config: Config) -> tuple:
+    """How a policy's episodes are made: its noise, which frames are kept, when they end."""
+    part = config.collect
+    return (part.push, 0 if part.push else part.scale, part.record_every, part.hold_chunks)
+
+
+def _counts(folder: Path, mark: str) -> dict:
+    episodes = [e for e in read_episodes(folder) if e.meta.get("mark") == mark]
     return {
         "episodes": len(episodes),
         "successes": sum(e.success for e in episodes),
@@ -193,27 +242,20 @@ def _exploration_start(config: Config, task: int, number: int, k: int) -> Start:
     return Start(task, None if after > before else (k - before) % TUNING_STARTS, seed)
 
 
-def _missing(folder: Path, mark: str, starts: list[Start]) -> list[Start]:
-    """Starts that folder has no episode of yet.
+def _missing(folder: Path, mark: str, starts: list[Start], alone: bool) -> list[Start]:
+    """Starts that folder has no episode of yet that was recorded under `mark`.
 
-    mark: of the configuration, in a run folder, whose episodes of another configuration are
-    replaced. Without a mark the folder is the user's: it is only ever added to.
+    alone: whether it may hold no others (what a run trains on). UserError if it does: what another
+    configuration recorded there has been moved aside, so nobody knows whose they are.
     """
-    if not any(folder.rglob("*.hdf5")):
-        return starts
-    have = read_episodes(folder)
-    if mark:
-        foreign = sum("mark" not in e.meta for e in have)
-        if foreign:
-            raise UserError(
-                f"{folder} holds {foreign} episodes that no run recorded. Move them elsewhere, or "
-                "choose another run_dir: a run replaces its data when its configuration changes."
-            )
-        if any(e.meta["mark"] != mark for e in have):
-            print(f"{folder}: {len(have)} episodes of another configuration are collected anew")
-            shutil.rmtree(folder)
-            return starts
-    done = {(e.task, e.start, e.seed) for e in have}
+    have = read_episodes(folder) if any(folder.rglob("*.hdf5")) else []
+    own = [e for e in have if e.meta.get("mark") == mark]
+    if alone and len(own) < len(have):
+        raise UserError(
+            f"{folder} holds {len(have) - len(own)} episodes that no run recorded. Move them "
+            "elsewhere, or choose another run_dir."
+        )
+    done = {(e.task, e.start, e.seed) for e in own}
     return [s for s in starts if (s.task, s.index, s.seed) not in done]
 
 

@@ -16,34 +16,50 @@ from worldenv.models.policy import Policy
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.runtime import progress
 from worldenv.stages import store
+from worldenv.stages.collect import world
 from worldenv.stages.reality import Watcher
-from worldenv.stages.run import Run, read_json, write_json
+from worldenv.stages.run import Run, Stage, read_record, stage_before, write_record
 
 
-def run(run: Run, mark: str, policies: dict[str, str]) -> dict:
-    """Stage `evaluate`: policies maps a label to a checkpoint name; held-out starts, paired.
+def run(run: Run, mark: str, number: int = 0) -> dict:
+    """Stage `evaluate`: the imitated and the last post-trained policy on held-out starts, paired.
 
     Finished episodes are kept in evaluation/<label>.json, so an interrupted evaluation goes on.
     """
     config = run.config
     last = config.posttrain.rounds - 1
+    policies = {"sft": "policy-sft", "posttrained": f"policy-{last}"}
     starts = held_out_starts(run)
     reflector = store.load("reflector", run.path("checkpoints", f"reflector-{last}.safetensors"))
     outcomes = {}
     for label, name in policies.items():
         policy = store.load("policy", run.path("checkpoints", f"{name}.safetensors"))
         path = run.path("evaluation", f"{label}.json")
-        stored = read_json(path) or {}
+        stored = read_record(path) or {}
         done = stored["episodes"] if stored.get("mark") == mark else []
         have = {(e["task"], e["start"], e["seed"]) for e in done}
         left = [s for s in starts if (s.task, s.index, s.seed) not in have]
 
         def keep(episodes: list[dict], path=path, done: tuple[dict, ...] = tuple(done)) -> None:
-            write_json(path, {"mark": mark, "episodes": [*done, *episodes]})
+            write_record(path, {"mark": mark, "episodes": [*done, *episodes]})
 
         more = evaluate_policy(run, policy, left, f"evaluate {label}", reflector, keep)
         outcomes[label] = sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
     return {"outcomes": outcomes}
+
+
+STAGE = Stage(
+    "evaluate",
+    run,
+    settings=lambda config, n: (world(config), config.evaluate),
+    needs=lambda config, n: (
+        "sft",
+        stage_before(config.posttrain.rounds),
+        f"reflector-{config.posttrain.rounds - 1}",
+    ),
+    keeps=("evaluation/sft.json", "evaluation/posttrained.json"),
+    rounds=False,
+)
 
 
 def held_out_starts(run: Run) -> list[Start]:

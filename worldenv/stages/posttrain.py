@@ -6,7 +6,10 @@ real benchmark on tuning starts: imagined success goes on rising where real succ
 round keeps the policy that did best there. The checks train nothing.
 """
 
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -26,11 +29,12 @@ from worldenv.rl.loss import episode_rewards, group_advantages
 from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, progress
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
-from worldenv.stages.run import Run
+from worldenv.stages.run import Run, Stage, data_up_to, stage_before
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -45,10 +49,11 @@ def run(run: Run, mark: str, number: int) -> dict:
     iterations = rl.refresh_iterations if number else rl.iterations
     name = f"posttrain-{number}"
     partial = run.path("checkpoints", f"{name}.partial.safetensors")
-    begin, totals = _resume(partial, mark, learner)
+    # The best policy so far takes its place when the stage ends, not before.
+    best = run.path("checkpoints", f"{name}.best.safetensors")
+    begin, totals = _resume(partial, mark, learner, best)
     run.logger.rewind(name, begin)
     run.logger.rewind(f"check-{number}", begin)
-    saved = checkpoints / f"policy-{number}.safetensors"
 
     def check(step: int) -> None:
         known = None if step else _known_success(run, number)
@@ -57,7 +62,7 @@ def run(run: Run, mark: str, number: int) -> dict:
             totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
         if not rl.keep_best or totals["kept_success"] is None or real > totals["kept_success"]:
             totals.update(kept_iteration=step, kept_success=real)
-            store.save("policy", policy, config, saved)
+            store.save("policy", policy, config, best)
 
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
@@ -81,9 +86,26 @@ def run(run: Run, mark: str, number: int) -> dict:
     if rl.real_check_every:
         check(iterations)
     else:
-        store.save("policy", policy, config, saved)
+        store.save("policy", policy, config, best)
+    os.replace(best, checkpoints / f"policy-{number}.safetensors")
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
+
+
+STAGE = Stage(
+    "posttrain",
+    run,
+    # One round more continues a finished run: how many there are changes none of them.
+    settings=lambda config, n: (replace(config.posttrain, rounds=1),),
+    needs=lambda config, n: (
+        "sft",
+        stage_before(n),
+        *data_up_to(n),
+        *(f"{stage}-{n}" for stage in ("simulator", "reflector", "fidelity")),
+    ),
+    makes=("checkpoints/policy-{n}.safetensors",),
+    logs=lambda name, n: (name, f"check-{n}"),
+)
 
 
 def starting_policy(rl: PosttrainConfig, number: int) -> str:
@@ -254,7 +276,8 @@ def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
     checkpoint.save(path, tensors, {"mark": mark, "step": step, "totals": totals})
 
 
-def _resume(path, mark: str, learner: Learner) -> tuple[int, dict]:
+def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, dict]:
+    """(iterations done, totals) of an interrupted round, whose state learner then has."""
     fresh = {
         "frames": 0,
         "imagination_seconds": 0.0,
@@ -262,14 +285,22 @@ def _resume(path, mark: str, learner: Learner) -> tuple[int, dict]:
         "kept_iteration": None,
         "kept_success": None,
     }
-    if not path.exists():
+    found = checkpoint.resume(path, mark, {"step": int, "totals": dict})
+    if found is None:
         return 0, fresh
-    tensors, metadata = checkpoint.load(path)
-    if metadata.get("mark") != mark:
+    tensors, metadata = found
+    totals = metadata["totals"]
+    try:
+        if totals.keys() != fresh.keys():
+            raise UserError(f"{path}: totals: expected {[*fresh]}, got {[*totals]}")
+        if totals["kept_iteration"] is not None:
+            store.load("policy", best)
+    except UserError as error:
+        print(f"the round begins anew: {error}")
         return 0, fresh
     critic: dict[str, Tensor] = checkpoint.selected("critic/", tensors)
     own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
     checkpoint.load_training(learner.policy, learner.optimizer, own, path)
     if learner.critic is not None:
         checkpoint.load_training(learner.critic, learner.critic_optimizer, critic, path)
-    return metadata["step"], metadata["totals"]
+    return metadata["step"], totals

@@ -26,7 +26,7 @@ from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import exploration_noise, load_round
 from worldenv.stages.replay import padded, replay
-from worldenv.stages.run import Run
+from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before
 
 
 def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
@@ -78,6 +78,21 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
         **tail,
     }
 
+
+STAGE = Stage(
+    "reflector",
+    lambda run_, mark, n: run(
+        run_, mark, n, run_.path("checkpoints", f"{policy_before(n)}.safetensors")
+    ),
+    settings=lambda config, n: (config.reflector, config.sampling_steps(n)),
+    needs=lambda config, n: (
+        *data_up_to(n),
+        stage_before(n),
+        f"simulator-{n}",
+        *((f"reflector-{n - 1}",) if n else ()),
+    ),
+    makes=("checkpoints/reflector-{n}.safetensors",),
+)
 
 CALIBRATION_EPISODES = 2  # imagined from every explored start
 

@@ -9,6 +9,7 @@ from worldenv.config import fingerprint
 from worldenv.report.page import write_report
 from worldenv.report.statistics import paired_difference
 from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
@@ -92,7 +93,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
     outcomes = records["evaluate"]["outcomes"]
     measured = records[f"fidelity-{last}"]
     reflector_quality = measured["reflector"]
-    skip = {"fingerprint", "outcomes", "reflector"}
+    skip = {"fingerprint", "artifacts", "outcomes", "reflector"}
     stages = {
         name: {k: v for k, v in record.items() if k not in skip} for name, record in records.items()
     }
@@ -121,7 +122,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
             for n, r in records.items()
         ),
         "peak_memory_bytes": records["evaluate"].get("peak_memory_bytes"),
-        "machine": devices.describe(),
+        "machine": {**devices.describe(), "threads": parallel.threads()},
         "evaluation": outcomes,
     }
 

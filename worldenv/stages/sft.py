@@ -15,7 +15,7 @@ from worldenv.ops import action_logprob
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import statistics
-from worldenv.stages.run import Run
+from worldenv.stages.run import Run, Stage
 
 PROPRIO_NOISE = (0.01, 0.01, 0.01, 0.03, 0.03, 0.03, 0.001, 0.001)  # m, rad, m
 
@@ -64,3 +64,13 @@ def run(run: Run, mark: str) -> dict:
     store.save("policy", policy, config, path)
     training.finish(run, "sft")
     return {"samples": len(windows), **tail}
+
+
+STAGE = Stage(
+    "sft",
+    lambda run_, mark, number: run(run_, mark),
+    settings=lambda config, number: (config.sft, config.policy),
+    needs=lambda config, number: ("demonstrations",),
+    makes=("checkpoints/policy-sft.safetensors",),
+    rounds=False,
+)

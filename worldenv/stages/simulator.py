@@ -9,7 +9,7 @@ from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import load_round
-from worldenv.stages.run import Run
+from worldenv.stages.run import Run, Stage, data_up_to
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -46,6 +46,16 @@ def run(run: Run, mark: str, number: int) -> dict:
     training.finish(run, name)
     parameters = sum(p.numel() for p in simulator.parameters())
     return {"windows": len(windows), "parameters": parameters, **tail}
+
+
+STAGE = Stage(
+    "simulator",
+    run,
+    settings=lambda config, n: (config.simulator,),
+    needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
+    makes=("checkpoints/simulator-{n}.safetensors",),
+    logs=lambda name, n: (name,) if n else (name, "tokenizer"),
+)
 
 
 def _balanced(sequences: list[FrameSequence]) -> list[float]:

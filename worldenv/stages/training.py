@@ -167,11 +167,10 @@ def _resume(
     path, mark: str, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict
 ) -> tuple[int, dict]:
     """Continue from a partial checkpoint of the same stage and configuration, if there is one."""
-    if not path.exists():
+    found = checkpoint.resume(path, mark, {"step": int, "tail": dict})
+    if found is None:
         return 0, {}
-    tensors, metadata = checkpoint.load(path)
-    if metadata.get("mark") != mark:
-        return 0, {}
+    tensors, metadata = found
     saved = checkpoint.selected("ema/", tensors)
     training = {k: v for k, v in tensors.items() if not k.startswith("ema/")}
     checkpoint.load_training(module, optimizer, training, path)
