@@ -36,7 +36,7 @@ def require_expert(suite: str) -> None:
         raise UserError(
             f"{suite}: expected demonstration files, got none: the scripted expert solves "
             f"{' and '.join(EXPERT_SUITES)} only. Name files or folders with --data PATH, such as "
-            f"the benchmark's own <{suite}>/<task>_demo.hdf5."
+            f"the benchmark's own {suite}/<task>_demo.hdf5."
         )
 
 
