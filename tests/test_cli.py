@@ -15,7 +15,7 @@ SCRIPTS = ("train", "evaluate", "collect", "imagine")
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    code = f"import sys; from worldenv.cli import {script}; sys.argv[0] = '{script}'; {script}()"
+    code = f"import sys; from worldenv.entry import {script}; sys.argv[0] = '{script}'; {script}()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
     )

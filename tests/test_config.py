@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 
 from worldenv.config import Config, EnvConfig, fingerprint, from_dict, load, to_dict
 from worldenv.presets import NAMES, preset
 from worldenv.runtime.errors import UserError
+from worldenv.stages import store
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -25,7 +27,7 @@ def test_unknown_keys_are_refused_with_the_nearest_name():
 
 
 def test_values_are_checked():
-    with pytest.raises(UserError, match=r"env\.tasks.*0\.\.9"):
+    with pytest.raises(UserError, match=r"env\.tasks.*from 0 to 9"):
         Config(env=EnvConfig(tasks=(11,)))
     base = Config()
     odd = replace(base.policy, heads=3)
@@ -39,6 +41,27 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load(tmp_path / "config.json")
+
+
+def test_a_number_written_without_its_point_is_the_same_configuration():
+    base = Config()
+    whole = from_dict(Config, {"simulator": {"mlp_ratio": 3}, "env": {"tasks": [8]}})
+    assert whole == base
+    assert fingerprint(whole.simulator) == fingerprint(base.simulator)
+
+
+def test_the_models_are_built_at_every_size_that_is_admitted():
+    for size in (8, 24, 96):
+        part = replace(Config().simulator, patch=8, width=12, heads=2, layers=1)
+        small = replace(Config().policy, width=8, heads=1, layers=1, encoder_channels=8)
+        config = Config(env=EnvConfig(image_size=size), simulator=part, policy=small)
+        image = torch.zeros(1, 2, size, size, 3, dtype=torch.uint8)
+        mean, _ = store.build("policy", config)(
+            {"image": image, "proprio": torch.zeros(1, 8), "instruction": ["go"]}
+        )
+        assert mean.shape == (1, 8, 7)
+        world = store.build("simulator", config).tokenizer
+        assert torch.equal(world.decode(world.encode(image), 2), image)
 
 
 def test_fingerprints_follow_values():

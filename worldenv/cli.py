@@ -1,23 +1,39 @@
 """Console scripts, and nothing else: parse, call, print.
 
-A `UserError` is printed without a traceback and exits with 2; Ctrl-C exits with 130 after the stage
-in progress has saved what it had.
+A `UserError` is printed without a traceback and exits with 2; Ctrl-C, SIGTERM and SIGHUP exit with
+128 and the signal's number after the stage in progress has saved what it had. The scripts begin in
+`entry`, which can be stopped while this module is being imported.
 """
 
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import tyro
 
 from worldenv import doctor as doctor_module
-from worldenv.config import Config
+from worldenv.config import (
+    INIT_STATES,
+    Config,
+    Episodes,
+    Factor,
+    FixtureSeeds,
+    FromZero,
+    Noise,
+    Passes,
+    Seed,
+    StartRange,
+    Tasks,
+)
 from worldenv.data.episodes import read_episodes
+from worldenv.fields import Items, Range, bare, check
 from worldenv.presets import NAMES, preset
 from worldenv.report.statistics import wilson
+from worldenv.runtime import signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import collect as collecting
@@ -27,6 +43,8 @@ from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, open_run, write_json
 
+Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
+_Arguments = TypeVar("_Arguments")
 _Stage = Literal[
     "all",
     "demonstrations",
@@ -52,7 +70,7 @@ class TrainArguments:
 
     stage: tyro.conf.Positional[_Stage] = "all"
     """One stage to run, or all of them."""
-    round: int = 0
+    round: FromZero = 0
     """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
     policy: Path | None = None
     """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
@@ -73,9 +91,9 @@ class EvalArguments:
     """Run folder whose configuration to use."""
     policy: Path | None = None
     """Policy checkpoint; default: the run's post-trained one."""
-    starts: tuple[int, int] | None = None
+    starts: StartRange | None = None
     """Half-open range of benchmark init states; default: the run's."""
-    fixture_seeds: tuple[int, ...] | None = None
+    fixture_seeds: FixtureSeeds | None = None
     """Seeds of the fixture placement; default: the run's."""
     out: Path | None = None
     """Write the episodes' outcomes to this JSON file."""
@@ -93,21 +111,21 @@ class CollectArguments:
     """Preset whose environment settings to use."""
     suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] | None = None
     """LIBERO suite; default: the preset's."""
-    tasks: tuple[int, ...] | None = None
+    tasks: Tasks | None = None
     """Task ids; default: the preset's."""
-    episodes: int = 5
+    episodes: Episodes = 5
     """Episodes per task, on init states 0, 1, ..."""
-    noise: float = 0.25
+    noise: Noise = 0.25
     """Expert: std of the action noise, relative to the action."""
     policy: Path | None = None
     """Policy: checkpoint to roll out."""
-    push: float = 0.0
+    push: Noise = 0.0
     """Policy: Laplace scale of a push, the same for all actions of a chunk."""
-    scale: float = 1.5
+    scale: Factor = 1.5
     """Policy, without a push: multiple of its Laplace scale."""
     assets: Path | None = None
     """Folder with LIBERO's asset files."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of fixtures and noise."""
 
 
@@ -123,11 +141,11 @@ class ImagineArguments:
     """Policy checkpoint; default: the run's post-trained one."""
     drive: Literal["actions", "policy"] = "actions"
     """What moves the imagined world: the real episode's actions, or the policy looking at it."""
-    starts: tuple[int, ...] = (20, 21)
+    starts: Starts = (20, 21)
     """Benchmark init states to roll the policy out from."""
-    count: int = 4
+    count: Episodes = 4
     """Recorded episodes to show at most."""
-    steps: int | None = None
+    steps: Passes | None = None
     """Denoising steps per frame; default: the run's."""
     out: Path = Path("imagined")
     """Folder for the videos."""
@@ -159,20 +177,45 @@ def doctor() -> None:
 
 
 def _guarded(work: Callable[[], int | None]) -> None:
-    try:
-        code = work()
-    except UserError as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    with signals.raised():
+        try:
+            code = work()
+        except UserError as error:
+            print(f"\nerror: {error}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt as stop:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            code = signals.exit_status(stop)
     sys.exit(code or 0)
+
+
+def parse(kind: type[_Arguments], default: _Arguments | None = None) -> _Arguments:
+    """The command line as a dataclass of arguments, checked as the configuration is."""
+    arguments = tyro.cli(kind, default=default or kind(), registry=_LISTS)
+    check(arguments, lambda name: f"--{name.replace('_', '-')}")
+    return arguments
+
+
+_LISTS = tyro.constructors.ConstructorRegistry()
+
+
+@_LISTS.primitive_rule
+def _list_of_numbers(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """Whole numbers in a row, however people part them: `0 1`, `0,1`."""
+    if info.type_origin is not tuple or bare(get_args(info.type)[0])[0] is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="INT [INT ...]",
+        instance_from_str=lambda words: tuple(int(x) for w in words for x in w.split(",")),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(number) for number in value],
+    )
 
 
 def _train() -> None:
     name = _preset_name(sys.argv[1:])
-    arguments = tyro.cli(TrainArguments, default=TrainArguments(config=preset(name)))
+    arguments = parse(TrainArguments, TrainArguments(config=preset(name)))
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
     files = {kind: path for kind, path in named.items() if path is not None}
@@ -193,17 +236,18 @@ def _train() -> None:
 
 
 def _preset_name(argv: list[str]) -> str:
-    """The value of --preset, read first because it decides every other default."""
-    for i, word in enumerate(argv):
-        if word == "--preset" and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith("--preset="):
-            return word.removeprefix("--preset=")
-    return "default"
+    """The value of --preset, read first because it decides every other default; the last counts."""
+    name = "default"
+    for word, following in pairwise([*argv, ""]):
+        if word == "--preset" and not following.startswith("-"):
+            name = following
+        elif word.startswith("--preset="):
+            name = word.removeprefix("--preset=")
+    return name or "default"
 
 
 def _evaluate() -> None:
-    arguments = tyro.cli(EvalArguments)
+    arguments = parse(EvalArguments)
     run = open_run(arguments.run_dir)
     part = run.config.evaluate
     part = replace(
@@ -227,7 +271,12 @@ def _evaluate() -> None:
 
 
 def _collect() -> None:
-    arguments = tyro.cli(CollectArguments)
+    arguments = parse(CollectArguments)
+    if arguments.source == "expert" and arguments.episodes > INIT_STATES:
+        raise UserError(
+            f"--episodes: expected at most {INIT_STATES} of the expert, one for each init state "
+            f"of the benchmark, got {arguments.episodes}."
+        )
     base = preset(arguments.preset)
     env = replace(
         base.env,
@@ -259,7 +308,7 @@ def _collect() -> None:
 
 
 def _imagine() -> None:
-    arguments = tyro.cli(ImagineArguments)
+    arguments = parse(ImagineArguments)
     run = open_run(arguments.run_dir)
     config = run.config
     last = config.posttrain.rounds - 1
@@ -268,7 +317,9 @@ def _imagine() -> None:
         store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
         for kind in ("simulator", "reflector")
     )
-    policy = store.load("policy", arguments.policy or _last_policy(run), fits=config)
+    policy = None
+    if arguments.episodes is None or arguments.drive == "policy":
+        policy = store.load("policy", arguments.policy or _last_policy(run), fits=config)
     if arguments.episodes is not None:
         episodes = read_episodes(arguments.episodes, config.env.image_size)[: arguments.count]
     else:
@@ -284,7 +335,7 @@ def _imagine() -> None:
         arguments.out,
         "imagined",
         drive=arguments.drive,
-        policy=policy.to(run.device),
+        policy=policy,
         steps=arguments.steps or config.sampling_steps(last),
     )
     print("\n".join(str(path) for path in paths))

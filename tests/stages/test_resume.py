@@ -22,7 +22,7 @@ pytestmark = pytest.mark.libero
 PROGRAM = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from worldenv.cli import train
+from worldenv.entry import train
 train()
 """
 TINY = [
@@ -84,7 +84,7 @@ def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone_on_one_core(
 
     assert stop_when(broken, logged("sft"), signal.SIGINT, 2, 2) == 130
     assert stop_when(broken, exists("data/explore-0/**/*.hdf5"), signal.SIGKILL, 1, 3) == -9
-    assert stop_when(broken, logged("simulator-0"), signal.SIGINT, 4, 2) == 130
+    assert stop_when(broken, logged("simulator-0"), signal.SIGTERM, 4, 2) == 143
     assert stop_when(broken, logged("posttrain-0"), signal.SIGKILL, 2, 2) == -9
     assert stop_when(broken, exists("evaluation/sft.json"), signal.SIGKILL, 3, 2) == -9
     complete(broken, "--threads", "4")

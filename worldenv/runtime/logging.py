@@ -142,7 +142,7 @@ def read_metrics(run_dir: Path | str, stage: str | None = None) -> list[dict[str
         try:
             row = json.loads(line)
             row["stage"], row["step"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(
                 f"{path}, line {number}, is no metrics row: {line[:80]!r}. Delete that line."
             ) from error

@@ -18,6 +18,7 @@ from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.report.video import side_by_side, write_video
 from worldenv.rl.rollout import rollout
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages.collect import EpisodeRecorder
 from worldenv.stages.reflector import score
@@ -58,13 +59,20 @@ def imagine(
     """Write one side-by-side video per episode to folder; returns their paths.
 
     drive: "actions" replays the episode's own actions, "policy" lets the policy act on what it
-    sees imagined. steps: denoising steps per frame.
+    sees imagined. steps: denoising steps per frame. UserError where there is nothing to show.
     """
+    if not episodes:
+        raise UserError("imagine: expected at least one episode to show, got none.")
+    if steps < 1:
+        raise UserError(f"imagine: expected at least 1 denoising step per frame, got {steps}.")
+    if drive == "policy" and policy is None:
+        raise UserError("imagine: expected a policy to drive the imagined world, got none.")
     real = [_longest(chunk_sequences([e], run.config.env.chunk)) for e in episodes]
     seed = derive(run.config.seed, "imagine", label)
     if drive == "actions":
         imagined = replay(simulator, real, steps, seed)
     else:
+        policy = policy.to(run.device)
         imagined = [_act(run, s, simulator, reflector, policy, steps, seed) for s in real]
     verdicts = score(reflector, real), score(reflector, imagined)
     paths = []

@@ -21,6 +21,7 @@ from worldenv.runtime.errors import UserError, unknown
 from worldenv.stages import (
     collect,
     demonstrations,
+    estimate,
     evaluate,
     fidelity,
     posttrain,
@@ -56,11 +57,21 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     marks = _marks(run, named)
     run.save_config()
     _adopt(run, named, marks)
+    _announce(run, marks)
     with devices.PeakMemory() as memory:
         for name, step in steps(run.config).items():
             records.perform(run, step, marks[name])
     _remember_peak(run, memory.bytes)
     return results.report(run, list(marks))
+
+
+def _announce(run: Run, marks: Mapping[str, str]) -> None:
+    """Say how long what is left to do will take. On a GPU it is not known."""
+    every = steps(run.config)
+    left = [n for n, step in every.items() if not records.at_hand(run.dir, step, marks[n])]
+    if left and run.device.type == "cpu":
+        seconds = estimate.estimate(run.config, estimate.calibrate(run.config))
+        print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
 
 
 def run_stage(

@@ -7,18 +7,15 @@ either had.
 """
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
-from worldenv.runtime import checkpoint, parallel, progress
+from worldenv.runtime import checkpoint, parallel, progress, signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive
@@ -37,30 +34,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
     if done < warmup:
         return peak * done / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
-
-
-@contextmanager
-def _interrupt_between_steps() -> Iterator[list[int]]:
-    """Ctrl-C lets the step in progress finish, so that what is saved is whole: the list it yields
-    is no longer empty then. A second Ctrl-C stops at once, without saving.
-    """
-    pressed: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    # A handler other than Python's own (or a thread, which gets no signals) is left alone.
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def shard_size(run: Run, batch: int) -> int:
@@ -126,7 +99,7 @@ def train(
         checkpoint.save(path, tensors, {"mark": mark, "step": done, "tail": tail})
 
     module.train()
-    with progress.bar(steps, name) as bar, _interrupt_between_steps() as interrupted:
+    with progress.bar(steps, name) as bar, signals.between_steps() as stopping:
         bar.update(begin)
         for step in range(begin, steps):
             for group in optimizer.param_groups:
@@ -147,11 +120,11 @@ def train(
                 bar.update(done, **numbers)
             elif done % 5 == 0:
                 bar.update(done)
-            if interrupted or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if stopping or time.monotonic() - saved > CHECKPOINT_SECONDS:
                 save()
                 saved = time.monotonic()
-            if interrupted:
-                raise KeyboardInterrupt
+            if stopping:
+                raise signals.Stopped(stopping[0])
     if ema:
         module.load_state_dict(average)
     module.eval()

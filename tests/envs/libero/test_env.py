@@ -212,8 +212,8 @@ def test_simulator_refuses_bad_requests(simulator, assets):
         LiberoSimulator("libero_spatal", 0, assets=assets)
     with pytest.raises(UserError, match="tasks 0 to 9, got task 10"):
         LiberoSimulator(SUITE, 10, assets=assets)
-    with pytest.raises(UserError, match="must divide"):
-        LiberoSimulator(SUITE, 0, assets=assets, image_size=60)
+    with pytest.raises(UserError, match="from 1 to render_size 128, got 129"):
+        LiberoSimulator(SUITE, 0, assets=assets, image_size=129)
 
 
 def test_rows_step_record_truncate_and_freeze(env):

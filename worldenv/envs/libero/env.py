@@ -83,8 +83,8 @@ class LiberoVectorEnv(VectorEnv):
         }.items():
             if value <= 0:
                 raise UserError(f"{name} must be positive, got {value}.")
-        if RENDER_SIZE % image_size:
-            raise UserError(f"image_size must divide {RENDER_SIZE}, got {image_size}.")
+        if image_size > RENDER_SIZE:
+            raise UserError(f"image_size must be at most {RENDER_SIZE}, got {image_size}.")
         if terminate not in ("success", "never"):
             raise unknown("termination", terminate, ("success", "never"))
         self.suite, self.num_envs, self.chunk = suite, num_envs, chunk

@@ -52,8 +52,8 @@ class LiberoSimulator:
     ) -> None:
         """`assets` is a resolved folder (`assets.resolve_assets(...).path`).
 
-        Images are rendered at `render_size` pixels and averaged to `image_size`, which divides it.
-        Raises UserError for an unknown suite or task and for sizes that do not divide.
+        Images are rendered at `render_size` pixels and averaged to `image_size`, at most as many.
+        Raises UserError for an unknown suite or task and for an image larger than rendered.
         """
         if suite not in SUITES:
             raise unknown("LIBERO suite", suite, SUITES)
@@ -62,10 +62,9 @@ class LiberoSimulator:
                 f"{suite} has tasks 0 to {len(SUITES[suite]) - 1}, got task {task}. "
                 "Name one of these."
             )
-        if image_size < 1 or render_size % image_size:
+        if not 1 <= image_size <= render_size:
             raise UserError(
-                f"image_size must divide render_size {render_size}, got {image_size}. "
-                f"Use a divisor such as {render_size // 2}."
+                f"image_size must be from 1 to render_size {render_size}, got {image_size}."
             )
         self.suite, self.task = suite, task
         self.instruction = instruction_of(SUITES[suite][task])

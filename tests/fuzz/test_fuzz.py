@@ -1,0 +1,19 @@
+"""Two thousand mutations of all that is read from disk; fuzz_inputs.py runs as many as named."""
+
+import pytest
+from fuzz_inputs import fuzz
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("config", 600),
+        ("checkpoint", 400),
+        ("hdf5", 600),
+        ("log", 100),
+        ("record", 150),
+        ("outcomes", 150),
+    ],
+)
+def test_damaged_inputs_end_in_a_named_error(kind, count):
+    assert fuzz(count, kind=kind) == {}
