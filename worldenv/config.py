@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from tyro.conf import arg
+
 from worldenv.fields import Items, Pattern, Range, build, check
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
@@ -94,6 +96,23 @@ class CollectConfig:
     """Chunks recorded after success first fires: the world must see what success looks like."""
     held_out: Annotated[float, Range(0, 0.5, above=True)] = 0.125
     """Fraction of policy episodes kept from training, to measure simulator and reflector on."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
+
+    paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
+    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own."""
+    episodes: Episodes | None = None
+    """Demonstrations per task at most; unset: all."""
+    no_ops: Literal["keep", "drop"] = "keep"
+    """What to do with actions that ask for nothing (openvla-oft's rule)."""
+    observations: Literal["detect", "before", "after"] = "detect"
+    """Whether observations were taken before or after each action (LIBERO's own writer)."""
+    images: Literal["detect", "raw", "upright", "flipped", "mirrored"] = "detect"
+    """How images lie: raw (upside down and mirrored, as LIBERO's and openvla's files have them),
+    upright, or with rows (mirrored) or columns (flipped) the wrong way round."""
 
 
 @dataclass(frozen=True)
@@ -333,6 +352,7 @@ class Config:
     depend on it."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     sft: SFTConfig = field(default_factory=SFTConfig)
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)

@@ -30,11 +30,10 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("every", [1, 8])
 @pytest.mark.parametrize("final", [True, False])
-@pytest.mark.parametrize("views", [1, 2])
-def test_round_trip(tmp_path, make_episode, every, final, views):
+def test_round_trip(tmp_path, make_episode, every, final):
     path = tmp_path / "task_demo.hdf5"
     written = [
-        make_episode(19 + i, every, seed=i, final=final, views=views, success_at=10 if i else None)
+        make_episode(19 + i, every, seed=i, final=final, success_at=10 if i else None)
         for i in range(3)
     ]
     written[1].start = None
@@ -97,8 +96,7 @@ def test_image_size_is_an_area_average(tmp_path, make_episode):
     expected = episode.images.reshape(5, 2, 8, 2, 8, 2, 3).mean(axis=(3, 5))
     assert small.shape == (5, 2, 8, 8, 3)
     assert np.abs(small - expected).max() <= 0.5
-    with pytest.raises(UserError, match="divides 16x16, got 5"):
-        read_episodes(path, 5)
+    assert read_episodes(path, 5)[0].images.shape == (5, 2, 5, 5, 3)
 
 
 def test_dataset_writer_keeps_one_file_per_task(tmp_path, make_episode):
@@ -127,6 +125,8 @@ def test_writer_refuses(tmp_path, make_episode):
         bad.images = bad.images.astype(np.float32) / 255
         with pytest.raises(UserError, match="dtype uint8"):
             writer.append(bad)
+        with pytest.raises(UserError, match="images: expected 2 views, got 1"):
+            writer.append(make_episode(4, views=1))
         bad = make_episode(4)
         bad.meta = {"array": np.zeros(2)}
         with pytest.raises(UserError, match="JSON"):
@@ -195,7 +195,7 @@ def test_sigkill_while_writing(tmp_path):
     path = tmp_path / "task_demo.hdf5"
     script = f"""
         import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]
         from conftest import build_episode
         from worldenv.data.episodes import EpisodeWriter
         for start in range(0, 10**6, 5):

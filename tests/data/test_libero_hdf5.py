@@ -20,8 +20,8 @@ def test_both_conventions_are_measured(tmp_path, make_foreign, convention):
     for moment, episode in zip(moments, found, strict=True):  # demo_10 comes after demo_9
         first = 1 if convention == "after" else 0
         assert np.array_equal(episode.actions, moment["actions"][first:].astype(np.float32))
-        assert episode.frame_steps.tolist() == list(range(12))
-        assert len(episode) == (11 if convention == "after" else 12)
+        assert episode.frame_steps.tolist() == list(range(24))
+        assert len(episode) == (23 if convention == "after" else 24)
         for frame in (0, 5, 11):
             at = frame + first
             assert np.array_equal(
@@ -40,11 +40,11 @@ def test_both_conventions_are_measured(tmp_path, make_foreign, convention):
 def test_undecidable_convention_must_be_told(tmp_path, make_foreign):
     path = tmp_path / "suite" / "unheard_of_demo.hdf5"
     make_foreign(path, "after", attributes=False, still=True)
-    with pytest.raises(UserError, match=r"demo_0: cannot tell .* Pass observations='after'"):
+    with pytest.raises(UserError, match=r"demo_0: cannot tell .* Pass --data.observations after"):
         read_episodes(path)
-    assert len(read_episodes(path, observations="after")[0]) == 11
+    assert len(read_episodes(path, observations="after")[0]) == 23
     episode = read_episodes(path, observations="before", task=2, suite="mine")[0]
-    assert (episode.suite, episode.task, len(episode)) == ("mine", 2, 12)
+    assert (episode.suite, episode.task, len(episode)) == ("mine", 2, 24)
     assert episode.instruction == "unheard of"
     with pytest.raises(UserError, match="'before', 'after' or None"):
         read_episodes(path, observations="during")
@@ -55,48 +55,7 @@ def test_ours_can_be_appended_to_a_foreign_file(tmp_path, make_foreign, make_epi
     make_foreign(path, "after")
     with EpisodeWriter(path) as writer:
         writer.append(make_episode(9, task=7))
-    assert [len(e) for e in read_episodes(path)] == [11, 9]
-
-
-def spoil(path, change):
-    with h5py.File(path, "a") as file:
-        change(file["data/demo_1"])
-
-
-def replace(demo, name, values):
-    del demo[name]
-    demo[name] = values
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: replace(d, "actions", np.zeros((12, 6))), r"actions: expected shape \[T, 7\]"),
-        (lambda d: d["actions"].write_direct(np.full((12, 7), np.nan)), "actions: expected finite"),
-        (
-            lambda d: d["obs/ee_pos"].write_direct(np.full((12, 3), np.inf)),
-            "proprio: expected finite",
-        ),
-        (lambda d: d["obs"].pop("ee_pos"), "expected a dataset `ee_pos`"),
-        (lambda d: d.pop("obs"), "expected a group `obs`"),
-        (lambda d: d.pop("dones"), "expected a dataset `dones`"),
-        (
-            lambda d: replace(d, "obs/agentview_rgb", np.zeros((12, 16, 16, 3), np.float32)),
-            "agentview_rgb: expected uint8",
-        ),
-        (
-            lambda d: replace(d, "obs/agentview_rgb", np.zeros((9, 16, 16, 3), np.uint8)),
-            "equally many rows",
-        ),
-        (lambda d: replace(d, "actions", np.zeros((13, 7))), "one row per action"),
-    ],
-)
-def test_bad_demonstrations_are_named(tmp_path, make_foreign, change, message):
-    path = tmp_path / "libero_spatial" / f"{TASK}_demo.hdf5"
-    make_foreign(path, "after", demos=2)
-    spoil(path, change)
-    with pytest.raises(UserError, match=rf"{TASK}_demo.hdf5: demo_1.*{message}"):
-        read_episodes(path)
+    assert [len(e) for e in read_episodes(path)] == [23, 9]
 
 
 def test_bad_files_are_named(tmp_path, make_foreign):

@@ -103,6 +103,48 @@ def test_stop_ends_a_row_and_callbacks_see_every_episode():
     assert trajectories.length.tolist() == [2] * 5
 
 
+class FilmedEnv(ToyEnv):
+    """A ToyEnv with large pictures, that also films what happens within a chunk."""
+
+    def observe(self):
+        seen = super().observe()
+        return seen | {"image": np.full((self.num_envs, 2, 128, 128, 3), 7, np.uint8)}
+
+    def step(self, actions):
+        *rest, info = super().step(actions)
+        film = {"image": np.zeros((2, 2, 128, 128, 3), np.uint8)}
+        return *rest, info | {"frames": [film] * self.num_envs}
+
+
+def kept_bytes(thing) -> int:
+    """Bytes of all arrays in a value."""
+    if isinstance(thing, dict):
+        return sum(map(kept_bytes, thing.values()))
+    if isinstance(thing, list | tuple):
+        return sum(map(kept_bytes, thing))
+    return getattr(thing, "nbytes", 0)
+
+
+@pytest.mark.parametrize("images", [True, False])
+def test_rollouts_kept_every_picture_whoever_asked(images):
+    filmed = []
+    trajectories = rollout(
+        FilmedEnv(2),
+        ToyPolicy(),
+        starts(4),
+        seeds=seeds(4),
+        on_finish=lambda episode, info: filmed.append(info["frames"]["image"].shape),
+        images=images,
+    )
+    assert filmed == [(2, 2, 128, 128, 3)] * 4
+    decisions = len(trajectories.step)
+    pictures = decisions * 2 * 128 * 128 * 3 * images
+    assert 0 <= kept_bytes(vars(trajectories)) - pictures < decisions * 1024
+    joined = join([trajectories, trajectories])
+    assert (joined.image is not None) == images
+    assert len(joined.step) == 2 * decisions
+
+
 def test_samples_have_the_laplace_scale():
     mu, log_scale = torch.zeros(4000, 1, 2), torch.full((4000, 1, 2), -1.0)
     x = sample_laplace(mu, log_scale, torch.arange(4000), torch.zeros(4000, dtype=torch.int64))

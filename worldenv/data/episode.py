@@ -144,17 +144,33 @@ def continuous_axis_angle(rotation: np.ndarray) -> np.ndarray:
 
 
 def area_resize(images: np.ndarray, size: int, where: str = "images") -> np.ndarray:
-    """Area-average images [..., H, W, 3] uint8 to `size` pixels; `size` must divide H and W."""
+    """Area-average square images [..., H, H, 3] uint8 to `size` pixels, any ratio.
+
+    Where `size` does not divide H a pixel counts by the share of it that is covered; enlarging
+    repeats pixels and adds nothing.
+    """
     height, width = images.shape[-3:-1]
-    if height == size and width == size:
-        return images
-    if height % size or width % size:
+    if height != width or size < 1:
         raise UserError(
-            f"{where}: expected an image size that divides {height}x{width}, got {size}. "
-            f"Choose a divisor of {height}, or record at a multiple of {size}."
+            f"{where}: expected square images and a size of at least 1, got {height}x{width} and "
+            f"{size}. Crop or record square images."
         )
-    blocks = images.reshape(*images.shape[:-3], size, height // size, size, width // size, 3)
-    return (blocks.mean(axis=(-4, -2), dtype=np.float32) + 0.5).astype(np.uint8)
+    if height == size:
+        return images
+    if height % size == 0:
+        block = height // size
+        blocks = images.reshape(*images.shape[:-3], size, block, size, block, 3)
+        return (blocks.mean(axis=(-4, -2), dtype=np.float32) + 0.5).astype(np.uint8)
+    edges = np.linspace(0, height, size + 1)
+    pixels = np.arange(height)
+    covered = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
+    weights = (np.maximum(covered, 0) * size / height).astype(np.float32)  # [size, H]
+    flat = images.reshape(-1, height, height, 3)
+    small = np.empty((len(flat), size, size, 3), np.uint8)
+    for frame, out in zip(flat, small, strict=True):  # one at a time: no large copy in float
+        rows = np.tensordot(weights, frame.astype(np.float32), 1)  # [size, H, 3]
+        out[:] = np.einsum("oh,rhc->roc", weights, rows, optimize=True) + 0.5
+    return small.reshape(*images.shape[:-3], size, size, 3)
 
 
 def without_noops(episode: Episode, threshold: float = NOOP_THRESHOLD) -> Episode:

@@ -1,11 +1,7 @@
 """LIBERO's HDF5 layout: one demonstration group to an Episode and back.
 
-Two conventions are in use for `obs`. Files of LIBERO's own writer hold the observation *after*
-action t in row t; openvla's regenerated files, and ours, hold the one *before* it. Ours say so in
-an attribute. For others the convention is *measured*: `states` holds the simulator state before
-action t (time, then joint positions, the arm's seven first), so comparing its arm joints with
-`obs/joint_states` settles it. Where that comparison cannot decide, reading stops and asks for the
-argument.
+`libero_layout` declares the arrays, `conventions` measures what foreign files do not say (whether
+`obs` was taken before or after each action, how images lie). Ours say so.
 
 What we add to the layout: attributes `observations` and `worldenv` (JSON) on each demonstration,
 `frame_steps` when frames are sparse, and a sibling group `final_obs` with the observation after the
@@ -21,20 +17,35 @@ from typing import Any
 import h5py
 import numpy as np
 
-from worldenv.data.episode import (
-    ACTION_DIMS,
-    Episode,
-    area_resize,
-    check_episode,
-    continuous_axis_angle,
+from worldenv.data.conventions import CONVENTIONS, IMAGES, Conventions, check_units
+from worldenv.data.episode import Episode, area_resize, check_episode, continuous_axis_angle
+from worldenv.data.libero_layout import (
+    CAMERAS,
+    LAYOUT,
+    Sizes,
+    contents,
+    member,
+    read_array,
+    read_text,
+    readable,
+    subgroup,
 )
-from worldenv.data.libero_tasks import instruction_of, locate_task
+from worldenv.data.libero_tasks import instruction_of, locate_instruction, locate_task
 from worldenv.runtime.errors import UserError
 
 FORMAT = 1
-CAMERAS = ("agentview_rgb", "eye_in_hand_rgb")
-_LOW_DIM = ("ee_pos", "ee_ori", "ee_states", "gripper_states")
-_CONVENTIONS = ("before", "after")
+_KNOWN = {name.removeprefix("obs/") for name in LAYOUT if name.startswith("obs/")}
+_FACTS = {  # what attribute `worldenv` holds, and of which type
+    "id": str,
+    "suite": str,
+    "task": int,
+    "instruction": str,
+    "start": (int, type(None)),
+    "seed": int,
+    "source": str,
+    "success": bool,
+    "meta": dict,
+}
 
 
 def write_demo(group: h5py.Group, episode: Episode, identity: str) -> None:
@@ -98,77 +109,90 @@ def _robot_states(proprio: np.ndarray) -> np.ndarray:
     return np.concatenate([proprio[:, 6:], proprio[:, :3], quaternion], axis=1).astype(np.float32)
 
 
-def detect_convention(demos: list[h5py.Group]) -> str | None:
-    """The convention ("before" or "after") by comparing `states` with `obs/joint_states`; None when
-    it does not show.
-    """
-    votes = set()
-    for demo in demos:
-        if "states" not in demo or "obs/joint_states" not in demo:
-            continue
-        states, joints = demo["states"][()], demo["obs/joint_states"][()]
-        if len(states) != len(joints) or len(states) < 2 or states.shape[1] < 8:
-            continue
-        arm = states[1:, 1:8]
-        same = np.abs(joints[1:] - arm).mean()
-        ahead = np.abs(joints[:-1] - arm).mean()
-        # A robot at rest satisfies both; one must explain the motion clearly better.
-        if same < ahead / 3:
-            votes.add("before")
-        elif ahead < same / 3:
-            votes.add("after")
-    return votes.pop() if len(votes) == 1 else None
+def own_facts(demo: h5py.Group, where: str) -> dict[str, Any] | None:
+    """The facts of a demonstration that we wrote, checked; None of a foreign one."""
+    text = read_text(demo, "worldenv", where)
+    if text is None:
+        return None
+    where = f"{where}: attribute `worldenv`"
+    facts = _json(text, where)
+    if facts.get("format") != FORMAT:
+        raise UserError(
+            f"{where}: expected format {FORMAT}, got {facts.get('format')!r}. "
+            "The file was written by another version of worldenv: read it with that one."
+        )
+    for name, kind in _FACTS.items():
+        value = facts.get(name, ...)
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        if not fits or (isinstance(value, int) and not -(2**63) <= value < 2**63):
+            raise UserError(
+                f"{where}: {name}: expected a value as worldenv writes it, got "
+                f"{'none' if value is ... else repr(value)}. Record the episode again."
+            )
+    return facts
+
+
+def _json(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: expected JSON, got {error}. Record or convert again.") from error
+    if not isinstance(value, dict):
+        raise UserError(
+            f"{where}: expected a JSON object, got {type(value).__name__}. Record or convert again."
+        )
+    return value
 
 
 def read_demo(
     demo: h5py.Group,
     where: str,
     *,
-    observations: str | None,
+    conventions: Conventions,
     image_size: int | None,
     defaults: dict[str, Any],
 ) -> Episode:
     """One `demo_i` group as an Episode.
 
-    `observations` ("before" or "after") is used for demonstrations that do not state their own.
-    `defaults` gives suite, task, instruction and source for files that do not hold them. In an
-    "after" file nobody saw the state before the first action, so that action is left out.
+    `conventions` holds for demonstrations that do not state their own. `defaults` gives suite,
+    task, instruction and source for files that do not hold them. In an "after" file nobody saw the
+    state before the first action, so that action is left out.
     """
-    try:
-        facts = json.loads(demo.attrs["worldenv"]) if "worldenv" in demo.attrs else None
-    except ValueError as error:
-        raise UserError(
-            f"{where}: attribute `worldenv`: expected JSON, got {error}. Record the episode again."
-        ) from error
-    if facts is not None and facts.get("format") != FORMAT:
-        raise UserError(
-            f"{where}: expected format {FORMAT}, got {facts.get('format')!r}. "
-            "The file was written by another version of worldenv: read it with that one."
-        )
-    convention = demo.attrs.get("observations", observations)
-    if convention not in _CONVENTIONS:
+    facts = own_facts(demo, where)
+    stated = read_text(demo, "observations", where)
+    observations = stated or conventions.observations
+    if observations not in CONVENTIONS:
         raise UserError(
             f"{where}: cannot tell whether `obs` rows were taken before or after each action: "
-            "expected `states` and `obs/joint_states` that agree on it, or an attribute "
-            f"`observations`, got {convention!r}. "
-            "Pass observations='after' for LIBERO's own files, 'before' for openvla's."
+            "expected `states` and `obs/joint_states`, or gripper commands and "
+            f"`obs/gripper_states`, that agree on it, got {stated or 'nothing that shows it'!r}. "
+            "Pass --data.observations after (observations='after') for LIBERO's own files, "
+            "before for openvla's."
         )
-    actions = _array(demo, "actions", where)
-    if actions.ndim != 2 or actions.shape[1] != ACTION_DIMS:
-        raise UserError(
-            f"{where}: actions: expected shape [T, {ACTION_DIMS}], got {list(actions.shape)}. "
-            "Convert the actions to OSC_POSE deltas and one gripper command."
-        )
-    dones = _array(demo, "dones", where).astype(bool)
-    images, proprio, extras = _observations(demo, "obs", where, image_size)
-    frame_steps = _frame_steps(demo, where, len(actions), len(proprio))
-    if "final_obs" in demo:
-        last = _observations(demo, "final_obs", where, image_size)
+    sizes: Sizes = {}
+    names = contents(demo, where)
+    actions = read_array(demo, "actions", where, sizes)
+    dones = read_array(demo, "dones", where, sizes).astype(bool)
+    if facts is None and not dones.any() and "rewards" in names:
+        dones = read_array(demo, "rewards", where, sizes) > 0
+    way = IMAGES["raw" if facts is not None else conventions.images]
+    foreign = facts is None
+    images, proprio, extras = _observations(demo, "obs", where, sizes, image_size, way, foreign)
+    if facts is None:
+        check_units(actions, proprio[:, :3], f"{where}/actions")
+    final = "final_obs" in names
+    if final:
+        one = {"H": sizes["H"]}
+        last = _observations(demo, "final_obs", where, one, image_size, way, foreign)
         images = np.concatenate([images, last[0]])
         proprio = np.concatenate([proprio, last[1]])
-        extras = {k: np.concatenate([v, last[2][k]]) for k, v in extras.items() if k in last[2]}
-    success = bool(dones.any()) if facts is None else bool(facts["success"])
-    if convention == "after":
+        extras = _extended(extras, last[2])
+    if "frame_steps" in names:
+        frame_steps = read_array(demo, "frame_steps", where, sizes).astype(np.int64)
+    else:
+        frame_steps = _every_step(where, sizes, final)
+    success = bool(dones.any()) if facts is None else facts["success"]
+    if observations == "after":
         actions, dones = actions[1:], dones[1:]
     facts = facts or {"start": None, "seed": 0, "meta": {}, **defaults}
     episode = Episode(
@@ -191,96 +215,99 @@ def read_demo(
     return episode
 
 
-def _array(group: h5py.Group, name: str, where: str) -> np.ndarray:
-    if name not in group or not isinstance(group[name], h5py.Dataset):
-        raise UserError(
-            f"{where}: expected a dataset `{name}`, got only {sorted(group)}. "
-            "The file does not follow LIBERO's layout: convert it, or point to another file."
-        )
-    try:
-        return group[name][()]
-    except OSError as error:
-        raise UserError(
-            f"{where}: {name}: expected readable data, got {error}. "
-            "The file is damaged: copy or record it again."
-        ) from error
-
-
-def _frame_steps(demo: h5py.Group, where: str, steps: int, rows: int) -> np.ndarray:
+def _every_step(where: str, sizes: Sizes, final: bool) -> np.ndarray:
     """Steps of all frames, those of `obs` first and the final one last."""
-    if "frame_steps" in demo:
-        return demo["frame_steps"][()].astype(np.int64)
+    steps, rows = sizes["T"][0], sizes["F"][0]
     if rows != steps:
         raise UserError(
-            f"{where}: obs: expected one row per action ({steps}) or a dataset `frame_steps`, got "
+            f"{where}/obs: expected one row per action ({steps}) or a dataset `frame_steps`, got "
             f"{rows} rows. The demonstration was cut off: leave it out."
         )
-    return np.arange(steps + ("final_obs" in demo), dtype=np.int64)
+    return np.arange(steps + final, dtype=np.int64)
 
 
 def _observations(
-    demo: h5py.Group, name: str, where: str, image_size: int | None
+    demo: h5py.Group,
+    name: str,
+    where: str,
+    sizes: Sizes,
+    image_size: int | None,
+    way: tuple[int, int],
+    ranged: bool,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Images [F, V, H, W, 3] uint8 upright, proprio [F, 8] float32 and further low-dimensional
-    rows.
+    rows. way: steps along rows and columns that make images upright; ranged: as in
+    `read_array`.
     """
-    if name not in demo:
-        raise UserError(
-            f"{where}: expected a group `{name}`, got only {sorted(demo)}. The file holds no "
-            "observations: create them from it with LIBERO's create_dataset.py."
-        )
-    group, where = demo[name], f"{where}/{name}"
-    views = []
-    for camera in CAMERAS:
-        if camera != CAMERAS[0] and camera not in group:
-            continue
-        raw = _array(group, camera, where)
-        if raw.dtype != np.uint8 or raw.ndim != 4 or raw.shape[-1] != 3:
-            raise UserError(
-                f"{where}/{camera}: expected uint8 [T, H, W, 3], got {raw.dtype} "
-                f"{list(raw.shape)}. Store images as 8-bit RGB in 0..255."
-            )
-        if image_size is not None:
-            raw = area_resize(raw, image_size, f"{where}/{camera}")
-        views.append(raw[:, ::-1, ::-1])
-    if "ee_pos" not in group and "ee_states" in group:
-        pose = _array(group, "ee_states", where)
+    group, where = subgroup(demo, name, where), f"{where}/{name}"
+    names = contents(group, where)
+
+    def read(array: str) -> np.ndarray:
+        return read_array(group, array, where, sizes, f"obs/{array}", ranged)
+
+    views = [read(camera) for camera in CAMERAS]
+    if image_size is not None:
+        views = [area_resize(v, image_size, f"{where}/{CAMERAS[0]}") for v in views]
+    if "ee_pos" not in names and "ee_states" in names:
+        pose = read("ee_states")
     else:
-        pose = np.concatenate([_array(group, k, where) for k in ("ee_pos", "ee_ori")], axis=-1)
-    gripper = _array(group, "gripper_states", where)
-    lengths = {len(view) for view in views} | {len(pose), len(gripper)}
-    if len(lengths) > 1 or len({view.shape for view in views}) > 1:
-        shapes = [list(v.shape) for v in (*views, pose, gripper)]
-        raise UserError(
-            f"{where}: expected equally many rows and equal image sizes, got shapes {shapes}. "
-            "The demonstration was cut off: leave it out."
-        )
-    rotation = continuous_axis_angle(pose[:, 3:6])
-    proprio = np.concatenate([pose[:, :3], rotation, gripper], axis=1).astype(np.float32)
-    known = (*CAMERAS, *_LOW_DIM)
-    extras = {k: group[k][()] for k in sorted(group) if k not in known and group[k].ndim <= 2}
-    return np.stack(views, axis=1), proprio, extras
+        pose = np.concatenate([read("ee_pos"), read("ee_ori")], axis=-1)
+    rotation = continuous_axis_angle(pose[:, 3:])
+    proprio = np.concatenate([pose[:, :3], rotation, read("gripper_states")], axis=1)
+    extras = {"joint_states": read("joint_states")} if "joint_states" in names else {}
+    for other in sorted(set(names) - _KNOWN):
+        found = member(group, other, where)
+        with readable(f"{where}/{other}"):
+            plain = isinstance(found, h5py.Dataset) and found.dtype.kind in "fiub"
+            if plain and 1 <= len(found.shape or ()) <= 2 and len(found) == sizes["F"][0]:
+                extras[other] = found[()]
+    images = np.stack([view[:, :: way[0], :: way[1]] for view in views], axis=1)
+    return images, proprio.astype(np.float32), extras
 
 
-def file_defaults(data: h5py.Group, stem: str, folder: str) -> dict[str, Any]:
+def _extended(extras: dict[str, np.ndarray], last: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Further rows of `obs` and `final_obs` together, where both have them."""
+    alike = [k for k, v in extras.items() if k in last and last[k].shape[1:] == v.shape[1:]]
+    return {k: np.concatenate([extras[k], last[k]]) for k in alike}
+
+
+def file_defaults(data: h5py.Group, where: str, stem: str, folder: str) -> dict[str, Any]:
     """Suite, task id, instruction and source of a file that is not ours.
 
-    `stem` is the file name without `_demo.hdf5`. Tasks outside the four ten-task suites get id -1;
-    the suite is then the folder's name.
+    Found by `stem`, the file name without `_demo`, else by the attributes `bddl_file_name` and
+    `problem_info`. Tasks outside the four ten-task suites get id -1; the suite is then the
+    folder's name.
     """
-    located = locate_task(stem)
-    instruction = instruction_of(stem)
-    if "problem_info" in data.attrs:
-        try:
-            stated = json.loads(data.attrs["problem_info"]).get("language_instruction", "")
-        except (ValueError, AttributeError) as error:
-            raise UserError(
-                f"{data.file.filename}: attribute `problem_info`: expected a JSON object, got "
-                f"{data.attrs['problem_info']!r} ({error}). Download or convert the file again."
-            ) from error
-        instruction = "".join(stated).strip().strip('"') or instruction
-    suite, task = located if located is not None else (folder, -1)
+    bddl = read_text(data, "bddl_file_name", where)
+    other = bddl.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".bddl") if bddl else ""
+    named, written = locate_task(stem), locate_task(other)
+    if named and written and named != written:
+        raise UserError(
+            f"{where}: expected one task, got {stem!r} by the file's name and {other!r} by its "
+            "attribute `bddl_file_name`. Give the file its task's name again."
+        )
+    text = read_text(data, "problem_info", where)
+    spoken = "" if text is None else _spoken(text, f"{where}: attribute `problem_info`")
+    # A scene's name in front is of another suite, which says many of the same sentences.
+    foreign = bddl is not None or instruction_of(stem) != stem.replace("_", " ")
+    located = named or written or (None if foreign else locate_instruction(spoken))
+    suite, task = located or (folder, -1)
+    instruction = spoken or instruction_of(other if written and not named else stem)
     return {"suite": suite, "task": task, "instruction": instruction, "source": "demonstration"}
+
+
+def _spoken(problem: str, where: str) -> str:
+    """The language instruction in a file's problem description, "" where it holds none."""
+    spoken = _json(problem, where).get("language_instruction", "")
+    if isinstance(spoken, list) and all(isinstance(part, str) for part in spoken):
+        # A list of words, or of letters.
+        spoken = (" " if any(len(part) > 1 for part in spoken) else "").join(spoken)
+    if not isinstance(spoken, str):
+        raise UserError(
+            f"{where}: language_instruction: expected text, got {spoken!r}. Write the instruction "
+            "as text."
+        )
+    return spoken.strip().strip('"')
 
 
 def write_file_facts(data: h5py.Group, episode: Episode) -> None:
@@ -294,9 +321,7 @@ def write_file_facts(data: h5py.Group, episode: Episode) -> None:
     data.attrs["tag"] = "worldenv"
 
 
-def count_file(data: h5py.Group) -> None:
-    """Bring `num_demos` and `total` up to date."""
-    data.attrs["num_demos"] = len(data)
-    data.attrs["total"] = int(
-        sum(int(d.attrs.get("num_samples", len(d["actions"]))) for d in data.values())
-    )
+def count_file(data: h5py.Group, demos: list[str]) -> None:
+    """Bring `num_demos` and `total` up to date; other members (robomimic's `mask`) do not count."""
+    data.attrs["num_demos"] = len(demos)
+    data.attrs["total"] = sum(len(data[name]["actions"]) for name in demos)

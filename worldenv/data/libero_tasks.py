@@ -77,3 +77,30 @@ def locate_task(name: str) -> tuple[str, int] | None:
 def instruction_of(name: str) -> str:
     """The instruction LIBERO reads out of a task's file stem (scene prefix removed, spaces)."""
     return re.sub(r"^[A-Z_]+_SCENE\d+_", "", name).replace("_", " ")
+
+
+# What the benchmark's own task files say otherwise than the name does.
+_SPOKEN = {
+    "pick the akita ": "pick up the ",
+    "pick the ": "pick up the ",
+    "cookies box": "cookie box",
+    "top layer of the wooden cabinet": "top drawer of the wooden cabinet",
+    "middle layer of the drawer": "middle drawer of the cabinet",
+    "top layer of the drawer": "top drawer",
+    "on the top of the drawer": "on top of the cabinet",
+    "cream cheese on the bowl": "cream cheese in the bowl",
+}
+
+
+def locate_instruction(text: str) -> tuple[str, int] | None:
+    """(suite, task id) of an instruction, in the words of the task's name or of LIBERO's task
+    files; None when it is not of the forty.
+    """
+    text = " ".join(text.lower().split())
+    for said, named in _SPOKEN.items():
+        text = text.replace(said, named)
+    for suite, names in SUITES.items():
+        for task, name in enumerate(names):
+            if instruction_of(name) == text:
+                return suite, task
+    return None

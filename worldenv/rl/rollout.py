@@ -25,7 +25,7 @@ Stop = Callable[[Mapping[str, Any], Mapping[str, Any], np.ndarray], np.ndarray]
 class Trajectories:
     """M episodes as N flat decisions, in order of time; everything on one device."""
 
-    image: Tensor  # [N, V, H, W, 3] uint8, what the policy saw
+    image: Tensor | None  # [N, V, H, W, 3] uint8, what the policy saw; None if not asked for
     proprio: Tensor  # [N, P]
     action: Tensor  # [N, C, A]
     mu: Tensor  # [N, C, A]
@@ -55,6 +55,7 @@ def rollout(
     stop: Stop | None = None,
     on_finish: Callable[[int, dict[str, Any]], None] | None = None,
     on_step: Callable[[np.ndarray, Mapping, Tensor, Mapping, Mapping], None] | None = None,
+    images: bool = True,
 ) -> Trajectories:
     """Run one episode from each of `starts` (any number) in the env's B rows.
 
@@ -62,10 +63,11 @@ def rollout(
     policy: observation -> (mu, log_scale) `[B, C, A]`; actions are drawn about mu as `noise` says,
     without noise they are mu. stop(observation, info, rows) may end further rows.
     on_finish(episode, info) and on_step(episode of each row or -1, observation before, action,
-    observation after, info) are called as things happen. Decisions come back sorted by episode,
-    then time.
+    observation after, info) are called as things happen. images: whether to keep what the policy
+    saw, which an update needs and outcomes do not (a decision at 128 px has 98 KB). Decisions come
+    back sorted by episode, then time.
     """
-    recorder = _Recorder(len(starts))
+    recorder = _Recorder(len(starts), images)
     noise_seeds = torch.tensor(seeds, dtype=torch.int64)
     rows = np.full(env.num_envs, -1)  # episode of each row
     rows[: len(starts)] = np.arange(min(len(starts), env.num_envs))
@@ -121,11 +123,13 @@ def rollout_shards(
     *,
     seeds: Sequence[int],
     noise: Noise | None = OWN_NOISE,
+    images: bool = True,
 ) -> Trajectories:
     """`rollout` in several environments at once, each with a consecutive share of the episodes."""
 
     def piece(env: VectorEnv, share: slice) -> Trajectories:
-        return rollout(env, policy, starts[share], seeds=seeds[share], noise=noise)
+        own = seeds[share]
+        return rollout(env, policy, starts[share], seeds=own, noise=noise, images=images)
 
     shares = parallel.shares(len(starts), len(envs))
     return join(parallel.run([partial(piece, *pair) for pair in zip(envs, shares, strict=False)]))
@@ -133,7 +137,8 @@ def rollout_shards(
 
 def join(parts: Sequence[Trajectories]) -> Trajectories:
     """The episodes of several rollouts, in order, as if of one."""
-    flat = ("image", "proprio", "action", "mu", "log_scale", "logprob", "step", "reward")
+    flat = ("proprio", "action", "mu", "log_scale", "logprob", "step", "reward")
+    pictures = [part.image for part in parts if part.image is not None]
     whole = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in (*flat, "final_reward", "length", "terminated")
@@ -142,6 +147,7 @@ def join(parts: Sequence[Trajectories]) -> Trajectories:
     episode = torch.cat([p.episode + int(n) for p, n in zip(parts, before, strict=False)])
     return Trajectories(
         **whole,
+        image=torch.cat(pictures) if pictures else None,
         episode=episode,
         instruction=[word for part in parts for word in part.instruction],
         info=[info for part in parts for info in part.info],
@@ -158,7 +164,8 @@ def _as_tensors(observation: Mapping[str, Any]) -> dict[str, Any]:
 class _Recorder:
     """Collects live rows step by step; sorts them by episode at the end."""
 
-    def __init__(self, episodes: int) -> None:
+    def __init__(self, episodes: int, images: bool) -> None:
+        self.images = images
         self.steps: list[dict[str, Tensor]] = []
         self.ends: list[dict[str, Any]] = [{} for _ in range(episodes)]
 
@@ -176,7 +183,6 @@ class _Recorder:
         index = np.flatnonzero(rows >= 0)
         at = torch.as_tensor(index).to(action.device)
         values = {
-            "image": view["image"],
             "proprio": view["proprio"],
             "action": action,
             "mu": mu,
@@ -184,6 +190,8 @@ class _Recorder:
             "logprob": logprob,
             "reward": reward.float(),
         }
+        if self.images:
+            values["image"] = view["image"]
         step = {name: value[at] for name, value in values.items()}
         step["episode"] = torch.as_tensor(rows[index]).to(action.device)
         step["step"] = torch.as_tensor(count[index]).to(action.device)
@@ -196,13 +204,14 @@ class _Recorder:
             "instruction": instruction,
             "terminated": terminated,
             "reward": reward.float(),
-            "info": info,
+            # Frames that were recorded on the way are on_finish's alone.
+            "info": {k: v for k, v in info.items() if not isinstance(v, Mapping)},
         }
 
     def result(self) -> Trajectories:
         flat = {name: torch.cat([s[name] for s in self.steps]) for name in self.steps[0]}
         order = torch.argsort(flat["episode"], stable=True)
-        flat = {name: value[order] for name, value in flat.items()}
+        flat = {"image": None} | {name: value[order] for name, value in flat.items()}
         return Trajectories(
             **flat,
             instruction=[e["instruction"] for e in self.ends],

@@ -23,7 +23,7 @@ from worldenv.rl.noise import Noise
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
-from worldenv.stages import store
+from worldenv.stages import demonstrations, store
 from worldenv.stages.reality import Reality, Watcher, make_env
 from worldenv.stages.run import Run, Stage, policy_before, stage_before
 
@@ -38,8 +38,10 @@ def world(config: Config) -> tuple:
 
 
 def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
-    """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task."""
+    """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task, or files."""
     config = run.config
+    if config.data.paths:
+        return demonstrations.from_files(run, mark)
     folder = run.path("data", "demonstrations")
     return record_expert(config, config.collect.demonstrations, folder, mark)
 
@@ -53,14 +55,18 @@ def explore(run: Run, mark: str, number: int) -> dict:
     return record_policy(run.reality, policy, count, folder, mark, number)
 
 
+def _demonstrated(config: Config, number: int) -> tuple:
+    """What demonstrations depend on: the files they come from, or how they are scripted."""
+    if config.data.paths:
+        return (world(config), demonstrations.identity(config))
+    part = config.collect
+    return (world(config), part.demonstrations, part.demonstration_noise)
+
+
 DEMONSTRATIONS = Stage(
     "demonstrations",
     demonstrate,
-    settings=lambda config, n: (
-        world(config),
-        config.collect.demonstrations,
-        config.collect.demonstration_noise,
-    ),
+    settings=_demonstrated,
     makes=("data/demonstrations",),
     rounds=False,
 )
@@ -81,6 +87,7 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
     user's, is only added to, and the mark is of who acts, how and where. It is stored with each
     episode: one of another mark is none of them.
     """
+    demonstrations.require_expert(config.env.suite)
     alone = bool(mark)
     mark = mark or fingerprint(
         "expert", config.seed, world(config), config.collect.demonstration_noise

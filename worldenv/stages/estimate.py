@@ -65,8 +65,9 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
     decisions = rl.contexts * rl.group * 0.6 * chunks
     iteration = decisions * (frame + (2 if rl.critic else 1) * sample)
     held_out = (config.evaluate.starts[1] - config.evaluate.starts[0]) * tasks
+    scripted = 0 if config.data.paths else config.collect.demonstrations
     stages = {
-        "demonstrations": config.collect.demonstrations * tasks * 2 * real,
+        "demonstrations": scripted * tasks * 2 * real,
         "sft": sft.steps * sft.batch * sample,
     }
     explored = 0

@@ -123,7 +123,7 @@ def _act(
         images.append(after["image"][0].cpu().clone())
         poses.append(after["proprio"][0].cpu().clone())
 
-    rollout(env, policy, [Start(0, 0, seed)], seeds=[0], noise=None, on_step=note)
+    rollout(env, policy, [Start(0, 0, seed)], seeds=[0], noise=None, on_step=note, images=False)
     count = len(images)
     return FrameSequence(
         torch.stack(images),

@@ -20,6 +20,7 @@ from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.stages import (
     collect,
+    demonstrations,
     estimate,
     evaluate,
     fidelity,
@@ -51,6 +52,7 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     files: checkpoints to use in place of training (policy, simulator, reflector: their path), the
     last two in round `number`.
     """
+    demonstrations.check(run.config)
     named = _named(run, files or {}, number)
     marks = _marks(run, named)
     run.save_config()

@@ -243,7 +243,9 @@ def _check_reality(
     count = config.posttrain.real_check_episodes
     picked = firsts[:: max(1, len(firsts) // count)][:count]
     starts = [Start(0, c, derive(config.seed, "check world", c)) for c in picked]
-    imagined = rollout_shards(envs, policy, starts, seeds=[0] * len(starts), noise=None)
+    imagined = rollout_shards(
+        envs, policy, starts, seeds=[0] * len(starts), noise=None, images=False
+    )
     success = _real_success(run, policy, f"real check {number}.{step}") if known is None else known
     run.logger.log(
         f"check-{number}",

@@ -108,6 +108,7 @@ class Reality:
                     stop=watcher.stop,
                     on_finish=finish,
                     on_step=step,
+                    images=False,
                 )
 
         with ThreadPoolExecutor(max(count, 1), "reality", torch.set_num_threads, (1,)) as pool:

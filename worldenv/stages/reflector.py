@@ -119,7 +119,7 @@ def _calibrated(
     starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
     seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
     noise = exploration_noise(config)
-    imagined = rollout_shards(envs, policy.eval(), starts, seeds=seeds, noise=noise)
+    imagined = rollout_shards(envs, policy.eval(), starts, seeds=seeds, noise=noise, images=False)
     top = torch.zeros(len(starts), device=imagined.reward.device)
     top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
     rate = sum(e.success for e in explored) / len(explored)

@@ -32,6 +32,10 @@ from worldenv.runtime.errors import UserError, nearest
 
 ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
 CACHE_VARIABLE = "WORLDENV_CACHE"
+ASSETS_ORIGIN = (
+    "the folder libero/libero/assets of LIBERO's GitHub repository, Lifelong-Robot-Learning/LIBERO "
+    "(a clone has it), or the asset set that the package hf-libero downloads from its hub"
+)
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 LIBERO_INSTALL = (
     'pip install "mujoco<3.9" robosuite==1.4.0 bddl==1.0.1 gymnasium easydict cloudpickle '
@@ -145,10 +149,11 @@ def resolve_assets(explicit: Path | None, suite: str, cache_dir: Path | None = N
         return AssetSource(path, "primitive" if is_primitive(path) else "official")
     if suite not in PRIMITIVE_SUITES:
         raise UserError(
-            f"{suite} needs LIBERO's official asset files; without them only "
-            f"{', '.join(PRIMITIVE_SUITES)} runs (on our primitive pack). Set {ASSETS_VARIABLE} to "
-            "the folder that holds articulated_objects/, scenes/, stable_hope_objects/, "
-            "stable_scanned_objects/, turbosquid_objects/ and textures/."
+            f"{suite} needs LIBERO's official asset files, and none were named. Get them first: "
+            f"{ASSETS_ORIGIN}. Then set {ASSETS_VARIABLE} to the folder that holds scenes/ and "
+            "articulated_objects/, or pass it (worldenv-train --env.assets, worldenv-collect "
+            f"--assets). Without them only {', '.join(PRIMITIVE_SUITES)} runs, on our primitive "
+            "pack."
         )
     return AssetSource(_cached_pack(cache_dir or default_cache_dir()), "primitive")
 

@@ -87,7 +87,7 @@ def _single_goal(simulator: LiberoSimulator) -> tuple[str, str, str]:
         raise UserError(
             f"The scripted expert solves {' and '.join(EXPERT_SUITES)} (put one object on or in "
             f"another), got {simulator.suite} with the goal {goals}. Choose one of these suites, "
-            "or train from the benchmark's own demonstration files."
+            "or train from the benchmark's own demonstration files: worldenv-train --data PATH."
         )
     return goals[0]
 
