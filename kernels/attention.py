@@ -298,8 +298,9 @@ def attention_bwd_key_kernel(
     tl.store(grad_v + to, acc_v.to(grad_v.dtype.element_ty), inside)
 
 
-def tiles(dim: int, dtype: torch.dtype, kernel: str) -> dict[str, int | bool]:
-    """Tile sizes and launch options of a kernel: forward | query | key (the backward passes)."""
+def tiles(dim: int, dtype: torch.dtype, kernel: str, groups: int = 1) -> dict[str, int | bool]:
+    """Tile sizes and launch options of a kernel: forward | query | key (the backward passes).
+    `bench.compiled` shows what the compiler makes of them, and fails where registers spill."""
     block_d = max(16, triton.next_power_of_2(dim))
     wide = block_d > 64
     if block_d > 128:  # what fits into shared memory
@@ -312,7 +313,7 @@ def tiles(dim: int, dtype: torch.dtype, kernel: str) -> dict[str, int | bool]:
     elif kernel == "query":
         m, n, warps, stages = 64, 64, 4, 2
     else:
-        m, n, warps, stages = (32, 128, 8, 2) if wide else (64, 64, 4, 2)
+        m, n, warps, stages = (32, 128, 8, 2) if wide else (64 if groups == 1 else 32, 64, 4, 2)
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     return {"BLOCK_D": block_d, "WHOLE": block_d == dim, **sizes}
 
@@ -374,7 +375,7 @@ def backward(
     arguments = (*_arguments(q, k, v, window, sinks, causal), dim**-0.5)
     saved, flags = (q, k, v, grad, lse, delta), {"PRECISION": _precision(q)}
     attention_bwd_query_kernel[grid](*saved, grad_q, *arguments, **flags, **sizes)
-    sizes = tiles(dim, q.dtype, "key")
+    sizes = tiles(dim, q.dtype, "key", heads // k.shape[3])
     grid = (triton.cdiv(n, sizes["BLOCK_N"]), batch * k.shape[3])
     attention_bwd_key_kernel[grid](*saved, grad_k, grad_v, *arguments, **flags, **sizes)
     return grad_q, grad_k, grad_v
