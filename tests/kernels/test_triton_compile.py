@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,23 +29,17 @@ def rows() -> list[compiled.Row]:
 
 
 def test_no_kernel_spills_and_every_gate_is_met(rows):
-    """attention_bwd_key at head dim 128 kept 255 registers and spilled 232 bytes for a year of
-    green tests: they compiled other tile sizes."""
+    """attention_bwd_key spilled at head dim 128 while the tests, at other tile sizes, were
+    green."""
     assert compiled.missed(rows) == []
 
 
 def test_every_kernel_is_launched(rows):
     """A kernel that no case of `production()` launches would never be looked at."""
-    kernels = {
-        name
-        for module in (ROOT / "kernels").glob("*.py")
-        for name in module.read_text().split()
-        if name.split("(")[0].endswith(("_fwd_kernel", "_bwd_kernel"))
-    }
-    launched = {row.name.split(" ")[0] for row in rows}
-    defined = {name.split("(")[0].removesuffix("_kernel") for name in kernels}
-    assert defined <= launched
-    assert {"attention_bwd_key", "attention_bwd_query", "attention_bwd_delta"} <= launched
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    defined = set(re.findall(r"^def (\w+)_kernel\(", sources, re.MULTILINE))
+    assert len(defined) >= 11
+    assert {row.name.split(" ")[0] for row in rows} == defined
 
 
 def test_a_spill_a_missing_wgmma_and_a_new_kernel_are_faults(rows):
