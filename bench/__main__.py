@@ -80,6 +80,11 @@ def machine() -> dict[str, object]:
     }
 
 
+def machine_file(about: dict[str, object]) -> str:
+    """Name of the file that holds a machine's results."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", str(about["processor"])).strip("-").lower() + ".json"
+
+
 def print_row(row: Row) -> None:
     share = "" if row.of_limit is None else f"  {row.of_limit:4.0%} of limit"
     print(f"{row.case:56s} {row.seconds * 1e3:10.3f} ms{share}")
@@ -103,7 +108,6 @@ def check(rows: list[Row], least: dict[str, float]) -> int:
 def save(rows: list[Row], reach: dict[str, Limits]) -> Path:
     """results/bench/<processor>.json: the machine, its limits and every row."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^A-Za-z0-9]+", "-", str(machine()["processor"])).strip("-").lower()
     report = {
         "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
         "commit": commit(),
@@ -112,7 +116,7 @@ def save(rows: list[Row], reach: dict[str, Limits]) -> Path:
         "copy_bytes_per_second": reach["float32"].bytes_per_second,
         "rows": [asdict(row) | {"ratios": row.ratios} for row in rows],
     }
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / machine_file(machine())
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
 

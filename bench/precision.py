@@ -25,7 +25,7 @@ from worldenv.stages.collect import load_round
 from worldenv.stages.fidelity import horizon_errors, outcome_agreement
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
-from worldenv.stages.run import Run, use_cores, write_json
+from worldenv.stages.run import Run, write_json
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("float32", "bfloat16")
@@ -34,7 +34,6 @@ PRECISIONS = ("float32", "bfloat16")
 def measure(folder: Path) -> dict:
     """Both precisions in the first world of a run."""
     run = Run(replace(load(folder / "config.json"), run_dir=folder))
-    use_cores()
     checkpoints = folder / "checkpoints"
     simulator: Simulator = store.load("simulator", checkpoints / "simulator-0.safetensors")
     reflector: Reflector = store.load("reflector", checkpoints / "reflector-0.safetensors")

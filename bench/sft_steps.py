@@ -12,21 +12,20 @@ finished training is not repeated.
 import argparse
 import copy
 import json
-import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
 
 from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
 from worldenv.models.policy import Policy
-from worldenv.report.statistics import student_quantile, wilson
+from worldenv.report.statistics import paired_difference, wilson
 from worldenv.runtime import device as devices
 from worldenv.runtime.revision import commit
 from worldenv.stages import pipeline, store
 from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy, held_out_starts
+from worldenv.stages.results import success_of
 from worldenv.stages.run import Run, write_json
 
 ROOT = Path(__file__).parents[1]
@@ -81,7 +80,7 @@ def against_posttrained(run: Run, policy: Policy, label: str, results: dict) -> 
         outcomes = evaluate_policy(run, policy, held_out_starts(run), f"{label}, held out")
     outcomes = sorted(outcomes, key=lambda e: (e["task"], e["start"], e["seed"]))
     both = {"sft": outcomes, "posttrained": results["evaluation"]["posttrained"]}
-    found = pipeline.success_of(both, "success")
+    found = success_of(both, "success")
     print(f"{label}, held out: {found}")
     return found
 
@@ -95,14 +94,15 @@ def summarise(rows: list[dict], fewer: int, more: int) -> None:
     for name, part in parts.items():
         found = {(row["seed"], row["steps"]): part(row) for row in rows if part(row)}
         rate = {key: counts["successes"] / counts["episodes"] for key, counts in found.items()}
-        change = [rate[s, more] - rate[s, n] for s, n in rate if n == fewer and (s, more) in rate]
-        if len(change) < 2:
+        pairs = {
+            s: (rate[s, n], rate[s, more]) for s, n in rate if n == fewer and (s, more) in rate
+        }
+        if len(pairs) < 2:
             continue
-        half = student_quantile(0.95, len(change) - 1) * stdev(change) / math.sqrt(len(change))
-        low, high = mean(change) - half, mean(change) + half
+        change = paired_difference(*zip(*pairs.values(), strict=True), list(pairs))
         print(
-            f"{more} instead of {fewer} steps, {name}, {len(change)} seeds: "
-            f"{100 * mean(change):+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
+            f"{more} instead of {fewer} steps, {name}, {len(pairs)} seeds: "
+            f"{100 * change.mean:+.1f} points ({100 * change.low:+.1f} to {100 * change.high:+.1f})"
         )
 
 

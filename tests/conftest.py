@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import importlib.util
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -49,3 +51,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"{', '.join(missing)} not installed: run make, which installs LIBERO")
         if gl_failure():
             pytest.skip(gl_failure())
+
+
+@pytest.fixture
+def largest_file():
+    """A context manager: no file can grow beyond so many bytes, as on a disk that fills."""
+
+    @contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited

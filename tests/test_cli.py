@@ -1,18 +1,14 @@
-"""The console scripts: help, errors with exit codes, and adopting another run's checkpoints."""
+"""The console scripts: help, errors with exit codes, and checkpoints that do not fit."""
 
 import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-import torch
 
-from worldenv.config import Config
 from worldenv.presets import preset
-from worldenv.runtime.errors import UserError
-from worldenv.stages import pipeline, store
+from worldenv.stages import store
 from worldenv.stages.run import Run
 
 SCRIPTS = ("train", "evaluate", "collect", "imagine")
@@ -43,13 +39,15 @@ def test_mistakes_are_named_without_a_traceback(tmp_path):
     for arguments, words in (
         (("--preset", "defualt"), "Did you mean 'default'"),
         (("--sft.stepz", "3"), "sft.steps"),
-        (("posttrain", "--round", "7", "--run-dir", str(tmp_path)), "round 7"),
+        (("posttrain", "--round", "7", "--run-dir", str(tmp_path / "new")), "round 7"),
         (("reflector", "--run-dir", str(tmp_path)), "has not run"),
     ):
         done = call("train", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)
         assert words in done.stderr + done.stdout, (arguments, done.stderr)
         assert "Traceback" not in done.stderr
+    assert not (tmp_path / "new").exists()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     done = call("evaluate", "--run-dir", str(tmp_path / "absent"))
     assert done.returncode == 2
     assert "config.json" in done.stderr
@@ -65,28 +63,9 @@ def test_a_wrong_asset_folder_is_named(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     run = Run(replace(preset("smoke"), run_dir=tmp_path / "run"))
+    run.save_config()
     yield run
     run.close()
-
-
-def test_a_checkpoint_of_another_run_is_adopted(run, tmp_path):
-    torch.manual_seed(0)
-    simulator = store.build("simulator", run.config)
-    path = tmp_path / "other.safetensors"
-    store.save("simulator", simulator, run.config, path)
-    pipeline.adopt(run, "simulator", path, 0)
-    adopted = store.load("simulator", run.dir / "checkpoints" / "simulator-0.safetensors")
-    assert torch.equal(adopted.patch_in.weight, simulator.patch_in.weight)
-    assert run.record("simulator-0")["adopted"] == str(path)
-    with pytest.raises(UserError, match="expected a policy checkpoint, got 'simulator'"):
-        pipeline.adopt(run, "policy", path, 0)
-
-
-def test_the_run_folder_holds_its_configuration(run):
-    stored = json.loads((run.dir / "config.json").read_text())
-    assert stored["preset"] == "smoke"
-    assert Path(stored["run_dir"]) == run.dir
-    assert Config().preset == "default"
 
 
 @pytest.mark.libero
@@ -100,3 +79,16 @@ def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
     assert "success 0/1 = 0.0% (95% interval 0.0% to 79.3%)" in done.stdout
     episodes = json.loads(out.read_text())["episodes"]
     assert [(e["start"], e["success"]) for e in episodes] == [(0, False)]
+
+
+def test_eval_and_imagine_refuse_a_policy_of_another_chunk_or_image_size(run):
+    path = run.dir / "checkpoints" / "policy-1.safetensors"
+    store.save("policy", store.build("policy", run.config), run.config, path)
+    config = json.loads((run.dir / "config.json").read_text())
+    for name, value in (("chunk", 4), ("image_size", 32)):
+        env = {**config["env"], name: value}
+        (run.dir / "config.json").write_text(json.dumps({**config, "env": env}))
+        done = call("evaluate", "--run-dir", str(run.dir))
+        assert done.returncode == 2, done.stderr
+        assert f"this policy was trained with env.{name} {config['env'][name]}" in done.stderr
+        assert "Traceback" not in done.stderr

@@ -6,6 +6,7 @@ in progress has saved what it had.
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +24,7 @@ from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
+from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, open_run, write_json
 
 _Stage = Literal[
@@ -53,11 +55,13 @@ class TrainArguments:
     round: int = 0
     """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
     policy: Path | None = None
-    """Use this policy checkpoint instead of training one by imitation."""
+    """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
+    stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
+    """
     simulator: Path | None = None
-    """Use this simulator checkpoint for the round."""
+    """Use this simulator checkpoint for the round, instead of training one."""
     reflector: Path | None = None
-    """Use this reflector checkpoint for the round."""
+    """Use this reflector checkpoint for the round, instead of training one."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -169,21 +173,20 @@ def _guarded(work: Callable[[], int | None]) -> None:
 def _train() -> None:
     name = _preset_name(sys.argv[1:])
     arguments = tyro.cli(TrainArguments, default=TrainArguments(config=preset(name)))
+    pipeline.check_round(arguments.config, arguments.round)
+    named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
+    files = {kind: path for kind, path in named.items() if path is not None}
     run = Run(arguments.config)
     try:
-        for kind in ("policy", "simulator", "reflector"):
-            path = getattr(arguments, kind)
-            if path is not None:
-                pipeline.adopt(run, kind, path, arguments.round)
         if arguments.stage == "all":
-            results = pipeline.run_all(run)
+            results = pipeline.run_all(run, files, arguments.round)
         else:
-            pipeline.check_round(run, arguments.round)
-            results = pipeline.run_stage(run, arguments.stage, arguments.round)
+            results = pipeline.run_stage(run, arguments.stage, arguments.round, files)
     finally:
         run.close()
     if isinstance(results, Path):
-        print(f"report:  {run.dir / 'report.html'}\nresults: {results}")
+        page = run.dir / "report.html"
+        print(*[f"report:  {page}"] * page.exists(), f"results: {results}", sep="\n")
     else:
         shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
         print("\n".join(f"{k}: {v}" for k, v in shown.items()))
@@ -209,7 +212,7 @@ def _evaluate() -> None:
         fixture_seeds=arguments.fixture_seeds or part.fixture_seeds,
     )
     run.config = replace(run.config, evaluate=part)
-    policy = store.load("policy", arguments.policy or _last_policy(run))
+    policy = store.load("policy", arguments.policy or _last_policy(run), fits=run.config)
     starts = evaluating.held_out_starts(run)
     outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
     wins = sum(o["success"] for o in outcomes)
@@ -250,7 +253,8 @@ def _collect() -> None:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
         policy = store.load("policy", arguments.policy)
-        record = collecting.record_policy(config, policy, arguments.episodes, arguments.out)
+        with closing(Reality(config)) as reality:
+            record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
 
 
@@ -259,13 +263,12 @@ def _imagine() -> None:
     run = open_run(arguments.run_dir)
     config = run.config
     last = config.posttrain.rounds - 1
-    simulator = store.load(
-        "simulator", run.path("checkpoints", f"simulator-{last}.safetensors"), run.device
+    checkpoints = run.dir / "checkpoints"
+    simulator, reflector = (
+        store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
+        for kind in ("simulator", "reflector")
     )
-    reflector = store.load(
-        "reflector", run.path("checkpoints", f"reflector-{last}.safetensors"), run.device
-    )
-    policy = store.load("policy", arguments.policy or _last_policy(run))
+    policy = store.load("policy", arguments.policy or _last_policy(run), fits=config)
     if arguments.episodes is not None:
         episodes = read_episodes(arguments.episodes, config.env.image_size)[: arguments.count]
     else:

@@ -184,10 +184,10 @@ class PosttrainConfig:
     """Whether each round post-trains the imitated policy anew: what was learned wrongly in a world
     too kind is forgotten. Otherwise rounds go on from each other: few iterations in each allow it.
     """
-    iterations: int = 12
+    iterations: int = 8
     """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
     real success falls."""
-    refresh_iterations: int = 8
+    refresh_iterations: int = 4
     """Iterations in each later round."""
     contexts: int = 16
     """Contexts per draw."""
@@ -282,6 +282,9 @@ class Config:
     """Folder for checkpoints, metrics, report and results."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    threads: int = 0
+    """Threads to compute with (0: OMP_NUM_THREADS, or one for every usable core). Results do not
+    depend on it."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -9,7 +9,6 @@ from worldenv.report.statistics import (
     mcnemar,
     paired_difference,
     roc_curve,
-    student_quantile,
     wilson,
 )
 
@@ -34,13 +33,6 @@ def test_wilson_edges():
     assert (wilson(0, 0).low, wilson(0, 0).high) == (0.0, 1.0)
     with pytest.raises(ValueError, match="got 3 of 2"):
         wilson(3, 2)
-
-
-@pytest.mark.parametrize(
-    ("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (9, 2.2622), (29, 2.0452), (1000, 1.9623)]
-)
-def test_student_quantile(freedom, quantile):
-    assert student_quantile(0.95, freedom) == pytest.approx(quantile, abs=1e-3)
 
 
 # Gained, lost and p-values of binomial tests computed by hand.
@@ -107,9 +99,13 @@ def test_bootstrap_agrees_and_repeats():
     assert resampled.high == pytest.approx(exact.high, abs=0.02)
 
 
-def test_one_cluster_tells_nothing():
-    result = paired_difference([0, 0, 1], [1, 1, 1], ["a"] * 3)
+@pytest.mark.parametrize("interval", [paired_difference, bootstrap_difference])
+def test_one_cluster_tells_nothing(interval):
+    result = interval([0, 0, 1], [1, 1, 1], ["a"] * 3)
     assert (result.low, result.high) == (-1.0, 1.0)
+
+
+def test_no_pairs():
     with pytest.raises(ValueError, match="N > 0 pairs"):
         paired_difference([], [], [])
 

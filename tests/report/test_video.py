@@ -57,3 +57,32 @@ def test_side_by_side_places_enlarged_views():
     assert single.shape == (5, 32 + bar, 32 + 8 + 32, 3)
     with pytest.raises(UserError, match="one image size"):
         side_by_side(real, imagined[..., :8, :8, :])
+
+
+BROKEN = {
+    "absent": None,
+    "fails at once": "#!/bin/sh\necho no codec here >&2\nexit 3\n",
+    "fails at the end": "#!/bin/sh\ncat >/dev/null\necho No space left on device >&2\nexit 1\n",
+    "writes nothing": "#!/bin/sh\ncat >/dev/null\n",
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_broken_ffmpeg_is_named_and_leaves_no_file(tmp_path, monkeypatch, how):
+    program = tmp_path / "ffmpeg"
+    if BROKEN[how]:
+        program.write_text(BROKEN[how])
+        program.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(program))
+    with pytest.raises(UserError, match=r"x\.mp4: ffmpeg could not .*IMAGEIO_FFMPEG_EXE") as caught:
+        write_video(tmp_path / "media" / "x.mp4", blocks(40, 256, 256))
+    assert str(program) in str(caught.value)
+    assert list((tmp_path / "media").iterdir()) == []
+
+
+def test_a_video_cut_short_by_a_full_disk_is_not_kept(tmp_path, largest_file):
+    frames = np.random.default_rng(0).integers(0, 256, (8, 128, 128, 3), np.uint8)
+    with largest_file(20_000), pytest.raises(UserError, match="could not write the video"):
+        write_video(tmp_path / "x.mp4", frames)
+    assert list(tmp_path.iterdir()) == []
+    assert write_video(tmp_path / "x.mp4", frames).stat().st_size > 20_000

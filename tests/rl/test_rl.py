@@ -138,9 +138,9 @@ def test_gae_carries_the_final_reward_back_and_never_bootstraps_a_failure():
     t = rollout(ToyEnv(2), ToyPolicy(), starts(6), seeds=seeds(6))
     reward = episode_rewards(t, "binary")
     value = torch.zeros(len(t.episode))
-    _, target = gae_advantages(t, reward, value, gamma=1.0, lam=1.0)
+    _, target, _ = gae_advantages(t, reward, value, gamma=1.0, lam=1.0)
     assert torch.equal(target, reward[t.episode])
-    _, target = gae_advantages(t, torch.zeros(6), value + 0.5, gamma=1.0, lam=1.0)
+    _, target, _ = gae_advantages(t, torch.zeros(6), value + 0.5, gamma=1.0, lam=1.0)
     assert not target.any()
 
 
@@ -149,10 +149,12 @@ def test_the_group_is_the_baseline_of_the_whole_episode():
     t = rollout(ToyEnv(4), ToyPolicy(), starts(12), seeds=seeds(12))
     reward, value = t.terminated.float(), torch.linspace(0, 1, len(t.episode))
     assert reward.view(-1, 4).std(1).max() > 0
-    advantage, target = gae_advantages(t, reward, value, gamma=1.0, lam=1.0, group=4)
+    advantage, target, live = gae_advantages(t, reward, value, gamma=1.0, lam=1.0, group=4)
+    mixed = [0 < row.sum() < 4 for row in reward.view(-1, 4)]
+    assert live.tolist() == [mixed[e // 4] for e in t.episode.tolist()]
     others = (reward.view(-1, 4).sum(1, keepdim=True) - reward.view(-1, 4)).flatten() / 3
     raw = torch.where(t.step == 0, (reward - others)[t.episode], reward[t.episode] - value)
-    torch.testing.assert_close(advantage, (raw - raw.mean()) / raw.std())
+    torch.testing.assert_close(advantage, (raw - raw[live].mean()) / raw[live].std())
     torch.testing.assert_close(target, reward[t.episode])
 
 
@@ -197,19 +199,44 @@ def test_groups_without_signal_change_nothing():
     assert not any(p.any() for p in agent.policy.parameters())
 
 
-@pytest.mark.parametrize("advantage", ["gae", "loop-gae"])
-def test_gae_trains_policy_and_critic(advantage):
-    class Value(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = nn.Linear(2, 1)
+class Value(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(2, 1)
 
-        def forward(self, observation):
-            return self.net(observation["proprio"])[:, 0]
+    def forward(self, observation):
+        return self.net(observation["proprio"])[:, 0]
 
-    agent = learner(advantage=advantage)
+
+def with_critic(agent: Learner) -> Learner:
     agent.critic = Value()
     agent.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), 0.05)
+    return agent
+
+
+@pytest.mark.parametrize("advantage", ["gae", "loop-gae"])
+@pytest.mark.parametrize("limit", [1000, -1000])  # nothing succeeds, or everything at once
+def test_equal_rewards_move_no_policy_by_the_critics_noise(advantage, limit):
+    agent = with_critic(learner(advantage=advantage))
+    episodes = rollout(ToyEnv(8), agent.policy, starts(16, limit), seeds=seeds(16))
+    assert episodes.terminated.float().std() == 0
+    metrics = update(agent, episodes, 0, 0)
+    assert metrics["skipped"] == 1
+    assert not any(p.any() for p in agent.policy.parameters())
+
+
+def test_an_update_that_ends_in_nan_is_undone():
+    agent = learner(lr=1e30, minibatch=8)
+    episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32))
+    metrics = update(agent, episodes, 0, 0)
+    assert metrics["undone"] == 1
+    assert all(np.isfinite(v) for v in metrics.values())
+    assert not any(p.any() for p in agent.policy.parameters())
+
+
+@pytest.mark.parametrize("advantage", ["gae", "loop-gae"])
+def test_gae_trains_policy_and_critic(advantage):
+    agent = with_critic(learner(advantage=advantage))
     before = agent.critic.net.bias.item()
     rates = []
     for step in range(15):

@@ -9,6 +9,7 @@ import torch
 from worldenv.config import PolicyConfig
 from worldenv.models.policy import Policy
 from worldenv.presets import preset
+from worldenv.runtime import checkpoint
 from worldenv.stages import posttrain, store
 from worldenv.stages.run import Run
 
@@ -40,7 +41,9 @@ def scripted(tmp_path, monkeypatch):
         torch.nn.init.zeros_(policy.mu[-1].bias)
         store.save("policy", policy, run.config, run.path("checkpoints", "policy-sft.safetensors"))
         monkeypatch.setattr(
-            posttrain, "_check_reality", lambda run, policy, env, firsts, number, step: real[step]
+            posttrain,
+            "_check_reality",
+            lambda run, policy, envs, firsts, number, step, known: real[step],
         )
         return run
 
@@ -105,3 +108,48 @@ def test_without_checks_the_last_policy_is_kept(scripted):
     run.config = replace(run.config, posttrain=replace(run.config.posttrain, real_check_every=0))
     assert posttrain.run(run, "mark", 0)["kept_iteration"] is None
     assert kept(run) == 4
+
+
+def test_an_unfinished_round_leaves_the_finished_policy_in_place(scripted, monkeypatch):
+    """After its first check an interrupted run had replaced policy-0 by the imitated policy."""
+    make, _ = scripted
+    run = make({0: 0.5, 2: 0.7, 4: 0.6})
+    posttrain.run(run, "mark", 0)
+    before = run.path("checkpoints", "policy-0.safetensors").read_bytes()
+    monkeypatch.setattr(posttrain, "_imagine", lambda *a: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        posttrain.run(run, "of other settings", 0)
+    assert run.path("checkpoints", "policy-0.safetensors").read_bytes() == before
+    assert run.path("checkpoints", "posttrain-0.best.safetensors").exists()
+
+
+@pytest.mark.parametrize("lost", ["best", "partial", "totals", "weights"])
+def test_a_round_with_damaged_leftovers_begins_anew(scripted, monkeypatch, lost):
+    make, updates = scripted
+    run = make({0: 0.5, 2: 0.7, 4: 0.6})
+    imagine = posttrain._imagine
+
+    def killed(*arguments):
+        if len(updates) == 3:
+            raise Killed
+        return imagine(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posttrain, "_imagine", killed)
+        with pytest.raises(Killed):
+            posttrain.run(run, "mark", 0)
+    partial = run.path("checkpoints", "posttrain-0.partial.safetensors")
+    best = run.path("checkpoints", "posttrain-0.best.safetensors")
+    if lost == "best":
+        best.unlink()
+    elif lost == "partial":
+        partial.write_bytes(partial.read_bytes()[:200])
+    elif lost == "weights":
+        best.write_bytes(best.read_bytes()[:200])
+    else:
+        tensors, metadata = checkpoint.load(partial)
+        checkpoint.save(partial, tensors, {**metadata, "totals": {"frames": 3}})
+    updates.clear()
+    record = posttrain.run(run, "mark", 0)
+    assert updates == [0, 1, 2, 3]
+    assert (kept(run), record["kept_iteration"]) == (2, 2)

@@ -1,4 +1,5 @@
-"""The whole pipeline, killed again and again, ends with the same bits as one left alone."""
+"""The whole pipeline, killed again and again and gone on with on other numbers of threads and
+workers, ends with the same bits as one left alone on one of each."""
 
 import json
 import os
@@ -42,9 +43,11 @@ def launch(folder: Path, *more: str) -> subprocess.Popen:
         )
 
 
-def stop_when(folder: Path, reached: Callable[[], bool], how: signal.Signals) -> int:
+def stop_when(
+    folder: Path, reached: Callable[[], bool], how: signal.Signals, threads: int, workers: int
+) -> int:
     """Run until `reached`, signal the whole process group, and return the exit status."""
-    process = launch(folder)
+    process = launch(folder, "--threads", str(threads), "--env.workers", str(workers))
     deadline = time.monotonic() + TIMEOUT
     try:
         while not reached():
@@ -69,9 +72,9 @@ def complete(folder: Path, *more: str) -> None:
     assert status == 0, (folder.parent / f"{folder.name}.log").read_text()
 
 
-def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone(tmp_path):
+def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone_on_one_core(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    complete(whole)
+    complete(whole, "--threads", "1", "--env.workers", "1")
 
     def logged(stage: str) -> Callable[[], bool]:
         return lambda: bool(read_metrics(broken, stage))
@@ -79,12 +82,12 @@ def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone(tmp_path):
     def exists(pattern: str) -> Callable[[], bool]:
         return lambda: any(broken.glob(pattern))
 
-    assert stop_when(broken, logged("sft"), signal.SIGINT) == 130
-    assert stop_when(broken, exists("data/explore-0/**/*.hdf5"), signal.SIGKILL) == -9
-    assert stop_when(broken, logged("simulator-0"), signal.SIGINT) == 130
-    assert stop_when(broken, logged("posttrain-0"), signal.SIGKILL) == -9
-    assert stop_when(broken, exists("evaluation/sft.json"), signal.SIGKILL) == -9
-    complete(broken)
+    assert stop_when(broken, logged("sft"), signal.SIGINT, 2, 2) == 130
+    assert stop_when(broken, exists("data/explore-0/**/*.hdf5"), signal.SIGKILL, 1, 3) == -9
+    assert stop_when(broken, logged("simulator-0"), signal.SIGINT, 4, 2) == 130
+    assert stop_when(broken, logged("posttrain-0"), signal.SIGKILL, 2, 2) == -9
+    assert stop_when(broken, exists("evaluation/sft.json"), signal.SIGKILL, 3, 2) == -9
+    complete(broken, "--threads", "4")
 
     names = sorted(p.name for p in (whole / "checkpoints").glob("*.safetensors"))
     assert names == sorted(p.name for p in (broken / "checkpoints").glob("*.safetensors"))

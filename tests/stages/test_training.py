@@ -1,13 +1,16 @@
 """Stage bookkeeping, and training that resumes to the same bits."""
 
+import os
 import signal
-from dataclasses import replace
+import time
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from worldenv.config import Config
+from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.seeds import generator
@@ -36,10 +39,10 @@ def model() -> nn.Module:
 
 
 def fit(run, module, stop_at: int | None = None, bad_at: int | None = None):
-    def loss_at(step: int):
-        if step == stop_at:  # as from the keyboard, in the middle of a step
+    def loss_at(step: int, shard: int):
+        if (step, shard) == (stop_at, 1):  # as from the keyboard, in the middle of a step
             signal.raise_signal(signal.SIGINT)
-        x = torch.randn(8, 4, generator=generator("x", step))
+        x = torch.randn(8, 4, generator=generator("x", step, shard))
         loss = (module(x) - x[:, :2]).square().mean()
         if step == bad_at:
             loss = loss * float("nan")
@@ -63,13 +66,16 @@ def test_resume_after_ctrl_c_gives_the_same_bits(run, tmp_path):
 
 
 def test_a_second_ctrl_c_stops_at_once(run):
-    def impatient(step: int):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-        raise AssertionError("went on")
+    def impatient(step: int, shard: int):
+        for _ in range(2 if shard == 0 else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1.0)  # until the main thread has heard of it
+        return module.weight.sum(), {}
 
+    module = model()
     with pytest.raises(KeyboardInterrupt):
-        training.train(run, "toy", "mark", model(), impatient, steps=3, lr=0.1)
+        training.train(run, "toy", "mark", module, impatient, steps=3, lr=0.1)
+    assert not run.path("checkpoints", "toy.partial.safetensors").exists()
 
 
 def test_a_nan_loss_stops_with_its_step(run):
@@ -77,28 +83,28 @@ def test_a_nan_loss_stops_with_its_step(run):
         fit(run, model(), bad_at=11)
 
 
-def test_stages_are_skipped_until_their_configuration_or_source_changes(run):
-    calls = []
-
-    def work(mark):
-        calls.append(mark)
-        return {"value": len(calls)}
-
-    run.stage("a", (run.config.sft,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    run.stage("a", (run.config.sft,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    assert len(calls) == 2
-    changed = replace(run.config.sft, steps=1)
-    run.stage("a", (changed,), (), work)
-    run.stage("b", (1,), ("a",), work)
-    assert len(calls) == 4
-    with pytest.raises(UserError, match="has not run"):
-        run.record("c")
-
-
 def test_the_schedule_warms_up_and_ends_at_zero():
     rates = [training.learning_rate(s, 100, 1.0) for s in range(100)]
     assert rates[0] < rates[4]
     assert max(rates) == pytest.approx(1.0, abs=0.01)
     assert rates[-1] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "another mark", "no step", "no JSON"])
+def test_training_begins_anew_where_nothing_can_be_gone_on_from(run, damage):
+    whole = model()
+    fit(run, whole)
+    path = run.path("checkpoints", "toy.partial.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        fit(run, model(), stop_at=23)
+    tensors, metadata = checkpoint.load(path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:300])
+    elif damage == "no JSON":
+        save_file(tensors, path, metadata={"worldenv": "{"})
+    else:
+        changed = {"another mark": {**metadata, "mark": "x"}, "no step": {"mark": "mark"}}[damage]
+        checkpoint.save(path, tensors, changed)
+    again = model()
+    fit(run, again)
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))

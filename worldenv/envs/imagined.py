@@ -1,14 +1,15 @@
 """Imagined LIBERO: the learned world behind the same VectorEnv interface as the real benchmark.
 
 Rows begin in contexts taken from real episodes (their first frame, or two frames from their
-middle), the simulator generates one frame per chunk of actions, the reflector gives reward and
-termination. Finished rows freeze until `reset_mask` refills them. Everything but the flags the host
-needs to refill rows stays on the simulator's device; noise is seeded per row.
+middle), a world model generates one frame per chunk of actions, a reward model gives reward and
+termination: any that keep the two protocols below, docs/adding-a-simulator.md, adding-a-judge.md.
+Finished rows freeze until `reset_mask` refills them. Everything but the flags the host
+needs to refill rows stays on the world model's device; noise is seeded per row.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,11 +20,60 @@ from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, from_first_step
 from worldenv.envs.start import Start
-from worldenv.models.reflector import Judge, Reflector
-from worldenv.models.simulator import Simulator
+from worldenv.runtime import parallel
 from worldenv.runtime.errors import UserError
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-,.'"
+
+
+class WorldModel(Protocol):
+    """B worlds at once, frame by frame, ready to generate (`models.simulator.Simulator` is one)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors live."""
+
+    def start(self, batch: int) -> Any:
+        """B empty worlds, in whatever form the model keeps them."""
+
+    def prefill(
+        self,
+        state: Any,
+        rows: np.ndarray,  # bool [B], host
+        image: Tensor,  # [n, K, V, H, W, 3] uint8, K real frames of the n chosen rows
+        proprio: Tensor,  # [n, K, P]
+        action: Tensor,  # [n, K, C, A]; action[:, f] led to frame f, zeros for the first
+        seeds: Tensor,  # [n] int64, all that a row's randomness may depend on
+    ) -> None:
+        """Begin new worlds in `rows`, the others untouched."""
+
+    def step(
+        self, state: Any, action: Tensor, steps: int, active: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """Image `[B, V, H, W, 3]` uint8 and proprio `[B, P]` after a chunk `[B, C, A]`, in `steps`
+        passes of sampling; rows that are not active (bool [B], host) keep theirs."""
+
+
+class Onlooker(Protocol):
+    """B episodes watched at once (`models.reflector.Judge` is one)."""
+
+    def reset(self, rows: Tensor) -> None:
+        """Forget what rows (bool [B]) have seen."""
+
+    def watch(
+        self, image: Tensor, proprio: Tensor, instruction: Sequence[str], rows: Tensor
+    ) -> Tensor:
+        """Reward `[B]` in [0, 1] after one more frame; rows (bool [B]): those that have one."""
+
+
+class RewardModel(Protocol):
+    """Says how near to success an episode is (`models.reflector.Reflector` is one)."""
+
+    threshold: Any
+    """Reward above which an episode has succeeded, and ends; a number, also as a tensor."""
+
+    def onlooker(self, batch: int) -> Onlooker:
+        """One that watches B episodes from their beginnings."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +125,22 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
     )
 
 
+def imagined_envs(
+    simulator: WorldModel,
+    reflector: RewardModel,
+    contexts: Sequence[Context],
+    rows: int,
+    **arguments: Any,
+) -> list["ImaginedVectorEnv"]:
+    """`rows` rows as environments for `rl.rollout.rollout_shards`: one on a GPU, which wants large
+    batches, else several that threads can share. arguments: `ImaginedVectorEnv`'s.
+    """
+    return [
+        ImaginedVectorEnv(simulator, reflector, contexts, part.stop - part.start, **arguments)
+        for part in parallel.shares(rows, parallel.shards(simulator.device))
+    ]
+
+
 class ImaginedVectorEnv(VectorEnv):
     """B imagined episodes. Observations and actions as in `envs.libero`, as tensors.
 
@@ -86,8 +152,8 @@ class ImaginedVectorEnv(VectorEnv):
 
     def __init__(
         self,
-        simulator: Simulator,
-        reflector: Reflector,
+        simulator: WorldModel,
+        reflector: RewardModel,
         contexts: Sequence[Context],
         num_envs: int,
         *,
@@ -97,7 +163,7 @@ class ImaginedVectorEnv(VectorEnv):
     ) -> None:
         if not contexts:
             raise UserError("an imagined environment needs at least one context; collect episodes")
-        self.simulator, self.reflector = simulator.eval().for_generation(), reflector.eval()
+        self.simulator, self.reflector = simulator, reflector
         self.contexts, self.num_envs = list(contexts), num_envs
         self.max_chunks, self.sampling_steps = max_chunks, sampling_steps
         self.threshold, self.terminate = float(reflector.threshold), terminate
@@ -113,9 +179,9 @@ class ImaginedVectorEnv(VectorEnv):
         self.single_action_space = spaces.Box(-1.0, 1.0, chunk, np.float32)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self.device = simulator.position.device
+        self.device = simulator.device
         self._state = self.simulator.start(num_envs)
-        self._judge = Judge(reflector, num_envs)
+        self._judge = reflector.onlooker(num_envs)
         self._instructions = [""] * num_envs
         self._chunks = np.zeros(num_envs, np.int64)
         self._steps = np.zeros(num_envs, np.int64)
@@ -124,6 +190,7 @@ class ImaginedVectorEnv(VectorEnv):
         self._truncated = np.zeros(num_envs, bool)
         shape = (num_envs, *frame.shape[1:])
         self._image = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        self._proprio = torch.zeros(num_envs, *proprio.shape[1:], device=self.device)
 
     def reset(
         self, *, seed: int | None = None, options: dict | None = None
@@ -173,12 +240,12 @@ class ImaginedVectorEnv(VectorEnv):
         seeds = torch.tensor([rows[i].seed for i in order], device=self.device)
         self.simulator.prefill(self._state, mask, image, proprio, action, seeds)
         index = torch.tensor(order, device=self.device)
-        self._image[index] = image[:, -1]
+        self._image[index], self._proprio[index] = image[:, -1], proprio[:, -1]
         for i, context in zip(order, contexts, strict=True):
             self._instructions[i], self._chunks[i] = context.instruction, context.elapsed
         flags = torch.as_tensor(mask)
         self._judge.reset(flags)
-        self._judge.watch(self._image, self._state.proprio, self._instructions, flags)
+        self._judge.watch(self._image, self._proprio, self._instructions, flags)
 
     def step(
         self, actions: Tensor
@@ -190,9 +257,10 @@ class ImaginedVectorEnv(VectorEnv):
             raise UserError(
                 f"actions: expected shape {self.action_space.shape}, got {tuple(actions.shape)}"
             )
-        self._image, proprio = self.simulator.step(self._state, actions, self.sampling_steps, live)
+        passes = self.sampling_steps
+        self._image, self._proprio = self.simulator.step(self._state, actions, passes, live)
         rows = torch.as_tensor(live)
-        reward = self._judge.watch(self._image, proprio, self._instructions, rows)
+        reward = self._judge.watch(self._image, self._proprio, self._instructions, rows)
         reward = reward * rows.to(self.device)
         self._chunks += live
         self._steps += live * actions.shape[1]
@@ -209,7 +277,7 @@ class ImaginedVectorEnv(VectorEnv):
     def _observation(self) -> dict[str, Any]:
         return {
             "image": self._image,
-            "proprio": self._state.proprio,
+            "proprio": self._proprio,
             "instruction": tuple(self._instructions),
         }
 

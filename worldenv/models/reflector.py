@@ -11,6 +11,7 @@ convolutional encoder per camera where the paper freezes a VLM.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
@@ -34,17 +35,17 @@ class Reflector(nn.Module):
         )
         self.size = views * features + proprio
         self.words = WordEncoder(features)
-        self.head = nn.Sequential(
-            nn.Linear(2 * self.size + features, config.width),
-            nn.SiLU(),
-            nn.Dropout(0.2),
-            nn.Linear(config.width, 1),
-        )
+        self.hidden = nn.Linear(2 * self.size + features, config.width)
+        self.out = nn.Linear(config.width, 1)
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Proprio normalisation `[P]`, from the training data."""
         self.proprio_mean.copy_(mean)
         self.proprio_std.copy_(std)
+
+    def onlooker(self, batch: int) -> "Judge":
+        """A judge of B episodes from their beginnings."""
+        return Judge(self, batch)
 
     def features(self, views: Tensor, proprio: Tensor) -> Tensor:
         """Float images `[V, N, 3, H, W]` and proprio `[N, P]` to features `[N, size]`."""
@@ -52,9 +53,17 @@ class Reflector(nn.Module):
         q = ((proprio - self.proprio_mean) / self.proprio_std).clamp(-3, 3)
         return torch.cat([*seen, q], -1)
 
-    def judge(self, features: Tensor, first: Tensor, words: Tensor) -> Tensor:
-        """Logit `[...]` from the features of frame t and of frame 1, and the words."""
-        return self.head(torch.cat([features, first, words], -1))[..., 0]
+    def judge(
+        self, features: Tensor, first: Tensor, words: Tensor, keep: Tensor | None = None
+    ) -> Tensor:
+        """Logit `[...]` from the features of frame t and of frame 1, and the words.
+
+        keep: in training, which of the head's hidden numbers `[..., width]` are not dropped.
+        """
+        hidden = F.silu(self.hidden(torch.cat([features, first, words], -1)))
+        if keep is not None:
+            hidden = hidden * keep * (keep.numel() / keep.sum())
+        return self.out(hidden)[..., 0]
 
     def forward(self, image: Tensor, proprio: Tensor, instruction: Sequence[str]) -> Tensor:
         """Logits `[B, F]` of whole sequences: image `[B, F, V, H, W, 3]` uint8, proprio

@@ -279,6 +279,11 @@ class Simulator(nn.Module):
         """Of the transformer blocks and of what they cache; everything else is float32."""
         return self.blocks[0].table.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it and its worlds live."""
+        return self.position.device
+
     def for_generation(self) -> "Simulator":
         """What generates: itself, or a copy whose blocks have `config.precision`."""
         dtype = getattr(torch, self.config.precision)
@@ -291,7 +296,7 @@ class Simulator(nn.Module):
     @torch.no_grad()
     def start(self, batch: int) -> SimulatorState:
         """B empty worlds; give them contexts with `prefill`."""
-        device, config = self.position.device, self.config
+        device, config = self.device, self.config
         cache = None
         if config.window:
             sizes = (config.layers, batch, config.window, self.tokens, config.heads)

@@ -18,7 +18,7 @@ from worldenv.report.parts import (
     tiles,
 )
 
-_BEFORE, _AFTER, _OTHER = "var(--before)", "var(--accent)", "var(--second)"
+_BEFORE, _AFTER, _OTHER = "before", "accent", "second"
 Metrics = dict[str, list[dict[str, Any]]]
 
 
@@ -79,9 +79,8 @@ def posttraining(metrics: Metrics) -> str:
         # A constant zero, such as the KL to a reference that is not used, says nothing.
         series = [s for s in (_series(rows, k) for k in keys) if any(s.y)]
         if series:
-            chart = line_chart(
-                series, x_label="iteration", percent=as_share, from_zero=title in _FROM_ZERO
-            )
+            zero = title in _FROM_ZERO
+            chart = line_chart(title, series, "iteration", percent=as_share, from_zero=zero)
             figures.append(figure(title, chart))
     return grid(figures)
 
@@ -93,8 +92,8 @@ def _success_chart(rows: list[dict], checks: list[dict]) -> str:
         _series(checks, "imagined", "imagined", colour=_AFTER),
         _series(checks, "real", "real", colour=_OTHER),
     ]
-    chart = line_chart(series, x_label="iteration", percent=True, y_range=(0.0, 1.0))
-    return figure("Success, imagined against real", chart)
+    title = "Success, imagined against real"
+    return figure(title, line_chart(title, series, "iteration", percent=True, y_range=(0.0, 1.0)))
 
 
 def losses(metrics: Metrics) -> str:
@@ -104,7 +103,7 @@ def losses(metrics: Metrics) -> str:
         keys = _keys(rows, _LOSS.search)
         groups = [keys] if len(keys) <= 4 else [keys[i : i + 4] for i in range(0, len(keys), 4)]
         for group in groups if keys else []:
-            chart = line_chart([_series(rows, key) for key in group])
+            chart = line_chart(f"Losses of {stage}", [_series(rows, key) for key in group])
             figures.append(figure(stage, chart))
     if not figures:
         return absent("training of models")
@@ -133,11 +132,12 @@ def world(results: dict[str, Any]) -> str:
         _horizon(fidelity, "psnr_copy_per_horizon", "copying a frame", _BEFORE, dashed=True),
     ]
     if any(s.x for s in psnr):
-        chart = line_chart([s for s in psnr if s.x], x_label=label, y_label="PSNR in dB")
-        figures.append(figure("PSNR of predicted frames, dB", chart))
+        title = "PSNR of predicted frames, dB"
+        figures.append(figure(title, line_chart(title, [s for s in psnr if s.x], label)))
     error = _horizon(fidelity, "eef_error_cm_per_horizon", "end effector", _AFTER)
     if error.x:
-        figures.append(figure("End-effector error, cm", line_chart([error], x_label=label)))
+        title = "End-effector error, cm"
+        figures.append(figure(title, line_chart(title, [error], label)))
     return numbers + grid(figures)
 
 
@@ -162,14 +162,16 @@ def reflector(results: dict[str, Any]) -> str:
     roc = reflector.get("roc") or {}
     if not roc.get("fpr"):
         return numbers
+    title = "True against false positive rate"
     chart = line_chart(
+        title,
         [
             Series("reflector", roc["fpr"], roc["tpr"], _AFTER),
             Series("chance", [0, 1], [0, 1], _BEFORE, dashed=True),
         ],
-        x_label="false positive rate",
+        "false positive rate",
         y_range=(0.0, 1.0),
         x_range=(0.0, 1.0),
-        height=300,
+        height=260,
     )
-    return numbers + grid([figure("True against false positive rate", chart)])
+    return numbers + grid([figure(title, chart)])

@@ -37,22 +37,29 @@ from worldenv.report.statistics import (
     wilson,
 )
 from worldenv.report.video import side_by_side, write_video
+from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 
 __all__ = ["side_by_side", "write_report", "write_video"]
 
 _LARGEST_MEDIUM = 24 * 2**20
-_BEFORE, _AFTER = "var(--before)", "var(--accent)"
+_COLOURS = {"before": "before", "after": "accent"}
 
 
-def write_report(run_dir: Path | str) -> Path:
-    """Build `<run_dir>/report.html` and return its path. UserError without a results.json."""
+def write_report(run_dir: Path | str, missing: Sequence[str] = ()) -> Path:
+    """Build `<run_dir>/report.html` and return its path.
+
+    missing: what could not be drawn, and why, to be said on the page. UserError without a
+    results.json, or where the disk refuses; a page of earlier results is gone then.
+    """
     run_dir = Path(run_dir)
+    path = run_dir / "report.html"
+    path.unlink(missing_ok=True)
     results = _read_json(run_dir / "results.json")
     metrics = curves.group_metrics(read_metrics(run_dir))
     sections: list[tuple[str, str]] = [
-        ("Imagined and real", _media(run_dir / "media")),
+        ("Imagined and real", _media(run_dir / "media", missing)),
         ("Task by task", _tasks(results)),
         ("Post-training inside the world", curves.posttraining(metrics)),
         ("The learned world", curves.world(results)),
@@ -62,10 +69,13 @@ def write_report(run_dir: Path | str) -> Path:
     ]
     body = [_headline(results)]
     body += [f"<section><h2>{title}</h2>{content}</section>" for title, content in sections]
-    path = run_dir / "report.html"
     draft = path.with_suffix(".tmp")
-    draft.write_text(PAGE.replace("{{body}}", "\n".join(body)), encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(PAGE.replace("{{body}}", "\n".join(body)), encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise write_error(path, error) from error
     return path
 
 
@@ -150,18 +160,13 @@ def _headline(results: dict[str, Any]) -> str:
     for name, (wins, total) in rates.items():
         interval = wilson(wins, total)
         label = f"{labels[name]} · {wins} of {total}"
-        rows.append((label, interval.mean, interval.low, interval.high, f"var(--{_colour(name)})"))
-    chart = (
-        f'<figure class="wide">{interval_chart(rows)}<figcaption>{_WILSON}</figcaption></figure>'
-    )
+        rows.append((label, interval.mean, interval.low, interval.high, _COLOURS[name]))
+    chart = interval_chart("Success rates", rows) + f"<figcaption>{_WILSON}</figcaption>"
+    chart = f'<figure class="wide">{chart}</figure>'
     return f"<header>{head}{''.join(lines)}{chart}{_without_oracle(results)}</header>"
 
 
 _WILSON = "Share of successful episodes with 95% Wilson intervals."
-
-
-def _colour(name: str) -> str:
-    return "before" if name == "before" else "accent"
 
 
 def _verdict(results: dict[str, Any]) -> str:
@@ -214,7 +219,7 @@ def _tasks(results: dict[str, Any]) -> str:
         own = [pair for pair in pairs if pair[0]["task"] == task]
         change, _, test = _difference(own, "success")
         cells = [f'<td class="name">{text(_task_name(results, task))}</td>']
-        for index, colour in ((0, _BEFORE), (1, _AFTER)):
+        for index, colour in enumerate(_COLOURS.values()):
             wins = sum(bool(pair[index]["success"]) for pair in own)
             interval = wilson(wins, len(own))
             cells.append(
@@ -241,15 +246,16 @@ def _task_name(results: dict[str, Any], task: int) -> str:
 # --- media and machine
 
 
-def _media(folder: Path) -> str:
+def _media(folder: Path, missing: Sequence[str]) -> str:
+    notes = "".join(f'<p class="absent">Not drawn: {text(what)}</p>' for what in missing)
     videos = sorted(folder.glob("*.mp4"))
     posters = {video.with_suffix(".png") for video in videos}
     figures = []
     for path in [*videos, *(p for p in sorted(folder.glob("*.png")) if p not in posters)]:
         notes_file = path.with_suffix(".json")
-        notes = _read_json(notes_file) if notes_file.exists() else {}
-        title = text(notes.get("title", path.stem.replace("_", " ").replace("-", " ")))
-        caption = f"<strong>{title}</strong> {text(notes.get('caption', ''))}"
+        said = _read_json(notes_file) if notes_file.exists() else {}
+        title = text(said.get("title", path.stem.replace("_", " ").replace("-", " ")))
+        caption = f"<strong>{title}</strong> {text(said.get('caption', ''))}"
         if path.stat().st_size > _LARGEST_MEDIUM:
             figures.append(f"<p>{caption} (too large to embed: {text(path.name)})</p>")
             continue
@@ -264,8 +270,8 @@ def _media(folder: Path) -> str:
             )
         figures.append(f"<figure>{element}<figcaption>{caption}</figcaption></figure>")
     if not figures:
-        return absent("comparison of rollouts")
-    return f'<div class="media">{"".join(figures)}</div>'
+        return notes or absent("comparison of rollouts")
+    return f'{notes}<div class="media">{"".join(figures)}</div>'
 
 
 def _machine(results: dict[str, Any]) -> str:
@@ -311,6 +317,8 @@ def _details(stage: dict[str, Any]) -> str:
     shown = [
         f"{k.replace('_', ' ')} {plain(v)}"
         for k, v in stage.items()
-        if k != "seconds" and isinstance(v, int | float | str) and not isinstance(v, bool)
+        if k not in ("seconds", "peak_memory_bytes")
+        and isinstance(v, int | float | str)
+        and not isinstance(v, bool)
     ]
     return text(" · ".join(shown))

@@ -69,12 +69,7 @@ figcaption strong { color: var(--ink); font-weight: 600; }
 .media { display: grid; gap: 16px; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); }
 .media figure { max-width: 500px; }
 .media video, .media img { width: 100%; display: block; border-radius: 4px; background: #fff; }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
-svg text { font-size: 11.5px; fill: var(--muted); }
-svg text.name { font-size: 12px; fill: var(--ink); font-weight: 550; }
-svg text.label { fill: var(--ink); }
-svg .grid { stroke: var(--rule); stroke-width: 1; }
-svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; stroke-linecap: round; }
+svg { display: block; width: 100%; height: auto; overflow: visible; stroke-linejoin: round; }
 .scroll {
   overflow-x: auto;
   background: var(--card);

@@ -1,9 +1,9 @@
 """Statistics of paired evaluations: intervals of success rates, tests of their difference, ROC
 curves.
 
-NumPy only. Liberties: Student's quantile is read off a finely summed density (error below 1e-4),
-and the paired interval is the usual cluster-robust one, which needs a few clusters to mean
-anything: with a single cluster it is [-1, 1].
+By scipy; our own are what it lacks, the interval clustered by start (the usual cluster-robust one)
+and the ROC curve. Between clusters nothing can be learned from a single one: its interval is
+[-1, 1]. (`scipy.stats` loads at first use: `import scipy` alone costs a command's start nothing.)
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
+import scipy
 
 
 @dataclass(frozen=True)
@@ -41,22 +40,8 @@ def wilson(successes: int, episodes: int, confidence: float = 0.95) -> Interval:
         raise ValueError(f"expected 0 <= successes <= episodes, got {successes} of {episodes}")
     if episodes == 0:
         return Interval(0.0, 0.0, 1.0)
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, spread = successes / episodes, z * z / episodes
-    middle = (rate + spread / 2) / (1 + spread)
-    half = math.sqrt(rate * (1 - rate) * spread + spread * spread / 4) / (1 + spread)
-    return Interval(rate, max(middle - half, 0.0), min(middle + half, 1.0))
-
-
-@lru_cache
-def student_quantile(confidence: float, freedom: int) -> float:
-    """The t with P(|T| < t) = confidence at `freedom` >= 1 degrees of freedom."""
-    # With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1).
-    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
-    density = np.cos(angle) ** (freedom - 1)
-    mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    mass /= mass[-1] + density[-1] / 2
-    return math.sqrt(freedom) * math.tan(float(np.interp(confidence, mass, angle)))
+    bounds = scipy.stats.binomtest(successes, episodes).proportion_ci(confidence, "wilson")
+    return Interval(successes / episodes, float(bounds.low), float(bounds.high))
 
 
 def paired_difference(
@@ -76,7 +61,7 @@ def paired_difference(
         return Interval(mean, -1.0, 1.0)
     residual = sums - counts * mean
     error = math.sqrt(groups / (groups - 1) * float((residual**2).sum())) / pairs
-    half = student_quantile(confidence, groups - 1) * error
+    half = float(scipy.stats.t.ppf(0.5 + confidence / 2, groups - 1)) * error
     return Interval(mean, max(mean - half, -1.0), min(mean + half, 1.0))
 
 
@@ -90,11 +75,18 @@ def bootstrap_difference(
 ) -> Interval:
     """The same difference with a percentile bootstrap interval that resamples whole clusters."""
     sums, counts, mean = _cluster_sums(before, after, clusters)
-    groups = len(sums)
-    picked = np.random.default_rng(seed).integers(groups, size=(draws, groups))
-    means = sums[picked].sum(1) / counts[picked].sum(1)
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return Interval(mean, float(low), float(high))
+    if len(sums) < 2:
+        return Interval(mean, -1.0, 1.0)
+    bounds = scipy.stats.bootstrap(
+        (sums, counts),
+        lambda s, n, axis: s.sum(axis) / n.sum(axis),
+        paired=True,
+        method="percentile",
+        confidence_level=confidence,
+        n_resamples=draws,
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(mean, float(bounds.low), float(bounds.high))
 
 
 def _cluster_sums(
@@ -115,9 +107,8 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemar:
     if first.shape != second.shape:
         raise ValueError(f"expected equally many outcomes, got {first.shape} and {second.shape}")
     gained, lost = int((~first & second).sum()), int((first & ~second).sum())
-    changed, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(changed, k) for k in range(fewer + 1))
-    return McNemar(gained, lost, min(1.0, 2 * tail / 2**changed))
+    changed = gained + lost
+    return McNemar(gained, lost, scipy.stats.binomtest(gained, changed).pvalue if changed else 1.0)
 
 
 def roc_curve(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,11 +116,7 @@ def roc_curve(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarr
 
     ValueError unless both labels occur.
     """
-    values, truth = np.asarray(scores, np.float64), np.asarray(labels, bool)
-    if values.shape != truth.shape or truth.all() or not truth.any():
-        raise ValueError(
-            f"expected scores with labels of both kinds, got {int(truth.sum())} of {truth.size}"
-        )
+    values, truth = _scored(scores, labels)
     order = np.argsort(-values, kind="stable")
     last = np.append(np.diff(values[order]) != 0, True)
     hits = np.cumsum(truth[order])[last]
@@ -141,6 +128,20 @@ def roc_curve(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarr
 
 
 def area_under_curve(scores: Sequence[float], labels: Sequence[bool]) -> float:
-    """Area under the ROC curve: how often a success outscores a failure, ties counting half."""
-    alarms, hits = roc_curve(scores, labels)
-    return float((np.diff(alarms) * (hits[1:] + hits[:-1]) / 2).sum())
+    """Area under the ROC curve: how often a success outscores a failure, ties counting half.
+
+    ValueError unless both labels occur.
+    """
+    values, truth = _scored(scores, labels)
+    won, lost = values[truth], values[~truth]
+    outscored = scipy.stats.mannwhitneyu(won, lost, method="asymptotic").statistic
+    return float(outscored) / (len(won) * len(lost))
+
+
+def _scored(scores: Sequence[float], labels: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+    values, truth = np.asarray(scores, np.float64), np.asarray(labels, bool)
+    if values.shape != truth.shape or truth.all() or not truth.any():
+        raise ValueError(
+            f"expected scores with labels of both kinds, got {int(truth.sum())} of {truth.size}"
+        )
+    return values, truth

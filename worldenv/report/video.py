@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 
 _INK = (27, 31, 36)
@@ -21,6 +23,7 @@ def write_video(path: Path | str, frames: np.ndarray, fps: float = 5.0) -> Path:
     poster.
 
     Odd sizes lose their last row or column, which the codec demands. Returns the path of the video.
+    UserError where ffmpeg or the disk fails, and then no file that is cut short.
     """
     path, frames = Path(path), np.asarray(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
@@ -29,26 +32,46 @@ def write_video(path: Path | str, frames: np.ndarray, fps: float = 5.0) -> Path:
             f"{list(frames.shape)}. Convert the images to 8-bit RGB."
         )
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=fps,
-        codec="libx264",
-        pix_fmt_in="rgb24",
-        pix_fmt_out="yuv420p",
-        macro_block_size=2,
-        ffmpeg_log_level="error",
-        output_params=["-crf", "20", "-preset", "veryfast", "-movflags", "+faststart"],
-    )
-    writer.send(None)
+    draft = path.with_suffix(".part")
     try:
-        for frame in frames:
-            writer.send(np.ascontiguousarray(frame[:height, :width]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _encode(draft, frames[:, :height, :width], fps)
+        draft.replace(path)
+        Image.fromarray(frames[len(frames) // 2]).save(path.with_suffix(".png"))
+    except OSError as error:
+        raise write_error(path, error) from error
     finally:
-        writer.close()
-    Image.fromarray(frames[len(frames) // 2]).save(path.with_suffix(".png"))
+        draft.unlink(missing_ok=True)
     return path
+
+
+def _encode(path: Path, frames: np.ndarray, fps: float) -> None:
+    """H.264 by ffmpeg itself: `imageio_ffmpeg.write_frames` does not ask how it ended."""
+    size = f"{frames.shape[2]}x{frames.shape[1]}"
+    given = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+    wanted = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "20", "-preset", "veryfast"]
+    form = ["-movflags", "+faststart", "-f", "mp4", str(path)]
+    try:
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        ended = subprocess.run(
+            [program, "-y", "-v", "error", *given, *wanted, *form],
+            input=frames.tobytes(),
+            capture_output=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise _no_ffmpeg(path, str(error)) from error
+    if ended.returncode or not path.exists():
+        said = ended.stderr.decode(errors="replace").strip().splitlines()
+        why = said[-1] if said else f"it ended with code {ended.returncode} and no video"
+        raise _no_ffmpeg(path, f"{program}: {why}")
+
+
+def _no_ffmpeg(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path.with_suffix('.mp4')}: ffmpeg could not write the video ({why}). It takes a working "
+        "ffmpeg, which `pip install --force-reinstall imageio-ffmpeg` brings or "
+        "IMAGEIO_FFMPEG_EXE names, and free space on that disk."
+    )
 
 
 def side_by_side(

@@ -34,7 +34,7 @@ def group_advantages(reward: Tensor, group: int, kind: str) -> tuple[Tensor, Ten
     """
     op = leave_one_out if kind == "loop" else group_normalized
     advantage = op(reward, group)
-    live = (advantage.view(-1, group).abs().amax(1) > 1e-3).repeat_interleave(group)
+    live = has_signal(reward, group)
     if kind == "loop" and live.any():
         advantage = advantage / (advantage[live].std() + 1e-6)
     return advantage, live
@@ -47,13 +47,16 @@ def gae_advantages(
     gamma: float,
     lam: float,
     group: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Per-decision advantages and value targets `[N]`; the reward arrives at the last decision.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-decision advantages, value targets and which decisions carry signal, `[N]`; the reward
+    arrives at the last decision.
 
     value `[N]`: the critic's estimates. In groups of more than one, the first decision's is
     replaced by the mean reward of the group's other episodes (with lam 1 its advantage is LOOP's).
     Running out of time is failing the task, so the last step of a truncated episode is terminal
-    too: bootstrapping there would hide the failure.
+    too: bootstrapping there would hide the failure. Where all rewards of a group (without groups:
+    of all episodes) are equal, advantages are the critic's noise and nothing else; they are left
+    out, for divided by their own deviation they would make a step of full size.
     """
     count, horizon = len(reward), int(trajectories.length.max())
     e, t = trajectories.episode, trajectories.step
@@ -70,8 +73,17 @@ def gae_advantages(
     terminated[last, episodes] = True
     never = torch.zeros_like(terminated)
     advantage, target = gae(rewards, values, terminated, never, gamma=gamma, lam=lam)
-    advantage = advantage[t, e]
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-6), target[t, e]
+    advantage, target = advantage[t, e], target[t, e]
+    live = has_signal(reward, group if group > 1 else count)[e]
+    if live.any():
+        advantage = (advantage - advantage[live].mean()) / (advantage[live].std() + 1e-6)
+    return advantage, target, live
+
+
+def has_signal(reward: Tensor, group: int) -> Tensor:
+    """Whether the rewards `[M]` of an episode's group of consecutive ones differ, `[M]` bool."""
+    low, high = reward.view(-1, group).aminmax(dim=1)
+    return (high - low > 1e-3).repeat_interleave(group)
 
 
 def policy_loss(

@@ -6,6 +6,7 @@ action noise depends on its own seed alone, not on the row or the company it run
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from worldenv.rl.noise import OWN_NOISE, Noise
+from worldenv.runtime import parallel
 
 Actor = Callable[[Mapping[str, Any]], tuple[Tensor, Tensor]]
 Stop = Callable[[Mapping[str, Any], Mapping[str, Any], np.ndarray], np.ndarray]
@@ -110,6 +112,23 @@ def rollout(
         if refill.any():
             observation, info = env.reset(options={"reset_mask": refill, "starts": begin})
     return recorder.result()
+
+
+def rollout_shards(
+    envs: Sequence[VectorEnv],
+    policy: Actor,
+    starts: Sequence[Any],
+    *,
+    seeds: Sequence[int],
+    noise: Noise | None = OWN_NOISE,
+) -> Trajectories:
+    """`rollout` in several environments at once, each with a consecutive share of the episodes."""
+
+    def piece(env: VectorEnv, share: slice) -> Trajectories:
+        return rollout(env, policy, starts[share], seeds=seeds[share], noise=noise)
+
+    shares = parallel.shares(len(starts), len(envs))
+    return join(parallel.run([partial(piece, *pair) for pair in zip(envs, shares, strict=False)]))
 
 
 def join(parts: Sequence[Trajectories]) -> Trajectories:

@@ -1,22 +1,30 @@
 """One policy update from imagined episodes, guarded: a runaway update is undone.
 
-The guard compares clip fraction and the mean change of mu with their limits; beyond them the
-policy before the update is restored and the learning rate halved (a rate ten times too high was
-seen to destroy a policy in one iteration).
+The guard compares clip fraction and the mean change of mu with their limits; beyond them, or where
+anything is not finite, the policy before the update is restored and the learning rate halved (a
+rate ten times too high was seen to destroy a policy in one iteration).
 """
 
 import copy
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from worldenv.config import PosttrainConfig
 from worldenv.ops.action_loss import METRICS
-from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages, policy_loss
+from worldenv.rl.loss import (
+    episode_rewards,
+    gae_advantages,
+    group_advantages,
+    has_signal,
+    policy_loss,
+)
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Trajectories
+from worldenv.runtime import parallel
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import generator
 
@@ -48,7 +56,7 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         groups = int(live.sum()) // config.group
     else:
         advantage, keep = _critic_update(learner, trajectories, reward, seed, step)
-        groups = len(reward) // config.group
+        groups = int(has_signal(reward, config.group).sum()) // config.group
     metrics = {
         "imagined_success": float(trajectories.terminated.float().mean()),
         "reward": float(reward.mean()),
@@ -61,33 +69,75 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         return {**metrics, "skipped": 1, "lr": _lr(learner.optimizer)}
     before = {k: v.clone() for k, v in policy.state_dict().items()}
     optimizer_before = copy.deepcopy(learner.optimizer.state_dict())
-    logged: list[Tensor] = []
-    for epoch in range(config.epochs):
-        order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
-        for part in rows[order.to(rows.device)].split(config.minibatch):
-            batch = _minibatch(learner, trajectories, part, advantage)
-            loss, values, mu = policy_loss(policy, batch, learner.noise, config)
-            check_finite("posttrain loss", loss, step)
-            learner.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-            learner.optimizer.step()
-            change = (mu.detach() - trajectories.mu[part]).abs().mean()
-            logged.append(torch.cat((values, torch.stack((loss.detach(), norm, change)))))
-    names = (*METRICS, "loss", "grad_norm", "drift")
-    metrics |= dict(zip(names, torch.stack(logged).mean(0).tolist(), strict=True))
-    metrics["first_ratio"] = float(logged[0][names.index("ratio_mean")])
+    logged = _descend(learner, trajectories, rows, advantage, seed, step)
+    metrics |= {name: sum(x[name] for x in logged) / len(logged) for name in logged[0]}
+    metrics["first_ratio"] = logged[0]["ratio_mean"]
     metrics["mu_change"] = _mu_change(learner, trajectories, rows[: config.minibatch])
-    runaway = (
-        metrics["clip_fraction"] > config.max_clip_fraction
-        or metrics["mu_change"] > config.max_mu_change
+    # Said so that a NaN is a runaway too: whatever it is compared with, it is not within limits.
+    within = (
+        math.isfinite(metrics["loss"] + metrics["grad_norm"])
+        and metrics["clip_fraction"] <= config.max_clip_fraction
+        and metrics["mu_change"] <= config.max_mu_change
     )
-    if runaway:
+    if not within:
         policy.load_state_dict(before)
         learner.optimizer.load_state_dict(optimizer_before)
         for group in learner.optimizer.param_groups:
             group["lr"] /= 2
-    return {**metrics, "undone": int(runaway), "lr": _lr(learner.optimizer)}
+        metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
+    return {**metrics, "undone": int(not within), "lr": _lr(learner.optimizer)}
+
+
+def _descend(
+    learner: Learner,
+    trajectories: Trajectories,
+    rows: Tensor,
+    advantage: Tensor,
+    seed: int,
+    step: int,
+) -> list[dict[str, float]]:
+    """The optimiser's steps on decisions `rows`, and what to log of each. A loss or gradient that
+    is not finite is the last and makes no step."""
+    config, parameters = learner.config, list(learner.policy.parameters())
+    logged: list[dict[str, float]] = []
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
+        for part in rows[order.to(rows.device)].split(config.minibatch):
+
+            def shard(own: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+                batch = _minibatch(learner, trajectories, own, advantage)
+                loss, values, mu = policy_loss(learner.policy, batch, learner.noise, config)
+                return loss, (values, (mu.detach() - trajectories.mu[own]).abs().mean())
+
+            owns = [part[s] for s in _shares(part)]
+            weights = [len(own) / len(part) for own in owns]
+            losses = [partial(shard, own) for own in owns]
+            loss, rest, norm = parallel.gradients(parameters, losses, weights, max_norm=1.0)
+            numbers = _merged([values for values, _ in rest], weights)
+            drift = sum(float(d) * w for (_, d), w in zip(rest, weights, strict=True))
+            logged.append(
+                {**numbers, "loss": float(loss), "grad_norm": float(norm), "drift": drift}
+            )
+            if not math.isfinite(logged[-1]["loss"] + logged[-1]["grad_norm"]):
+                if len(logged) == 1:  # not of the steps made, so undoing them would not help
+                    check_finite("posttrain loss", loss, step)
+                return logged
+            learner.optimizer.step()
+    return logged
+
+
+def _merged(parts: list[Tensor], weights: list[float]) -> dict[str, float]:
+    """Metrics of `action_loss` of a minibatch from those of its shards."""
+    table = torch.stack(parts)
+    mean = (table * torch.tensor(weights, device=table.device)[:, None]).sum(0)
+    numbers = dict(zip(METRICS, mean.tolist(), strict=True))
+    numbers["ratio_max"] = float(table[:, METRICS.index("ratio_max")].max())
+    numbers["steps"] = float(table[:, METRICS.index("steps")].sum())
+    return numbers
+
+
+def _shares(rows: Tensor) -> list[slice]:
+    return parallel.shares(len(rows), parallel.shards(rows.device))
 
 
 def _observation(trajectories: Trajectories, rows: Tensor) -> dict:
@@ -116,39 +166,45 @@ def _minibatch(
 
 @torch.no_grad()
 def _mu_change(learner: Learner, trajectories: Trajectories, rows: Tensor) -> float:
-    mu, _ = learner.policy(_observation(trajectories, rows))
-    return float((mu - trajectories.mu[rows]).abs().mean())
+    def change(own: Tensor) -> Tensor:
+        mu, _ = learner.policy(_observation(trajectories, own))
+        return (mu - trajectories.mu[own]).abs().sum()
+
+    total = sum(parallel.run([partial(change, rows[s]) for s in _shares(rows)]))
+    return float(total) / trajectories.mu[rows].numel()
 
 
 def _critic_update(
     learner: Learner, trajectories: Trajectories, reward: Tensor, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """Advantages by GAE, then one pass of regression on the value targets."""
-    config = learner.config
+    """Advantages by GAE, and which carry signal; then one pass of regression on value targets."""
+    config, critic = learner.config, learner.critic
     everything = torch.arange(len(trajectories.episode), device=reward.device)
 
-    def per_part(fn: Callable[[Tensor], Tensor], rows: Tensor) -> list[Tensor]:
-        return [fn(part) for part in rows.split(config.minibatch)]
+    def value_of(rows: Tensor) -> Tensor:
+        return critic(_observation(trajectories, rows))
 
+    batches = everything.split(config.minibatch)
     with torch.no_grad():
-        value = torch.cat(
-            per_part(lambda r: learner.critic(_observation(trajectories, r)), everything)
-        )
+        pieces = [partial(value_of, batch[s]) for batch in batches for s in _shares(batch)]
+        value = torch.cat(parallel.run(pieces))
     group = config.group if config.advantage == "loop-gae" else 1
-    advantage, target = gae_advantages(
+    advantage, target, live = gae_advantages(
         trajectories, reward, value, config.gamma, config.gae_lambda, group
     )
 
-    def fit(part: Tensor) -> Tensor:
-        loss = (learner.critic(_observation(trajectories, part)) - target[part]).square().mean()
-        learner.critic_optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        learner.critic_optimizer.step()
-        return loss.detach()
+    def shard(own: Tensor) -> tuple[Tensor, None]:
+        return (value_of(own) - target[own]).square().mean(), None
 
+    parameters = [p for p in critic.parameters() if p.requires_grad]
     order = torch.randperm(len(everything), generator=generator(seed, "critic", step))
-    per_part(fit, everything[order.to(everything.device)])
-    return advantage, torch.ones_like(trajectories.episode, dtype=torch.bool)
+    for part in everything[order.to(everything.device)].split(config.minibatch):
+        owns = [part[s] for s in _shares(part)]
+        losses, weights = [partial(shard, own) for own in owns], [len(o) / len(part) for o in owns]
+        loss, _, _ = parallel.gradients(parameters, losses, weights)
+        check_finite("critic loss", loss, step)
+        learner.critic_optimizer.step()
+    return advantage, live
 
 
 def _lr(optimizer: torch.optim.Optimizer) -> float:

@@ -25,6 +25,7 @@ from worldenv.runtime.errors import UserError
 _HEADER_KEY = "worldenv"
 _STATE = "optimizer/state/"
 _GROUP = "optimizer/group/"
+_AGAIN = "Run the stage that wrote it again, or name another checkpoint."
 
 
 def save(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -64,20 +65,68 @@ def load(
         )
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = (file.metadata() or {}).get(_HEADER_KEY)
-            if metadata is None:
-                raise UserError(
-                    f"{path} is a safetensors file, but not one of worldenv's: its header lacks "
-                    f"{_HEADER_KEY!r}. Published weights are read by worldenv.models.pretrained."
-                )
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata)  # noqa: SIM118
+            metadata = _metadata(file.metadata() or {}, path)
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
     except SafetensorError as error:
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file: {error}. "
-            "Delete it and run the stage that writes it again."
+            "If a stage of a run wrote it, run that stage again: it is made anew. Otherwise name a "
+            "checkpoint that worldenv wrote; PyTorch's own files are pickles, which are not opened."
         ) from error
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.") from error
+
+
+def _metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
+    if _HEADER_KEY not in header:
+        raise UserError(
+            f"{path} is a safetensors file, but not one of worldenv's: its header lacks "
+            f"{_HEADER_KEY!r}. Name a checkpoint that worldenv wrote."
+        )
+    try:
+        metadata = json.loads(header[_HEADER_KEY])
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}: metadata {_HEADER_KEY!r}: expected JSON, got {error}. {_AGAIN}"
+        ) from error
+    if not isinstance(metadata, dict):
+        raise UserError(
+            f"{path}: metadata {_HEADER_KEY!r}: expected a JSON object, got "
+            f"{type(metadata).__name__}. {_AGAIN}"
+        )
+    return metadata
+
+
+def fact(metadata: Mapping[str, Any], name: str, kind: type, path: Path | str) -> Any:
+    """`metadata[name]`, sure to be a `kind`; UserError naming the file and the field otherwise."""
+    value = metadata.get(name)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        got = repr(value)[:80] if name in metadata else "none"
+        raise UserError(f"{path}: metadata {name!r}: expected {kind.__name__}, got {got}. {_AGAIN}")
+    return value
+
+
+def resume(
+    path: Path, mark: str, facts: Mapping[str, type]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """What an interrupted stage left at `path` under `mark`: tensors and metadata, which holds
+    `facts` (name: type).
+
+    None if there is nothing to go on from: no file, one of another mark, or a damaged one, which is
+    said in a line.
+    """
+    if not path.exists():
+        return None
+    try:
+        tensors, metadata = load(path)
+        if metadata.get("mark") != mark:
+            return None
+        for name, kind in facts.items():
+            fact(metadata, name, kind, path)
+    except UserError as error:
+        print(f"nothing to go on from, so the stage begins anew: {error}")
+        return None
+    return tensors, metadata
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,9 +149,9 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path |
     wrong = [f"missing {name}" for name in own if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in own]
     wrong += [
-        f"{name}: expected {list(own[name].shape)}, got {list(tensors[name].shape)}"
+        f"{name}: expected {_layout(own[name])}, got {_layout(tensors[name])}"
         for name in own
-        if name in tensors and own[name].shape != tensors[name].shape
+        if name in tensors and _layout(own[name]) != _layout(tensors[name])
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
@@ -111,6 +160,12 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path |
             "It was trained with another configuration: use the one saved beside it, or train anew."
         )
     module.load_state_dict(dict(tensors))
+
+
+def _layout(tensor: Tensor) -> str:
+    """What must agree for one tensor to be copied into another; precisions may differ."""
+    kind = "" if tensor.is_floating_point() else f" {str(tensor.dtype).removeprefix('torch.')}"
+    return f"{list(tensor.shape)}{kind}"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:

@@ -80,7 +80,6 @@ def describe() -> dict[str, Any]:
         "gpus": len(gpus),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
     }

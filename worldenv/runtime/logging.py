@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -63,17 +64,33 @@ class RunLogger:
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what `stage` logged at `step` or later: it goes on from there."""
-        rows = read_metrics(self.run_dir)
-        kept = [row for row in rows if row["stage"] != stage or row["step"] < step]
-        if stage in self._writers:
-            self._writers.pop(stage).close()
         self._purge[stage] = step
-        if len(kept) == len(rows):
+        self._rewrite((stage,), lambda row: row["stage"] != stage or row["step"] < step, [])
+
+    def restore(self, stages: Collection[str], rows: list[dict[str, Any]]) -> None:
+        """Have `rows`, as `read_metrics` gives them, for all that `stages` ever logged."""
+        self._rewrite(stages, lambda row: row["stage"] not in stages, rows)
+
+    def _rewrite(
+        self,
+        stages: Collection[str],
+        keep: Callable[[dict[str, Any]], bool],
+        more: list[dict[str, Any]],
+    ) -> None:
+        """Replace the log by its rows that `keep` holds for, and `more`; closes the curves of
+        `stages`.
+        """
+        rows = read_metrics(self.run_dir)
+        kept = [row for row in rows if keep(row)]
+        for stage in stages:
+            if stage in self._writers:
+                self._writers.pop(stage).close()
+        if len(kept) == len(rows) and not more:
             return
         temporary = self.path.with_name(".metrics.jsonl.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in kept)
+                file.writelines(json.dumps(row) + "\n" for row in [*kept, *more])
                 file.flush()
                 os.fsync(file.fileno())
             self._file.close()

@@ -6,6 +6,7 @@ Bars may nest: an inner one joins the display of the outer one and leaves it whe
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
@@ -36,10 +37,12 @@ class Bar:
         self.description = description
         self.completed = 0
         self._fields = ""
+        self._turn = threading.Lock()
 
     def advance(self, amount: int = 1, **numbers: float) -> None:
-        """Count `amount` more units; `numbers`, if any, replace those shown."""
-        self.update(self.completed + amount, **numbers)
+        """Count `amount` more units, from any thread; `numbers`, if any, replace those shown."""
+        with self._turn:
+            self.update(self.completed + amount, **numbers)
 
     def update(self, completed: int, **numbers: float) -> None:
         """Set the count, as a resumed stage does; `numbers`, if any, replace those shown."""

@@ -6,71 +6,92 @@ success so that the simulator and the reflector see what success looks like. Suc
 are both kept. Episodes already on disk are not collected again.
 """
 
-import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from worldenv.config import Config
+from worldenv.config import Config, fingerprint
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
-from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.rl.noise import Noise
-from worldenv.rl.rollout import rollout
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.reality import Reality, Watcher, make_env
+from worldenv.stages.run import Run, Stage, policy_before, stage_before
 
 TUNING_STARTS = 20  # benchmark init states 0-19 are for training and tuning
 
 
-def make_env(config: Config, rows: int | None = None, **arguments: object) -> LiberoVectorEnv:
-    """The real benchmark as a run's configuration describes it."""
+def world(config: Config) -> tuple:
+    """What of the real benchmark results depend on: not where the assets come from, nor how many
+    workers serve them."""
     env = config.env
-    return LiberoVectorEnv(
-        env.suite,
-        rows or env.workers,
-        workers=env.workers,
-        assets=env.assets,
-        image_size=env.image_size,
-        chunk=env.chunk,
-        max_steps=env.max_steps,
-        **arguments,
-    )
+    return (env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps)
 
 
-def demonstrate(run: Run, mark: str) -> dict:
+def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
     """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task."""
     config = run.config
     folder = run.path("data", "demonstrations")
     return record_expert(config, config.collect.demonstrations, folder, mark)
 
 
-def explore(run: Run, mark: str, number: int, policy_path: Path) -> dict:
+def explore(run: Run, mark: str, number: int) -> dict:
     """Stage `explore-N`: episodes of the current policy, successes and failures."""
     collect = run.config.collect
     count = collect.refresh_episodes if number else collect.episodes
     folder = run.path("data", f"explore-{number}")
-    policy = store.load("policy", policy_path)
-    return record_policy(run.config, policy, count, folder, mark, number)
+    policy = store.load("policy", run.path("checkpoints", f"{policy_before(number)}.safetensors"))
+    return record_policy(run.reality, policy, count, folder, mark, number)
+
+
+DEMONSTRATIONS = Stage(
+    "demonstrations",
+    demonstrate,
+    settings=lambda config, n: (
+        world(config),
+        config.collect.demonstrations,
+        config.collect.demonstration_noise,
+    ),
+    makes=("data/demonstrations",),
+    rounds=False,
+)
+EXPLORE = Stage(
+    "explore",
+    explore,
+    settings=lambda config, n: (world(config), config.collect),
+    needs=lambda config, n: (stage_before(n),),
+    makes=("data/explore-{n}",),
+)
 
 
 def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> dict:
-    """`count` scripted episodes of every task into folder; returns what it then holds."""
+    """`count` scripted episodes of every task into folder; returns how many of them it then holds,
+    and their successes and steps.
+
+    mark: a stage's fingerprint; the folder may hold nothing else then. By default the folder is the
+    user's, is only added to, and the mark is of who acts, how and where. It is stored with each
+    episode: one of another mark is none of them.
+    """
+    alone = bool(mark)
+    mark = mark or fingerprint(
+        "expert", config.seed, world(config), config.collect.demonstration_noise
+    )
     starts = [
         Start(task, index, derive(config.seed, "fixture", task, index) % 2**31)
         for task in config.env.tasks
         for index in range(count)
     ]
-    missing = _missing(folder, mark, starts)
-    env = make_env(config)
+    missing = _missing(folder, mark, starts, alone)
+    env = make_env(config, config.env.workers)
     try:
         with DatasetWriter(folder) as writer, progress.bar(len(starts), "demonstrations") as bar:
             bar.update(len(starts) - len(missing))
@@ -81,67 +102,59 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
                     seed=derive(config.seed, "demonstration"),
                     attempts=4,
                 ):
-                    if mark:
-                        episode.meta["mark"] = mark
+                    episode.meta["mark"] = mark
                     writer.append(episode)
                     bar.advance()
     finally:
         env.close()
-    return _counts(folder)
+    return _counts(folder, mark)
 
 
 def record_policy(
-    config: Config, policy: Policy, count: int, folder: Path, mark: str = "", number: int = 0
+    reality: Reality, policy: Policy, count: int, folder: Path, mark: str = "", number: int = 0
 ) -> dict:
-    """`count` sampled policy episodes of every task into folder; returns what it then holds."""
+    """`count` sampled policy episodes of every task into folder; returns and takes what
+    `record_expert` does. By default the mark is of the policy's weights and the configuration.
+    """
+    config, alone = reality.config, bool(mark)
+    mark = mark or fingerprint(
+        store.digest(policy), config.seed, world(config), _recording(config), number
+    )
     starts = [
         _exploration_start(config, task, number, k)
         for task in config.env.tasks
         for k in range(count)
     ]
-    missing = _missing(folder, mark, starts)
+    missing = _missing(folder, mark, starts, alone)
     if missing:
-        _roll_out(config, policy, missing, folder, mark, number)
-    return _counts(folder)
+        _roll_out(reality, policy, missing, folder, mark, number)
+    return _counts(folder, mark)
 
 
 def _roll_out(
-    config: Config, policy: Policy, starts: list[Start], folder: Path, mark: str, number: int
+    reality: Reality, policy: Policy, starts: list[Start], folder: Path, mark: str, number: int
 ) -> None:
+    config = reality.config
     hold = config.collect.hold_chunks * config.env.chunk
-
-    def stop(observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
-        return info["success"] & (info["steps"] >= info["success_step"] + hold)
-
-    use_cores(1)  # the simulators need the cores
-    env = make_env(config, terminate="never", record_every=config.collect.record_every)
-    recorder = EpisodeRecorder(config, starts, "policy")
     won = 0
-    try:
-        with DatasetWriter(folder) as writer, progress.bar(len(starts), folder.name) as bar:
+    with DatasetWriter(folder) as writer, progress.bar(len(starts), folder.name) as bar:
 
-            def keep(episode: int, info: dict) -> None:
-                nonlocal won
-                record = recorder.finish(episode, info)
-                if mark:
-                    record.meta["mark"] = mark
-                writer.append(record)
-                won += record.success
-                bar.advance(successes=won)
+        def keep(record: Episode) -> None:
+            nonlocal won
+            record.meta["mark"] = mark
+            writer.append(record)
+            won += record.success
+            bar.advance(successes=won)
 
-            rollout(
-                env,
-                policy,
-                starts,
-                seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
-                noise=exploration_noise(config),
-                stop=stop,
-                on_finish=keep,
-                on_step=recorder.step,
-            )
-    finally:
-        env.close()
-        use_cores()
+        reality.roll_out(
+            policy.eval(),
+            starts,
+            lambda env: EpisodeRecorder(config, starts, keep, hold),
+            seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
+            noise=exploration_noise(config),
+            terminate="never",
+            record_every=config.collect.record_every,
+        )
 
 
 def exploration_noise(config: Config) -> Noise:
@@ -149,8 +162,14 @@ def exploration_noise(config: Config) -> Noise:
     return Noise(config.collect.scale, config.collect.push)
 
 
-def _counts(folder: Path) -> dict:
-    episodes = read_episodes(folder)
+def _recording(config: Config) -> tuple:
+    """How a policy's episodes are made: its noise, which frames are kept, when they end."""
+    part = config.collect
+    return (part.push, 0 if part.push else part.scale, part.record_every, part.hold_chunks)
+
+
+def _counts(folder: Path, mark: str) -> dict:
+    episodes = [e for e in read_episodes(folder) if e.meta.get("mark") == mark]
     return {
         "episodes": len(episodes),
         "successes": sum(e.success for e in episodes),
@@ -158,50 +177,54 @@ def _counts(folder: Path) -> dict:
     }
 
 
-class EpisodeRecorder:
-    """Builds `Episode`s of a rollout's chunks, for `on_step` and `on_finish`."""
+class EpisodeRecorder(Watcher):
+    """Builds an `Episode` of the chunks of each and gives it to `keep`."""
 
-    def __init__(self, config: Config, starts: list[Start], source: str) -> None:
-        self.config, self.starts, self.source = config, starts, source
-        self.open: dict[int, dict[str, list]] = {}
+    def __init__(
+        self, config: Config, starts: Sequence[Start], keep: Callable[[Episode], None], hold: int
+    ) -> None:
+        """hold: actions still recorded after success first fired."""
+        self.config, self.starts, self.keep, self.hold = config, starts, keep, hold
+        self.open: dict[str, list] = {}
 
-    def step(self, rows: np.ndarray, before: dict, action: Tensor, after: dict, info: dict) -> None:
-        """One chunk of every live row."""
-        for row in np.flatnonzero(rows >= 0):
-            parts = self.open.setdefault(
-                int(rows[row]),
-                {
-                    "image": [before["image"][row].numpy().copy()],
-                    "proprio": [before["proprio"][row].numpy().copy()],
-                    "steps": [0],
-                    "action": [],
-                    "dones": [],
-                    "instruction": [before["instruction"][row]],
-                },
+    def step(self, episode: int, before: dict, action: Tensor, after: dict, info: dict) -> None:
+        """Note a chunk."""
+        parts = self.open
+        if not parts:
+            for name in ("image", "proprio"):
+                parts[name] = [before[name][0].numpy().copy()]
+            parts |= {"steps": [0], "action": [], "dones": []}
+            parts["instruction"] = [before["instruction"][0]]
+        done = int(info["steps"][0]) - parts["steps"][-1]
+        parts["action"].append(action[0, :done].cpu().numpy())
+        frames = info["frames"][0]
+        parts["dones"].append(frames["dones"])
+        for name in ("image", "proprio", "steps"):
+            parts[name].extend(frames[name])
+
+    def stop(self, observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
+        """Rows that have been recorded long enough."""
+        return info["success"] & (info["steps"] >= info["success_step"] + self.hold)
+
+    def finish(self, episode: int, info: dict) -> None:
+        """Keep the episode."""
+        parts, start = self.open, self.starts[episode]
+        self.open = {}
+        self.keep(
+            Episode(
+                suite=self.config.env.suite,
+                task=start.task,
+                instruction=parts["instruction"][0],
+                start=start.index,
+                seed=start.seed,
+                source="policy",
+                actions=np.concatenate(parts["action"]).astype(np.float32),
+                dones=np.concatenate(parts["dones"]),
+                frame_steps=np.array(parts["steps"]),
+                images=np.stack(parts["image"]),
+                proprio=np.stack(parts["proprio"]),
+                success=bool(info["success"]),
             )
-            done = int(info["steps"][row]) - parts["steps"][-1]
-            parts["action"].append(action[row, :done].cpu().numpy())
-            frames = info["frames"][row]
-            parts["dones"].append(frames["dones"])
-            for name in ("image", "proprio", "steps"):
-                parts[name].extend(frames[name])
-
-    def finish(self, episode: int, info: dict) -> Episode:
-        """The recorded episode; what was held of it is let go."""
-        parts, start = self.open.pop(episode), self.starts[episode]
-        return Episode(
-            suite=self.config.env.suite,
-            task=start.task,
-            instruction=parts["instruction"][0],
-            start=start.index,
-            seed=start.seed,
-            source=self.source,
-            actions=np.concatenate(parts["action"]).astype(np.float32),
-            dones=np.concatenate(parts["dones"]),
-            frame_steps=np.array(parts["steps"]),
-            images=np.stack(parts["image"]),
-            proprio=np.stack(parts["proprio"]),
-            success=bool(info["success"]),
         )
 
 
@@ -212,27 +235,20 @@ def _exploration_start(config: Config, task: int, number: int, k: int) -> Start:
     return Start(task, None if after > before else (k - before) % TUNING_STARTS, seed)
 
 
-def _missing(folder: Path, mark: str, starts: list[Start]) -> list[Start]:
-    """Starts that folder has no episode of yet.
+def _missing(folder: Path, mark: str, starts: list[Start], alone: bool) -> list[Start]:
+    """Starts that folder has no episode of yet that was recorded under `mark`.
 
-    mark: of the configuration, in a run folder, whose episodes of another configuration are
-    replaced. Without a mark the folder is the user's: it is only ever added to.
+    alone: whether it may hold no others (what a run trains on). UserError if it does: what another
+    configuration recorded there has been moved aside, so nobody knows whose they are.
     """
-    if not any(folder.rglob("*.hdf5")):
-        return starts
-    have = read_episodes(folder)
-    if mark:
-        foreign = sum("mark" not in e.meta for e in have)
-        if foreign:
-            raise UserError(
-                f"{folder} holds {foreign} episodes that no run recorded. Move them elsewhere, or "
-                "choose another run_dir: a run replaces its data when its configuration changes."
-            )
-        if any(e.meta["mark"] != mark for e in have):
-            print(f"{folder}: {len(have)} episodes of another configuration are collected anew")
-            shutil.rmtree(folder)
-            return starts
-    done = {(e.task, e.start, e.seed) for e in have}
+    have = read_episodes(folder) if any(folder.rglob("*.hdf5")) else []
+    own = [e for e in have if e.meta.get("mark") == mark]
+    if alone and len(own) < len(have):
+        raise UserError(
+            f"{folder} holds {len(have) - len(own)} episodes that no run recorded. Move them "
+            "elsewhere, or choose another run_dir."
+        )
+    done = {(e.task, e.start, e.seed) for e in own}
     return [s for s in starts if (s.task, s.index, s.seed) not in done]
 
 

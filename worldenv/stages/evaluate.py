@@ -6,6 +6,7 @@ benchmark's signal has fired by then. Policies act on their mean.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,37 +14,52 @@ import torch
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Judge, Reflector
-from worldenv.rl.rollout import rollout
 from worldenv.runtime import progress
 from worldenv.stages import store
-from worldenv.stages.collect import make_env
-from worldenv.stages.run import Run, read_json, use_cores, write_json
+from worldenv.stages.collect import world
+from worldenv.stages.reality import Watcher
+from worldenv.stages.run import Run, Stage, read_record, stage_before, write_record
 
 
-def run(run: Run, mark: str, policies: dict[str, str]) -> dict:
-    """Stage `evaluate`: policies maps a label to a checkpoint name; held-out starts, paired.
+def run(run: Run, mark: str, number: int = 0) -> dict:
+    """Stage `evaluate`: the imitated and the last post-trained policy on held-out starts, paired.
 
     Finished episodes are kept in evaluation/<label>.json, so an interrupted evaluation goes on.
     """
     config = run.config
     last = config.posttrain.rounds - 1
+    policies = {"sft": "policy-sft", "posttrained": f"policy-{last}"}
     starts = held_out_starts(run)
     reflector = store.load("reflector", run.path("checkpoints", f"reflector-{last}.safetensors"))
     outcomes = {}
     for label, name in policies.items():
         policy = store.load("policy", run.path("checkpoints", f"{name}.safetensors"))
         path = run.path("evaluation", f"{label}.json")
-        stored = read_json(path) or {}
+        stored = read_record(path) or {}
         done = stored["episodes"] if stored.get("mark") == mark else []
         have = {(e["task"], e["start"], e["seed"]) for e in done}
         left = [s for s in starts if (s.task, s.index, s.seed) not in have]
 
         def keep(episodes: list[dict], path=path, done: tuple[dict, ...] = tuple(done)) -> None:
-            write_json(path, {"mark": mark, "episodes": [*done, *episodes]})
+            write_record(path, {"mark": mark, "episodes": [*done, *episodes]})
 
         more = evaluate_policy(run, policy, left, f"evaluate {label}", reflector, keep)
         outcomes[label] = sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
     return {"outcomes": outcomes}
+
+
+STAGE = Stage(
+    "evaluate",
+    run,
+    settings=lambda config, n: (world(config), config.evaluate),
+    needs=lambda config, n: (
+        "sft",
+        stage_before(config.posttrain.rounds),
+        f"reflector-{config.posttrain.rounds - 1}",
+    ),
+    keeps=("evaluation/sft.json", "evaluation/posttrained.json"),
+    rounds=False,
+)
 
 
 def held_out_starts(run: Run) -> list[Start]:
@@ -74,86 +90,81 @@ def evaluate_policy(
         return []
     device = policy.proprio_mean.device
     policy = policy.cpu().eval()
-    env = make_env(run.config, terminate="success" if reflector is None else "never")
-    ruling = _Ruling(env, reflector.cpu()) if reflector else None
     outcomes: list[dict] = []
-    use_cores(1)  # the simulators need the cores
-    try:
-        with progress.bar(len(starts), label) as bar:
+    with progress.bar(len(starts), label) as bar:
 
-            def finish(episode: int, info: dict) -> None:
-                start = starts[episode]
-                outcome = {
-                    "task": start.task,
-                    "start": start.index,
-                    "seed": start.seed,
-                    "success": bool(info["success"]),
-                    "steps": int(info["success_step"] if info["success"] else info["steps"]),
-                }
-                if ruling is not None:
-                    outcome |= ruling.outcome(episode, outcome)
-                outcomes.append(outcome)
-                bar.advance(success=sum(o["success"] for o in outcomes) / len(outcomes))
-                if keep is not None and len(outcomes) % 10 == 0:
-                    keep(outcomes)
+        def note(outcome: dict) -> None:
+            outcomes.append(outcome)
+            bar.advance(success=sum(o["success"] for o in outcomes) / len(outcomes))
+            if keep is not None and len(outcomes) % 10 == 0:
+                keep(outcomes)
 
-            rollout(
-                env,
+        try:
+            run.reality.roll_out(
                 policy,
                 starts,
+                lambda env: _Ruling(starts, note, reflector),
                 seeds=[0] * len(starts),
                 noise=None,
-                stop=ruling.stop if ruling else None,
-                on_finish=finish,
-                on_step=ruling.note if ruling else None,
+                terminate="success" if reflector is None else "never",
             )
-    finally:
-        env.close()
-        policy.to(device)
-        use_cores()
-    if keep is not None:
-        keep(outcomes)
+        finally:
+            policy.to(device)
+            if keep is not None:
+                keep(outcomes)
     return outcomes
 
 
-class _Ruling:
-    """The reflector's verdicts during real episodes, which go on until both judges have spoken."""
+EVERY = torch.ones(1, dtype=torch.bool)  # the rows of an environment of one
 
-    def __init__(self, env, reflector: Reflector) -> None:
-        self.judge = Judge(reflector, env.num_envs)
-        self.threshold = float(reflector.threshold)
-        self.episode = np.full(env.num_envs, -1)
-        self.verdicts: dict[int, dict] = {}
 
-    def note(self, rows: np.ndarray, before: dict, action, after: dict, info: dict) -> None:
+class _Ruling(Watcher):
+    """What came of each episode, by the benchmark's word and, if there is one, the reflector's;
+    episodes go on until both have spoken.
+    """
+
+    def __init__(
+        self, starts: Sequence[Start], note: Callable[[dict], None], reflector: Reflector | None
+    ) -> None:
+        self.starts, self.note = starts, note
+        self.judge = None if reflector is None else Judge(reflector.cpu().eval(), 1)
+        self.threshold = None if reflector is None else float(reflector.threshold)
+        self.begun, self.verdict = False, None
+
+    def step(self, episode: int, before: dict, action: Any, after: dict, info: dict) -> None:
         """Show the reflector the frames before the first and after every chunk."""
-        fresh = rows != self.episode
-        if fresh.any():
-            self.judge.reset(torch.as_tensor(fresh))
-            self._watch(before, fresh & (rows >= 0))
-            self.episode = rows.copy()
-        live = rows >= 0
-        reward = self._watch(after, live).numpy()
-        for row in np.flatnonzero(live & (reward > self.threshold)):
-            self.verdicts.setdefault(
-                int(rows[row]),
-                {
-                    "success_no_oracle": bool(info["success"][row]),
-                    "stop_step": int(info["steps"][row]),
-                },
-            )
+        if self.judge is None:
+            return
+        if not self.begun:
+            self.begun, self.verdict = True, None
+            self.judge.reset(EVERY)
+            self._watch(before)
+        if self._watch(after) > self.threshold and self.verdict is None:
+            self.verdict = {
+                "success_no_oracle": bool(info["success"][0]),
+                "stop_step": int(info["steps"][0]),
+            }
 
-    def _watch(self, view: dict, rows: np.ndarray) -> torch.Tensor:
-        return self.judge.watch(
-            view["image"], view["proprio"], view["instruction"], torch.as_tensor(rows)
-        )
+    def _watch(self, view: dict) -> float:
+        seen = (view["image"], view["proprio"], view["instruction"])
+        return float(self.judge.watch(*seen, EVERY))
 
     def stop(self, observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
-        """Rows on which both the benchmark and the reflector have spoken."""
-        spoken = np.array([int(e) in self.verdicts for e in self.episode])
-        return live & spoken & info["success"]
+        """Once both the benchmark and the reflector have spoken."""
+        return live & info["success"] & (self.verdict is not None)
 
-    def outcome(self, episode: int, with_oracle: dict) -> dict:
+    def finish(self, episode: int, info: dict) -> None:
         """Without the oracle an episode the reflector never ends runs to the last step."""
-        never = {"success_no_oracle": with_oracle["success"], "stop_step": None}
-        return self.verdicts.get(episode, never)
+        start = self.starts[episode]
+        outcome = {
+            "task": start.task,
+            "start": start.index,
+            "seed": start.seed,
+            "success": bool(info["success"]),
+            "steps": int(info["success_step"] if info["success"] else info["steps"]),
+        }
+        if self.judge is not None:
+            never = {"success_no_oracle": outcome["success"], "stop_step": None}
+            outcome |= self.verdict or never
+        self.begun = False
+        self.note(outcome)

@@ -21,7 +21,7 @@ from worldenv.stages import store
 from worldenv.stages.collect import load_round
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.run import Run, Stage, data_up_to
 
 HORIZONS = (1, 2, 4, 8, 12, 16)
 
@@ -29,7 +29,6 @@ HORIZONS = (1, 2, 4, 8, 12, 16)
 def run(run: Run, mark: str, number: int) -> dict:
     """Stage `fidelity-N`: returns the measurements; UserError if the world is no use."""
     config = run.config
-    use_cores()
     _, _, held_out = load_round(run, number)
     if not held_out:
         raise UserError(
@@ -63,6 +62,14 @@ def run(run: Run, mark: str, number: int) -> dict:
             "--posttrain.no-require-fidelity to go on regardless."
         )
     return measured
+
+
+STAGE = Stage(
+    "fidelity",
+    run,
+    settings=lambda config, n: (config.sampling_steps(n), config.posttrain.require_fidelity),
+    needs=lambda config, n: (*data_up_to(n), f"simulator-{n}", f"reflector-{n}"),
+)
 
 
 def horizon_errors(real: list[FrameSequence], imagined: list[FrameSequence]) -> dict:

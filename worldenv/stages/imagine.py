@@ -7,7 +7,6 @@ first real frame, either by the very same actions or by the policy looking at it
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from worldenv.data.episode import Episode
@@ -20,43 +19,28 @@ from worldenv.models.simulator import Simulator
 from worldenv.report.video import side_by_side, write_video
 from worldenv.rl.rollout import rollout
 from worldenv.runtime.seeds import derive
-from worldenv.stages.collect import EpisodeRecorder, make_env
+from worldenv.stages.collect import EpisodeRecorder
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
-from worldenv.stages.run import Run, use_cores, write_json
+from worldenv.stages.run import Run, write_json
 
 FPS = 4.0
 
 
 def real_episodes(run: Run, policy: Policy, starts: list[Start]) -> list[Episode]:
     """Deterministic real episodes of a policy, recorded once per chunk."""
-    config = run.config
-    use_cores(1)
-    env = make_env(config, terminate="never", record_every=config.env.chunk)
-    recorder = EpisodeRecorder(config, starts, "policy")
-    episodes: dict[int, Episode] = {}
-
-    def keep(episode: int, info: dict) -> None:
-        episodes[episode] = recorder.finish(episode, info)
-
-    def stop(observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
-        return info["success"]
-
-    try:
-        rollout(
-            env,
-            policy,
-            starts,
-            seeds=[0] * len(starts),
-            noise=None,
-            stop=stop,
-            on_finish=keep,
-            on_step=recorder.step,
-        )
-    finally:
-        env.close()
-        use_cores()
-    return [episodes[k] for k in range(len(starts))]
+    episodes: list[Episode] = []
+    run.reality.roll_out(
+        policy.eval(),
+        starts,
+        lambda env: EpisodeRecorder(run.config, starts, episodes.append, hold=0),
+        seeds=[0] * len(starts),
+        noise=None,
+        terminate="never",
+        record_every=run.config.env.chunk,
+    )
+    place = {(s.task, s.index, s.seed): k for k, s in enumerate(starts)}
+    return sorted(episodes, key=lambda e: place[e.task, e.start, e.seed])
 
 
 def imagine(
@@ -118,7 +102,7 @@ def _act(
 ) -> FrameSequence:
     """The policy's own imagined episode from a sequence's first frame."""
     env = ImaginedVectorEnv(
-        simulator,
+        simulator.for_generation(),
         reflector,
         first_frames([sequence]),
         1,

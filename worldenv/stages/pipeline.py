@@ -4,280 +4,251 @@
     -> evaluate -> videos -> results.json, report.html
 
 Every stage is skipped where its artifacts match the configuration, so this is also how a run is
-resumed.
+resumed. A stage run alone works on what stages before it made with the same configuration, and is
+refused otherwise.
 """
 
-import hashlib
+import os
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from worldenv.config import fingerprint
-from worldenv.report.page import write_report
-from worldenv.report.statistics import paired_difference
+from worldenv.config import Config, fingerprint
 from worldenv.runtime import device as devices
+from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
-from worldenv.runtime.logging import read_metrics
-from worldenv.runtime.revision import commit
 from worldenv.stages import (
     collect,
+    estimate,
     evaluate,
     fidelity,
     posttrain,
+    records,
     reflector,
+    results,
     sft,
     simulator,
     store,
 )
-from worldenv.stages.imagine import imagine, real_episodes
-from worldenv.stages.run import Run, write_json
+from worldenv.stages.run import Run, Stage, Step, read_record, write_record
 
-ROUND_STAGES = ("explore", "simulator", "reflector", "fidelity", "posttrain")
-STAGES = ("demonstrations", "sft", *ROUND_STAGES, "evaluate", "report")
+FIRST = (collect.DEMONSTRATIONS, sft.STAGE)
+ROUND = (collect.EXPLORE, simulator.STAGE, reflector.STAGE, fidelity.STAGE, posttrain.STAGE)
+STAGES = (*(s.name for s in (*FIRST, *ROUND, evaluate.STAGE)), "report")
 
 
-def run_all(run: Run) -> Path:
-    """Run every stage that is not done yet; returns the path of results.json."""
+def steps(config: Config) -> dict[str, Step]:
+    """All that a run records, by name, in order."""
+    loop = [(stage, n) for n in range(config.posttrain.rounds) for stage in ROUND]
+    order: list[tuple[Stage, int]] = [*((s, 0) for s in FIRST), *loop, (evaluate.STAGE, 0)]
+    return {step.name: step for step in (Step(stage, number) for stage, number in order)}
+
+
+def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) -> Path:
+    """Run every stage that is not done yet; returns the path of results.json.
+
+    files: checkpoints to use in place of training (policy, simulator, reflector: their path), the
+    last two in round `number`.
+    """
+    named = _named(run, files or {}, number)
+    marks = _marks(run, named)
+    run.save_config()
+    _adopt(run, named, marks)
+    _announce(run, marks)
     with devices.PeakMemory() as memory:
-        for stage in STAGES[:2]:
-            run_stage(run, stage)
-        for number in range(run.config.posttrain.rounds):
-            for stage in ROUND_STAGES:
-                run_stage(run, stage, number)
-        run_stage(run, "evaluate")
+        for name, step in steps(run.config).items():
+            records.perform(run, step, marks[name])
     _remember_peak(run, memory.bytes)
-    return run_stage(run, "report")
+    return results.report(run, list(marks))
 
 
-def run_stage(run: Run, stage: str, number: int = 0) -> dict | Path:
-    """Run one stage (of round `number`), or skip it if it is done."""
+def _announce(run: Run, marks: Mapping[str, str]) -> None:
+    """Say how long what is left to do will take. On a GPU it is not known."""
+    every = steps(run.config)
+    left = [n for n, step in every.items() if not records.at_hand(run.dir, step, marks[n])]
+    if left and run.device.type == "cpu":
+        seconds = estimate.estimate(run.config, estimate.calibrate(run.config))
+        print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
+
+
+def run_stage(
+    run: Run, stage: str, number: int = 0, files: Mapping[str, Path] | None = None
+) -> dict | Path:
+    """Run one stage (of round `number`), or skip it if it is done.
+
+    files: as in `run_all`. With them, what the stage needs and the folder lacks is made first, and
+    what follows from them is made anew.
+    """
     if stage not in STAGES:
         raise unknown("stage", stage, STAGES)
-    if stage == "report":
-        return _report(run)
-    name = f"{stage}-{number}" if stage in ROUND_STAGES else stage
-    parts, after, work = _plan(run, stage, number)
-    return run.stage(name, parts, after, work)
+    every = steps(run.config)
+    named = _named(run, files or {}, number)
+    marks = _marks(run, named)
+    target = next((s for s in every.values() if (s.stage.name, s.number) == (stage, number)), None)
+    target = target or every.get(stage)  # none: the report, of everything
+    needs = target.needs(run.config) if target else tuple(every)
+    before = _before(run, stage if target is None else target.name, needs, marks, named)
+    run.save_config()
+    _adopt(run, named, marks)
+    for name in before:
+        records.perform(run, every[name], marks[name])
+    if target is None:
+        return results.report(run, list(every))
+    return records.perform(run, target, marks[target.name])
 
 
-def _plan(
-    run: Run, stage: str, number: int
-) -> tuple[tuple, tuple[str, ...], Callable[[str], dict]]:
-    """What a stage depends on (configs, earlier stages) and what it does."""
-    config = run.config
-    env = config.env
-    # Where the assets come from and how many workers serve them change no result worth redoing.
-    world = (env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps)
-    last = f"policy-{number - 1}" if number else "policy-sft"
-    before = f"posttrain-{number - 1}" if number else "sft"
-    rl = config.posttrain
-    plans: dict[str, tuple[tuple, tuple[str, ...], Callable[[str], dict]]] = {
-        "demonstrations": (
-            (world, config.collect.demonstrations, config.collect.demonstration_noise),
-            (),
-            lambda mark: collect.demonstrate(run, mark),
-        ),
-        "sft": (
-            (config.sft, config.policy),
-            ("demonstrations",),
-            lambda mark: sft.run(run, mark),
-        ),
-        "explore": (
-            (world, config.collect),
-            (before,),
-            lambda mark: collect.explore(
-                run, mark, number, run.path("checkpoints", f"{last}.safetensors")
-            ),
-        ),
-        "simulator": (
-            (config.simulator,),
-            (f"explore-{number}", *((f"simulator-{number - 1}",) if number else ())),
-            lambda mark: simulator.run(run, mark, number),
-        ),
-        "reflector": (
-            (config.reflector, config.sampling_steps(number)),
-            (f"simulator-{number}", *((f"reflector-{number - 1}",) if number else ())),
-            lambda mark: reflector.run(
-                run, mark, number, run.path("checkpoints", f"{last}.safetensors")
-            ),
-        ),
-        "fidelity": (
-            (config.sampling_steps(number),),
-            (f"reflector-{number}",),
-            lambda mark: fidelity.run(run, mark, number),
-        ),
-        "posttrain": (
-            # One round more continues a finished run: how many there are changes none of them.
-            (replace(rl, rounds=1),),
-            (before, f"fidelity-{number}"),
-            lambda mark: posttrain.run(run, mark, number),
-        ),
-        "evaluate": (
-            (world, config.evaluate),
-            ("sft", f"posttrain-{rl.rounds - 1}"),
-            lambda mark: evaluate.run(
-                run, mark, {"sft": "policy-sft", "posttrained": f"policy-{rl.rounds - 1}"}
-            ),
-        ),
-    }
-    return plans[stage]
+def check_round(config: Config, number: int) -> None:
+    """UserError unless `number` is one of the run's rounds."""
+    if not 0 <= number < config.posttrain.rounds:
+        raise UserError(
+            f"round {number}: expected 0..{config.posttrain.rounds - 1} (posttrain.rounds)"
+        )
 
 
-def adopt(run: Run, kind: str, path: Path, number: int) -> None:
-    """Use a checkpoint of another run as this run's artifact (kind: policy, simulator, reflector).
-
-    The stage that would have made it is recorded as done.
+def _marks(run: Run, named: Mapping[str, "_File"]) -> dict[str, str]:
+    """The fingerprint that each step's record must have. Of an adopted one it is the file's, be
+    the configuration as it may, as long as the file fits it. A named file that is what the step
+    itself made here changes nothing.
     """
-    store.load(kind, path)  # refuses anything that is not one
-    name = {"policy": "policy-sft"}.get(kind, f"{kind}-{number}")
-    target = run.path("checkpoints", f"{name}.safetensors")
-    if Path(path).resolve() != target.resolve():
-        shutil.copyfile(path, target)
-    stage = "sft" if kind == "policy" else name
-    with target.open("rb") as file:
-        mark = fingerprint("adopted", hashlib.file_digest(file, "sha256").hexdigest())
-    record = {"adopted": str(path), "seconds": 0.0, "fingerprint": mark}
-    write_json(run.path("stages", f"{stage}.json"), record)
-    run.records[stage] = record
+    marks: dict[str, str] = {}
+    for name, step in steps(run.config).items():
+        own = step.mark(run.config, marks)
+        record = read_record(run.dir / "stages" / f"{name}.json") or {}
+        if name in named:
+            made = records.finished(run.dir, step, own) or {"artifacts": {}}
+            itself = named[name].sha256 in [a["sha256"] for a in made["artifacts"].values()]
+            marks[name] = own if itself else named[name].mark
+        elif "adopted" in record:
+            _check_adopted(run, step, record)
+            marks[name] = record["fingerprint"]
+        else:
+            marks[name] = own
+    return marks
 
 
-# ---------------------------------------------------------------- results
+def _before(
+    run: Run,
+    target: str,
+    needs: Iterable[str],
+    marks: Mapping[str, str],
+    named: Mapping[str, "_File"],
+) -> list[str]:
+    """Names of the steps to do (or to bring back) before `target`. UserError naming those that the
+    user has to decide about.
+    """
+    every, config = steps(run.config), run.config
+    missing: set[str] = set()
+    todo = list(needs)
+    while todo:
+        name = todo.pop()
+        if name not in named and not records.finished(run.dir, every[name], marks[name]):
+            missing.add(name)
+            if not records.at_hand(run.dir, every[name], marks[name]):
+                todo += every[name].needs(config)
+    follows = _followers(config, named)
+    order = [name for name in every if name in missing]
+    refused = []
+    for name in order:
+        step, mark = every[name], marks[name]
+        foreign = records.foreign(run.dir, step, mark) and name not in follows
+        if (foreign or not named) and not records.at_hand(run.dir, step, mark):
+            refused.append(step)
+    if refused:
+        first = refused[0]
+        command = first.stage.name + (f" --round {first.number}" if first.number else "")
+        reasons = ", ".join(
+            f"{step.name} ({records.standing(run.dir, step, marks[step.name])})"
+            for step in refused[:3]
+        ) + (f" and {len(refused) - 3} more" if len(refused) > 3 else "")
+        raise UserError(
+            f"{target} builds on stages that {run.dir} does not hold as this configuration makes "
+            f"them: {reasons}. Run `worldenv-train {command}` first, or `worldenv-train` for all "
+            "of them, with the same settings; or give the settings that the folder was made with."
+        )
+    return order
 
 
-def _report(run: Run) -> Path:
-    """Videos, results.json and report.html from what the stages left."""
-    results = collect_results(run)
-    media = run.path("media", "x").parent
-    mark = fingerprint(run.record("evaluate")["fingerprint"])
-    if not (media / f"{mark}.done").exists():
-        shutil.rmtree(media, ignore_errors=True)
-        _videos(run, media)
-        (media / f"{mark}.done").touch()
-    path = run.path("results.json")
-    write_json(path, results)
-    write_report(run.dir)
-    return path
+def _followers(config: Config, named: Iterable[str]) -> set[str]:
+    """Names of all steps that build on one of `named`."""
+    found = set(named)
+    for name, step in steps(config).items():
+        if found.intersection(step.needs(config)):
+            found.add(name)
+    return found
 
 
-def _videos(run: Run, media: Path) -> None:
-    """A few held-out episodes before and after post-training, beside their imagination."""
-    config = run.config
-    last = config.posttrain.rounds - 1
-    load = lambda kind, name: store.load(  # noqa: E731
-        kind, run.path("checkpoints", f"{name}.safetensors"), run.device
+# ---------------------------------------------------------------- named checkpoints
+
+
+@dataclass(frozen=True)
+class _File:
+    """A checkpoint that stands in for a stage."""
+
+    path: Path
+    step: Step
+    sha256: str
+
+    @property
+    def mark(self) -> str:
+        """Fingerprint: the same for the same content, wherever it lies."""
+        return fingerprint("adopted", self.sha256)
+
+
+def _named(run: Run, files: Mapping[str, Path], number: int) -> dict[str, _File]:
+    """The checkpoints in `files` by the step they stand in for. UserError for what is none, or
+    does not fit the run's configuration."""
+    named = {}
+    for kind, path in files.items():
+        store.load(kind, path, fits=run.config)
+        step = steps(run.config)["sft" if kind == "policy" else f"{kind}-{number}"]
+        named[step.name] = _File(Path(path), step, records.sha256(Path(path)))
+    return named
+
+
+def _adopt(run: Run, named: Mapping[str, _File], marks: Mapping[str, str]) -> None:
+    """Put the files in place of what their steps would have made, and record them."""
+    for name, file in named.items():
+        if marks[name] != file.mark:
+            continue
+        target = run.path(*Path(file.step.makes[0]).parts)
+        draft = target.with_name(f".{target.name}.tmp")
+        try:
+            shutil.copyfile(file.path, draft)  # before `settle`: it may move the file itself
+            if records.settle(run, file.step, file.mark) is None:
+                os.replace(draft, target)
+                env = run.config.env
+                sizes = {"image_size": env.image_size, "chunk": env.chunk}
+                record = {"adopted": str(file.path), **sizes}
+                records.finish(run, file.step, file.mark, record, 0.0)
+        except OSError as error:
+            raise write_error(target, error) from error
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def _check_adopted(run: Run, step: Step, record: dict) -> None:
+    """UserError unless an adopted checkpoint is as it was and fits the configuration."""
+    mend = (
+        f"Name a checkpoint again (--{'policy' if step.name == 'sft' else step.stage.name} FILE), "
+        f"or delete {run.dir / 'stages' / step.name}.json to train one."
     )
-    world, judge = load("simulator", f"simulator-{last}"), load("reflector", f"reflector-{last}")
-    outcomes = run.record("evaluate")["outcomes"]
-    starts = evaluate.held_out_starts(run)
-    changed = {
-        (b["task"], b["start"], b["seed"])
-        for b, a in zip(outcomes["sft"], outcomes["posttrained"], strict=True)
-        if a["success"] and not b["success"]
-    }
-    shown = [s for s in starts if (s.task, s.index, s.seed) in changed][:2]
-    shown += [s for s in starts if s not in shown][: 2 - len(shown)]
-    steps = config.sampling_steps(last)
-    for label, name in (("before", "policy-sft"), ("after", f"policy-{last}")):
-        episodes = real_episodes(run, load("policy", name).cpu(), shown)
-        imagine(run, episodes, world, judge, media, label, steps=steps)
-        if label == "after":
-            policy = load("policy", name)
-            imagine(
-                run,
-                episodes[:1],
-                world,
-                judge,
-                media,
-                "closed-loop",
-                drive="policy",
-                policy=policy,
-                steps=steps,
+    changes = records.changes(run.dir, step, record)
+    if changes:
+        raise UserError(
+            f"{run.dir / changes[0]}, adopted from {record['adopted']}, is gone or changed. {mend}"
+        )
+    for name in ("image_size", "chunk"):
+        asked = getattr(run.config.env, name)
+        if record[name] != asked:
+            raise UserError(
+                f"{step.name} was adopted from {record['adopted']}, of env.{name} {record[name]}; "
+                f"this configuration has {asked}. {mend}"
             )
-
-
-def collect_results(run: Run) -> dict:
-    """What results.json holds."""
-    config = run.config
-    last = config.posttrain.rounds - 1
-    records = {name: run.record(name) for name in stage_names(config.posttrain.rounds)}
-    outcomes = records["evaluate"]["outcomes"]
-    measured = records[f"fidelity-{last}"]
-    reflector_quality = measured["reflector"]
-    skip = {"fingerprint", "outcomes", "reflector"}
-    stages = {
-        name: {k: v for k, v in record.items() if k not in skip} for name, record in records.items()
-    }
-    imagined = [records[f"posttrain-{n}"] for n in range(last + 1)]
-    seconds = sum(r["imagination_seconds"] for r in imagined)
-    names = {e.task: e.instruction for e in collect.load_round(run, -1)[0]}
-    return {
-        "preset": config.preset,
-        "seed": config.seed,
-        "commit": commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "suite": config.env.suite,
-        "tasks": [{"id": t, "instruction": names.get(t, "")} for t in config.env.tasks],
-        **success_of(outcomes, "success"),
-        "no_oracle": success_of(outcomes, "success_no_oracle"),
-        "fidelity": {
-            **{k: v for k, v in measured.items() if k not in {*skip, "seconds"}},
-            "closed_loop_gap": _closed_loop_gap(run, last, imagined[-1]["kept_iteration"]),
-        },
-        "reflector": reflector_quality,
-        "stages": stages,
-        "total_seconds": round(sum(r["seconds"] for r in records.values()), 1),
-        "frames_per_second": round(sum(r["frames"] for r in imagined) / max(seconds, 1e-9), 1),
-        "real_episodes_used": sum(
-            r.get("check_episodes", 0) + (r["episodes"] if n.startswith(("demo", "explore")) else 0)
-            for n, r in records.items()
-        ),
-        "peak_memory_bytes": records["evaluate"].get("peak_memory_bytes"),
-        "machine": devices.describe(),
-        "evaluation": outcomes,
-    }
-
-
-def stage_names(rounds: int) -> list[str]:
-    """Names of all recorded stages, in order."""
-    loop = [f"{stage}-{n}" for n in range(rounds) for stage in ROUND_STAGES]
-    return ["demonstrations", "sft", *loop, "evaluate"]
-
-
-def success_of(outcomes: dict[str, list[dict]], key: str) -> dict:
-    """Counts and the paired difference of outcomes["sft"] and outcomes["posttrained"], episodes in
-    the same order; errors clustered by task and start."""
-    before, after = (outcomes[label] for label in ("sft", "posttrained"))
-    clusters = [(e["task"], e["start"]) for e in before]
-    values = [[float(e[key]) for e in rows] for rows in (before, after)]
-    summary = {
-        label: {"successes": int(sum(v)), "episodes": len(v)}
-        for label, v in zip(("sft", "posttrained"), values, strict=True)
-    }
-    if len(set(clusters)) < 2:
-        return {**summary, "paired_difference": None}
-    difference = paired_difference(*values, clusters)
-    rounded = {k: round(getattr(difference, k), 4) for k in ("mean", "low", "high")}
-    return {**summary, "paired_difference": rounded}
-
-
-def _closed_loop_gap(run: Run, last: int, kept: int | None) -> float | None:
-    """Imagined minus real success of the kept policy, None without checks in reality."""
-    rows = [r for r in read_metrics(run.dir, f"check-{last}") if r["step"] == kept]
-    return round(rows[-1]["imagined"] - rows[-1]["real"], 4) if rows else None
 
 
 def _remember_peak(run: Run, peak: int) -> None:
     """Keep the highest memory of all attempts at this run beside the last stage's record."""
     record = run.record("evaluate")
     record["peak_memory_bytes"] = max(peak, record.get("peak_memory_bytes") or 0)
-    write_json(run.path("stages", "evaluate.json"), record)
-
-
-def check_round(run: Run, number: int) -> None:
-    """UserError unless `number` is one of the run's rounds."""
-    if not 0 <= number < run.config.posttrain.rounds:
-        raise UserError(
-            f"round {number}: expected 0..{run.config.posttrain.rounds - 1} (posttrain.rounds)"
-        )
+    write_record(run.path("stages", "evaluate.json"), record)

@@ -6,51 +6,63 @@ real benchmark on tuning starts: imagined success goes on rising where real succ
 round keeps the policy that did best there. The checks train nothing.
 """
 
+import os
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from worldenv.config import PosttrainConfig
 from worldenv.data.windows import chunk_sequences
-from worldenv.envs.imagined import Context, ImaginedVectorEnv, first_frames, middle_frames
+from worldenv.envs.imagined import (
+    Context,
+    ImaginedVectorEnv,
+    first_frames,
+    imagined_envs,
+    middle_frames,
+)
 from worldenv.envs.start import Start
 from worldenv.models.policy import Critic, Policy
 from worldenv.rl.loss import episode_rewards, group_advantages
-from worldenv.rl.rollout import Trajectories, join, rollout
+from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, progress
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.run import Run, Stage, data_up_to, stage_before
 
 
 def run(run: Run, mark: str, number: int) -> dict:
     """Stage `posttrain-N`: writes checkpoints/policy-N.safetensors."""
     config, rl = run.config, run.config.posttrain
-    use_cores()
     checkpoints = run.path("checkpoints")
     reference: Policy = store.load("policy", checkpoints / "policy-sft.safetensors", run.device)
     start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
     policy: Policy = store.load("policy", start, run.device)
     learner = _learner(run, policy, reference, number)
-    env, firsts, middles = make_world(run, number)
+    envs, firsts, middles = make_world(run, number)
     iterations = rl.refresh_iterations if number else rl.iterations
     name = f"posttrain-{number}"
     partial = run.path("checkpoints", f"{name}.partial.safetensors")
-    begin, totals = _resume(partial, mark, learner)
+    # The best policy so far takes its place when the stage ends, not before.
+    best = run.path("checkpoints", f"{name}.best.safetensors")
+    begin, totals = _resume(partial, mark, learner, best)
     run.logger.rewind(name, begin)
     run.logger.rewind(f"check-{number}", begin)
-    saved = checkpoints / f"policy-{number}.safetensors"
 
     def check(step: int) -> None:
-        real = _check_reality(run, policy, env, firsts, number, step)
-        totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
+        known = None if step else _known_success(run, number)
+        real = _check_reality(run, policy, envs, firsts, number, step, known)
+        if known is None:
+            totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
         if not rl.keep_best or totals["kept_success"] is None or real > totals["kept_success"]:
             totals.update(kept_iteration=step, kept_success=real)
-            store.save("policy", policy, config, saved)
+            store.save("policy", policy, config, best)
 
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
@@ -58,7 +70,7 @@ def run(run: Run, mark: str, number: int) -> dict:
             if rl.real_check_every and step % rl.real_check_every == 0:
                 check(step)
             begun = time.perf_counter()
-            episodes = _imagine(run, learner, env, firsts, middles, number, step)
+            episodes = _imagine(run, learner, envs, firsts, middles, number, step)
             seconds = time.perf_counter() - begun
             metrics = update(learner, episodes, derive(config.seed, "update", number), step)
             frames = len(episodes.episode)
@@ -74,9 +86,26 @@ def run(run: Run, mark: str, number: int) -> dict:
     if rl.real_check_every:
         check(iterations)
     else:
-        store.save("policy", policy, config, saved)
+        store.save("policy", policy, config, best)
+    os.replace(best, checkpoints / f"policy-{number}.safetensors")
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
+
+
+STAGE = Stage(
+    "posttrain",
+    run,
+    # One round more continues a finished run: how many there are changes none of them.
+    settings=lambda config, n: (replace(config.posttrain, rounds=1),),
+    needs=lambda config, n: (
+        "sft",
+        stage_before(n),
+        *data_up_to(n),
+        *(f"{stage}-{n}" for stage in ("simulator", "reflector", "fidelity")),
+    ),
+    makes=("checkpoints/policy-{n}.safetensors",),
+    logs=lambda name, n: (name, f"check-{n}"),
+)
 
 
 def starting_policy(rl: PosttrainConfig, number: int) -> str:
@@ -84,8 +113,8 @@ def starting_policy(rl: PosttrainConfig, number: int) -> str:
     return "policy-sft" if rl.restart or number == 0 else f"policy-{number - 1}"
 
 
-def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], list[int]]:
-    """The imagined environment of a round, with the indices of its first-frame and its
+def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int], list[int]]:
+    """The imagined environments of a round, with the indices of its first-frame and its
     middle-of-episode contexts.
     """
     config = run.config
@@ -99,8 +128,9 @@ def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], lis
         if c.gripper_open and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
     checkpoints = run.path("checkpoints")
-    env = ImaginedVectorEnv(
-        store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device),
+    simulator = store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device)
+    envs = imagined_envs(
+        simulator.for_generation(),
         store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),
         [*firsts, *middles],
         config.posttrain.rows,
@@ -108,7 +138,7 @@ def make_world(run: Run, number: int) -> tuple[ImaginedVectorEnv, list[int], lis
         sampling_steps=config.sampling_steps(number),
     )
     split = len(firsts)
-    return env, list(range(split)), list(range(split, split + len(middles)))
+    return envs, list(range(split)), list(range(split, split + len(middles)))
 
 
 def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learner:
@@ -127,7 +157,7 @@ def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learne
 def _imagine(
     run: Run,
     learner: Learner,
-    env: ImaginedVectorEnv,
+    envs: list[ImaginedVectorEnv],
     firsts: list[int],
     middles: list[int],
     number: int,
@@ -140,7 +170,7 @@ def _imagine(
     informative = 0
     for draw in range(1 if rl.critic else rl.draws):
         keys = (number, step, draw) if draw else (number, step)
-        parts.append(_imagine_contexts(run, learner, env, firsts, middles, keys))
+        parts.append(_imagine_contexts(run, learner, envs, firsts, middles, keys))
         reward = episode_rewards(parts[-1], rl.reward)
         informative += int(group_advantages(reward, rl.group, "loop")[1].sum()) // rl.group
         if 2 * informative >= rl.contexts:
@@ -152,21 +182,21 @@ def _imagine(
 def _imagine_contexts(
     run: Run,
     learner: Learner,
-    env: ImaginedVectorEnv,
+    envs: list[ImaginedVectorEnv],
     firsts: list[int],
     middles: list[int],
     key: tuple[int, ...],
 ) -> Trajectories:
     """G episodes from each of `contexts` contexts; key: of this draw's random numbers."""
     config, rl = run.config, run.config.posttrain
-    won = [context.won for context in env.contexts]
+    won = [context.won for context in envs[0].contexts]
     chosen = choose_contexts(won, firsts, middles, rl, generator(config.seed, "contexts", *key))
     pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
     # One world seed for a group (common random numbers): its episodes differ by their actions
     # alone, and the baseline takes the world's luck away.
     starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c)) for c, _ in pairs]
     seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
-    return rollout(env, learner.policy, starts, seeds=seeds, noise=learner.noise)
+    return rollout_shards(envs, learner.policy, starts, seeds=seeds, noise=learner.noise)
 
 
 def choose_contexts(
@@ -190,34 +220,50 @@ def choose_contexts(
     return chosen
 
 
+def _known_success(run: Run, number: int) -> float | None:
+    """Real success of the policy that a round begins with, if the round before has checked it: the
+    same episodes would end the same way."""
+    if not number or run.config.posttrain.restart:
+        return None
+    return run.record(f"posttrain-{number - 1}")["kept_success"]
+
+
 def _check_reality(
-    run: Run, policy: Policy, env: ImaginedVectorEnv, firsts: list[int], number: int, step: int
+    run: Run,
+    policy: Policy,
+    envs: list[ImaginedVectorEnv],
+    firsts: list[int],
+    number: int,
+    step: int,
+    known: float | None,
 ) -> float:
-    """Real success without noise on tuning starts; logs it and the imagined one."""
+    """Real success without noise on tuning starts (`known`, if it is); logs it and the imagined
+    one."""
     config = run.config
     count = config.posttrain.real_check_episodes
     picked = firsts[:: max(1, len(firsts) // count)][:count]
     starts = [Start(0, c, derive(config.seed, "check world", c)) for c in picked]
-    imagined = rollout(env, policy, starts, seeds=[0] * len(starts), noise=None)
-    real = evaluate_policy(
-        run,
-        policy,
-        [
-            Start(task, k % TUNING_STARTS, derive(config.seed, "check fixture", k) % 2**31)
-            for task in config.env.tasks
-            for k in range(count)
-        ],
-        f"real check {number}.{step}",
-    )
-    success = sum(e["success"] for e in real) / len(real)
+    imagined = rollout_shards(envs, policy, starts, seeds=[0] * len(starts), noise=None)
+    success = _real_success(run, policy, f"real check {number}.{step}") if known is None else known
     run.logger.log(
         f"check-{number}",
         step,
         imagined=float(imagined.terminated.float().mean()),
         real=success,
-        episodes=len(real),
     )
     return success
+
+
+def _real_success(run: Run, policy: Policy, label: str) -> float:
+    """Share of the tuning episodes that succeed."""
+    config = run.config
+    starts = [
+        Start(task, k % TUNING_STARTS, derive(config.seed, "check fixture", k) % 2**31)
+        for task in config.env.tasks
+        for k in range(config.posttrain.real_check_episodes)
+    ]
+    outcomes = evaluate_policy(run, policy, starts, label)
+    return sum(o["success"] for o in outcomes) / len(outcomes)
 
 
 def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
@@ -228,7 +274,8 @@ def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
     checkpoint.save(path, tensors, {"mark": mark, "step": step, "totals": totals})
 
 
-def _resume(path, mark: str, learner: Learner) -> tuple[int, dict]:
+def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, dict]:
+    """(iterations done, totals) of an interrupted round, whose state learner then has."""
     fresh = {
         "frames": 0,
         "imagination_seconds": 0.0,
@@ -236,14 +283,22 @@ def _resume(path, mark: str, learner: Learner) -> tuple[int, dict]:
         "kept_iteration": None,
         "kept_success": None,
     }
-    if not path.exists():
+    found = checkpoint.resume(path, mark, {"step": int, "totals": dict})
+    if found is None:
         return 0, fresh
-    tensors, metadata = checkpoint.load(path)
-    if metadata.get("mark") != mark:
+    tensors, metadata = found
+    totals = metadata["totals"]
+    try:
+        if totals.keys() != fresh.keys():
+            raise UserError(f"{path}: totals: expected {[*fresh]}, got {[*totals]}")
+        if totals["kept_iteration"] is not None:
+            store.load("policy", best)
+    except UserError as error:
+        print(f"the round begins anew: {error}")
         return 0, fresh
     critic: dict[str, Tensor] = checkpoint.selected("critic/", tensors)
     own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
     checkpoint.load_training(learner.policy, learner.optimizer, own, path)
     if learner.critic is not None:
         checkpoint.load_training(learner.critic, learner.critic_optimizer, critic, path)
-    return metadata["step"], metadata["totals"]
+    return metadata["step"], totals

@@ -6,6 +6,7 @@ calibrated: simulators differ in how readily they imagine success, and the real 
 explored episodes say how often it should be found.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,18 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
-from worldenv.envs.imagined import ImaginedVectorEnv, first_frames
+from worldenv.envs.imagined import first_frames, imagined_envs
 from worldenv.envs.start import Start
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import Policy, augment
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.rl.rollout import rollout
+from worldenv.rl.rollout import rollout_shards
+from worldenv.runtime import parallel
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import exploration_noise, load_round
 from worldenv.stages.replay import padded, replay
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before
 
 
 def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
@@ -34,7 +36,6 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     policy_path: of the policy that explored in this round.
     """
     config, part = run.config, run.config.reflector
-    use_cores()
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     own = from_first_step(chunk_sequences(explored, config.env.chunk))
@@ -47,10 +48,11 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     reflector: Reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
     sampler = _BalancedFrames(data)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(config.seed, "reflector", number, step)
-        torch.manual_seed(derive(config.seed, "reflector dropout", number, step))
-        rows, ends, labels = sampler.draw(part.batch, g)
+    size = training.shard_size(run, part.batch)
+
+    def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
+        g = generator(config.seed, "reflector", number, step, shard)
+        rows, ends, labels = sampler.draw(size, g)
         logits = sampler.judge(reflector, rows, ends, g)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         right = ((logits > 0) == (labels > 0.5)).float().mean()
@@ -77,6 +79,21 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     }
 
 
+STAGE = Stage(
+    "reflector",
+    lambda run_, mark, n: run(
+        run_, mark, n, run_.path("checkpoints", f"{policy_before(n)}.safetensors")
+    ),
+    settings=lambda config, n: (config.reflector, config.sampling_steps(n)),
+    needs=lambda config, n: (
+        *data_up_to(n),
+        stage_before(n),
+        f"simulator-{n}",
+        *((f"reflector-{n - 1}",) if n else ()),
+    ),
+    makes=("checkpoints/reflector-{n}.safetensors",),
+)
+
 CALIBRATION_EPISODES = 2  # imagined from every explored start
 
 
@@ -89,8 +106,8 @@ def _calibrated(
     _, earlier, _ = load_round(run, number - 1)
     explored = load_round(run, number)[1][len(earlier) :]
     contexts = first_frames(chunk_sequences(explored, config.env.chunk))
-    env = ImaginedVectorEnv(
-        simulator,
+    envs = imagined_envs(
+        simulator.for_generation(),
         reflector,
         contexts,
         config.posttrain.rows,
@@ -101,7 +118,8 @@ def _calibrated(
     keys = [(c, n) for c in range(len(contexts)) for n in range(CALIBRATION_EPISODES)]
     starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
     seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
-    imagined = rollout(env, policy.eval(), starts, seeds=seeds, noise=exploration_noise(config))
+    noise = exploration_noise(config)
+    imagined = rollout_shards(envs, policy.eval(), starts, seeds=seeds, noise=noise)
     top = torch.zeros(len(starts), device=imagined.reward.device)
     top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
     rate = sum(e.success for e in explored) / len(explored)
@@ -116,6 +134,7 @@ def threshold_at(top: Tensor, rate: float) -> float:
     return float(torch.quantile(top, 1 - rate).clamp(0.5, 0.99))
 
 
+DROPOUT = 0.2  # of the head's hidden numbers, drawn like everything else from the step's generator
 LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do
 
 
@@ -163,17 +182,17 @@ class _BalancedFrames:
         proprio = proprio + jitter * reflector.proprio_std
         features = reflector.features(views, proprio).unflatten(0, (len(rows), 2))
         words = reflector.words([self.data["instruction"][r] for r in rows.tolist()])
-        return reflector.judge(features[:, 1], features[:, 0], words)
+        keep = torch.rand(len(rows), reflector.config.width, generator=g).to(features.device)
+        return reflector.judge(features[:, 1], features[:, 0], words, keep > DROPOUT)
 
 
 def score(reflector: Reflector, sequences: list[FrameSequence]) -> list[Tensor]:
     """R `[F]` in [0, 1] for every frame of every sequence."""
-    out = []
+    device = reflector.proprio_mean.device
+
+    def one(s: FrameSequence) -> Tensor:
+        logits = reflector(s.images[None].to(device), s.proprio[None].to(device), [s.instruction])
+        return torch.sigmoid(logits[0]).cpu()
+
     with torch.no_grad():
-        for s in sequences:
-            device = reflector.proprio_mean.device
-            logits = reflector(
-                s.images[None].to(device), s.proprio[None].to(device), [s.instruction]
-            )
-            out.append(torch.sigmoid(logits[0]).cpu())
-    return out
+        return parallel.run([partial(one, s) for s in sequences])

@@ -1,6 +1,8 @@
 """Drive the simulator with recorded actions: what would it have shown?"""
 
 import dataclasses
+import itertools
+from functools import partial
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from worldenv.data.windows import FrameSequence
 from worldenv.models.simulator import Simulator
-from worldenv.runtime import progress
+from worldenv.runtime import parallel, progress
 from worldenv.runtime.seeds import derive
 
 
@@ -17,7 +19,7 @@ def replay(
     sequences: list[FrameSequence],
     steps: int,
     seed: int,
-    batch: int = 32,
+    batch: int = 16,
 ) -> list[FrameSequence]:
     """Imagined versions of sequences: same first frame and actions, generated frames and proprio.
 
@@ -25,20 +27,23 @@ def replay(
     """
     simulator = simulator.for_generation()
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    imagined: dict[int, FrameSequence] = {}
+    groups = [order[begin : begin + batch] for begin in range(0, len(order), batch)]
     with progress.bar(len(sequences), "imagined replays") as bar:
-        for begin in range(0, len(order), batch):
-            group = order[begin : begin + batch]
-            for i, s in zip(group, _replay(simulator, sequences, group, steps, seed), strict=True):
-                imagined[i] = s
+
+        def piece(group: list[int]) -> list[FrameSequence]:
+            done = _replay(simulator, sequences, group, steps, seed)
             bar.advance(len(group))
+            return done
+
+        done = parallel.run([partial(piece, group) for group in groups])
+    imagined = dict(zip(itertools.chain(*groups), itertools.chain(*done), strict=True))
     return [imagined[i] for i in range(len(sequences))]
 
 
 def _replay(
     simulator: Simulator, sequences: list[FrameSequence], group: list[int], steps: int, seed: int
 ) -> list[FrameSequence]:
-    device = simulator.position.device
+    device = simulator.device
     chosen = [sequences[i] for i in group]
     state = simulator.start(len(group))
     everyone = np.ones(len(group), bool)

@@ -1,36 +1,48 @@
-"""A run folder: its configuration, its metrics, and which stages are finished.
+"""A run folder and what a stage is.
 
 A stage writes its artifacts, then its record `stages/<name>.json` with the fingerprint of
-everything it depends on. A stage whose record matches is skipped, so a run can be repeated,
-resumed or extended by the same command.
+everything it depends on and the digests of what it made (`records.py`). A stage whose record
+matches is skipped, so a run can be repeated, resumed or extended by the same command.
 """
 
 import dataclasses
 import json
 import os
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from worldenv.config import Config, fingerprint, load, to_dict
 from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
+from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
+from worldenv.stages.reality import Reality
 
 
 class Run:
-    """Everything a stage needs: `config`, `dir`, `device`, `logger`, and the finished records."""
+    """Everything a stage needs: `config`, `dir`, `device`, `logger`, `reality` (the real
+    benchmark) and the finished records.
 
-    def __init__(self, config: Config) -> None:
+    writes: whether to be the only run at work in the folder (UserError if there is another).
+    Whoever only reads disturbs nobody.
+    """
+
+    def __init__(self, config: Config, writes: bool = True) -> None:
         self.config, self.dir = config, Path(config.run_dir)
         self.device = devices.pick(config.device)
-        self.logger = RunLogger(self.dir)
-        self.records: dict[str, dict[str, Any]] = {}
-        write_json(self.dir / "config.json", to_dict(config))
+        parallel.use_threads(config.threads)
+        self._lock = FolderLock(self.dir) if writes else None
+        self.reality = Reality(config)
+
+    @cached_property
+    def logger(self) -> RunLogger:
+        """The run's metrics, opened when the first stage logs."""
+        return RunLogger(self.dir)
 
     def path(self, *parts: str) -> Path:
         """A path inside the run folder; its parent is created."""
@@ -38,67 +50,104 @@ class Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def stage(
-        self, name: str, parts: tuple, after: tuple[str, ...], work: Callable[[str], dict]
-    ) -> dict:
-        """Do `work(fingerprint)` unless a record of the same fingerprint exists.
-
-        parts: configs the stage depends on; after: names of the stages it builds on. Returns what
-        work returned (JSON-able), with `seconds` and `fingerprint`.
-        """
-        mark = fingerprint(
-            self.config.seed, *parts, *(self.record(other)["fingerprint"] for other in after)
-        )
-        path = self.path("stages", f"{name}.json")
-        stored = read_json(path)
-        if stored is not None and stored.get("fingerprint") == mark:
-            print(f"{name}: done in an earlier run ({stored['seconds']:.0f} s), skipped")
-            self.records[name] = stored
-            return stored
-        spent = self._spent(name, mark)
-        begun = time.perf_counter()
-        try:
-            record = work(mark)
-        except BaseException:
-            self._spent(name, mark, time.perf_counter() - begun)
-            raise
-        seconds = spent + time.perf_counter() - begun
-        record = {**record, "seconds": round(seconds, 2), "fingerprint": mark}
-        write_json(path, record)
-        self.path("stages", f"{name}.unfinished.json").unlink(missing_ok=True)
-        self.records[name] = record
-        return record
+    def save_config(self) -> None:
+        """Write config.json: of what is at work in the folder, or finished there."""
+        write_json(self.dir / "config.json", to_dict(self.config))
 
     def record(self, name: str) -> dict:
         """The record of a finished stage of this run. UserError if it has not run."""
-        if name not in self.records:
-            stored = read_json(self.dir / "stages" / f"{name}.json")
-            if stored is None:
-                raise UserError(
-                    f"stage {name!r} has not run in {self.dir}. Run worldenv-train with this "
-                    "run_dir first, or name an artifact of another run."
-                )
-            self.records[name] = stored
-        return self.records[name]
-
-    def _spent(self, name: str, mark: str, more: float = 0.0) -> float:
-        """Seconds earlier, interrupted attempts at a stage took."""
-        path = self.path("stages", f"{name}.unfinished.json")
-        stored = read_json(path) or {}
-        seconds = stored.get("seconds", 0.0) if stored.get("fingerprint") == mark else 0.0
-        if more:
-            write_json(path, {"seconds": seconds + more, "fingerprint": mark})
-        return seconds
+        record = read_record(self.dir / "stages" / f"{name}.json")
+        if record is None:
+            raise UserError(
+                f"stage {name!r} has not run in {self.dir}. Run worldenv-train with this "
+                "run_dir first, or name an artifact of another run."
+            )
+        return record
 
     def close(self) -> None:
-        """Close the metrics."""
-        self.logger.close()
+        """Close the metrics, end the simulators and let others work in the folder."""
+        self.reality.close()
+        if "logger" in self.__dict__:
+            self.logger.close()
+        if self._lock is not None:
+            self._lock.release()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the method, declared beside its code.
+
+    In `makes` "{n}" stands for the round.
+    """
+
+    name: str
+    work: Callable[[Run, str, int], dict]
+    """work(run, fingerprint, round) writes what the stage makes; returns its record, JSON-able."""
+    settings: Callable[[Config, int], tuple]
+    """What of the configuration its result depends on, in a round."""
+    needs: Callable[[Config, int], tuple[str, ...]] = lambda config, number: ()
+    """Names of the recorded stages whose artifacts it reads, in a round."""
+    makes: tuple[str, ...] = ()
+    """Files and folders that later stages read, relative to the run folder."""
+    keeps: tuple[str, ...] = ()
+    """Files by which interrupted work goes on, besides checkpoints/<log>.*.safetensors."""
+    logs: Callable[[str, int], tuple[str, ...]] = lambda name, number: (name,)
+    """Its names in the metrics, of the step's name and round."""
+    rounds: bool = True
+    """Whether it runs once in every round."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage in one of the rounds."""
+
+    stage: Stage
+    number: int
+
+    @property
+    def name(self) -> str:
+        """Of its record."""
+        return f"{self.stage.name}-{self.number}" if self.stage.rounds else self.stage.name
+
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """Paths of its artifacts, relative to the run folder."""
+        return tuple(path.format(n=self.number) for path in self.stage.makes)
+
+    @property
+    def logs(self) -> tuple[str, ...]:
+        """What it is called in the metrics."""
+        return self.stage.logs(self.name, self.number)
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """Names of the steps it builds on, each once."""
+        return tuple(dict.fromkeys(self.stage.needs(config, self.number)))
+
+    def mark(self, config: Config, marks: dict[str, str]) -> str:
+        """Its fingerprint; marks: of the steps before it."""
+        before = (marks[name] for name in self.needs(config))
+        return fingerprint(config.seed, *self.stage.settings(config, self.number), *before)
 
 
 def open_run(run_dir: Path, **changes: Any) -> Run:
-    """Open an existing run folder with its own configuration, some top-level fields changed."""
+    """An existing run folder with its own configuration, some top-level fields changed; to read."""
     config = load(Path(run_dir) / "config.json")
-    return Run(dataclasses.replace(config, run_dir=Path(run_dir), **changes))
+    return Run(dataclasses.replace(config, run_dir=Path(run_dir), **changes), writes=False)
+
+
+def policy_before(number: int) -> str:
+    """Name of the checkpoint of the policy that explores in a round."""
+    return f"policy-{number - 1}" if number else "policy-sft"
+
+
+def stage_before(number: int) -> str:
+    """Name of the step that made this policy."""
+    return f"posttrain-{number - 1}" if number else "sft"
+
+
+def data_up_to(number: int) -> tuple[str, ...]:
+    """Names of the steps that recorded what `collect.load_round` reads."""
+    return ("demonstrations", *(f"explore-{n}" for n in range(number + 1)))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -112,14 +161,31 @@ def write_json(path: Path, value: Any) -> None:
         raise write_error(path, error) from error
 
 
-def read_json(path: Path) -> dict | None:
-    """Read JSON; None where the file is absent or was cut off."""
+def write_record(path: Path, record: dict) -> None:
+    """Write a record that `read_record` recognises as whole."""
+    record = json.loads(json.dumps(record))  # as it will be read
+    write_json(path, {**record, "seal": fingerprint(path.name, record)})
+
+
+def read_record(path: Path) -> dict | None:
+    """What `write_record` wrote; None if there is none, and if it is not as it was written, which
+    is said: a record can be made again.
+    """
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
         return None
+    except (ValueError, RecursionError):
+        record = None
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.") from error
+    # Sealed under its name: cut short, edited or another's, it is not taken for this one.
+    if isinstance(record, dict) and record.pop("seal", None) == fingerprint(path.name, record):
+        return record
+    _say_broken(path)
+    return None
 
 
-def use_cores(count: int | None = None) -> None:
-    """Let torch use all usable cores (or `count`)."""
-    torch.set_num_threads(count or devices.usable_cores())
+@cache
+def _say_broken(path: Path) -> None:
+    print(f"{path} is not as worldenv wrote it: what it was the record of is done again")

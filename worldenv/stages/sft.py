@@ -15,7 +15,7 @@ from worldenv.ops import action_logprob
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import statistics
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.run import Run, Stage
 
 PROPRIO_NOISE = (0.01, 0.01, 0.01, 0.03, 0.03, 0.03, 0.001, 0.001)  # m, rad, m
 
@@ -23,7 +23,6 @@ PROPRIO_NOISE = (0.01, 0.01, 0.01, 0.03, 0.03, 0.03, 0.001, 0.001)  # m, rad, m
 def run(run: Run, mark: str) -> dict:
     """Stage `sft`: writes checkpoints/policy-sft.safetensors."""
     config, sft = run.config, run.config.sft
-    use_cores()
     episodes = read_episodes(run.dir / "data" / "demonstrations", config.env.image_size)
     windows = ActionWindows(episodes, config.env.chunk).to(run.device)
     torch.manual_seed(derive(config.seed, "sft weights"))
@@ -32,11 +31,13 @@ def run(run: Run, mark: str) -> dict:
     policy.to(run.device)
     noise = torch.tensor(PROPRIO_NOISE, device=run.device)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(config.seed, "sft", step)
-        batch = windows.sample(g, sft.batch)
+    size = training.shard_size(run, sft.batch)
+
+    def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
+        g = generator(config.seed, "sft", step, shard)
+        batch = windows.sample(g, size)
         views = augment(views_to_channels(batch["image"]), sft.shift, g)
-        jitter = torch.randn(sft.batch, 8, generator=g).to(run.device) * noise
+        jitter = torch.randn(size, 8, generator=g).to(run.device) * noise
         words = policy.words([windows.instructions[t] for t in batch["task"].tolist()])
         mu, log_scale = policy.decode(views, batch["proprio"] + jitter, words)
         l1 = (mu - batch["action"]).abs().mean()
@@ -63,3 +64,13 @@ def run(run: Run, mark: str) -> dict:
     store.save("policy", policy, config, path)
     training.finish(run, "sft")
     return {"samples": len(windows), **tail}
+
+
+STAGE = Stage(
+    "sft",
+    lambda run_, mark, number: run(run_, mark),
+    settings=lambda config, number: (config.sft, config.policy),
+    needs=lambda config, number: ("demonstrations",),
+    makes=("checkpoints/policy-sft.safetensors",),
+    rounds=False,
+)

@@ -9,7 +9,7 @@ from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import load_round
-from worldenv.stages.run import Run, use_cores
+from worldenv.stages.run import Run, Stage, data_up_to
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -18,7 +18,6 @@ def run(run: Run, mark: str, number: int) -> dict:
     Later rounds continue from the weights of the round before, on all episodes so far.
     """
     config, part = run.config, run.config.simulator
-    use_cores()
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     weights = _balanced(sequences) if part.balance else None
@@ -29,13 +28,16 @@ def run(run: Run, mark: str, number: int) -> dict:
     steps = part.refresh_steps if number else part.steps
     begin_self_history = 0 if number else int(part.self_history_start * steps)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(config.seed, "simulator", number, step)
-        batch = windows.sample(g, part.batch)
-        draw = float(torch.rand((), generator=g))
-        own = step >= begin_self_history and draw < part.self_history
+    size = training.shard_size(run, part.batch)
+    transitions = training.shard_size(run, part.dynamics_batch)
+
+    def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
+        g = generator(config.seed, "simulator", number, step, shard)
+        batch = windows.sample(g, size)
+        draw = torch.rand((), generator=generator(config.seed, "own history", number, step))
+        own = step >= begin_self_history and float(draw) < part.self_history
         loss, metrics = simulator.loss(batch, g, own)
-        motion = simulator.dynamics_loss(windows.transitions(g, part.dynamics_batch))
+        motion = simulator.dynamics_loss(windows.transitions(g, transitions))
         return loss + motion, {**metrics, "dynamics_loss": motion.detach()}
 
     name = f"simulator-{number}"
@@ -44,6 +46,16 @@ def run(run: Run, mark: str, number: int) -> dict:
     training.finish(run, name)
     parameters = sum(p.numel() for p in simulator.parameters())
     return {"windows": len(windows), "parameters": parameters, **tail}
+
+
+STAGE = Stage(
+    "simulator",
+    run,
+    settings=lambda config, n: (config.simulator,),
+    needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
+    makes=("checkpoints/simulator-{n}.safetensors",),
+    logs=lambda name, n: (name,) if n else (name, "tokenizer"),
+)
 
 
 def _balanced(sequences: list[FrameSequence]) -> list[float]:
@@ -59,8 +71,10 @@ def _train_tokenizer(run: Run, mark: str, simulator: Simulator, windows: FrameWi
         return
     tokenizer.requires_grad_(True)
 
-    def loss_at(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = windows.sample(generator(config.seed, "tokenizer", step), config.simulator.batch)
+    size = training.shard_size(run, config.simulator.batch)
+
+    def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = windows.sample(generator(config.seed, "tokenizer", step, shard), size)
         loss = tokenizer.loss(batch["image"][:, -1])
         return loss, {"loss": loss.detach()}
 

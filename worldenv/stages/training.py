@@ -1,7 +1,9 @@
 """The training loop that imitation, simulator and reflector share.
 
-Every step draws from generators named by (seed, stage, step), so a run killed and resumed from its
-last checkpoint does exactly what an uninterrupted one would (on a CPU, bit for bit).
+A step's batch is cut into shards, each drawn from a generator named by (seed, stage, step, shard)
+and computed on one thread (`runtime.parallel`). So a run killed and resumed from its last
+checkpoint does exactly what an uninterrupted one would (on a CPU, bit for bit), whatever cores
+either had.
 """
 
 import math
@@ -10,19 +12,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
-from worldenv.runtime import checkpoint, progress
+from worldenv.runtime import checkpoint, parallel, progress
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
 from worldenv.stages.collect import statistics
 from worldenv.stages.run import Run
 
-Loss = Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+# (step, shard) to the loss of a shard's samples and what to log.
+Loss = Callable[[int, int], tuple[Tensor, dict[str, Tensor]]]
 CHECKPOINT_SECONDS = 60.0
 
 
@@ -58,6 +63,17 @@ def _interrupt_between_steps() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def shard_size(run: Run, batch: int) -> int:
+    """Samples in each shard of a batch. UserError if it cannot be cut evenly."""
+    count = parallel.shards(run.device)
+    if batch % count:
+        raise UserError(
+            f"a batch of {batch}: expected a multiple of {count}, for it is computed in {count} "
+            f"equal shards on a CPU. Use {max(1, round(batch / count)) * count}."
+        )
+    return batch // count
+
+
 def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Module:
     """What round `number` trains (kind: simulator, reflector): the round before's, or a new one
     that knows the proprio statistics of `episodes`.
@@ -85,13 +101,15 @@ def train(
     ema: bool = False,
     log_every: int = 20,
 ) -> dict[str, float]:
-    """Minimise `loss_at(step)` over the module's parameters; the module ends up trained.
+    """Minimise the mean of `loss_at(step, shard)` over the shards of a batch; the module ends up
+    trained.
 
     ema: end with the exponential moving average of the weights. Returns the metrics averaged over
     the last tenth of the steps. NonFiniteError (with step and name) if the loss is NaN; the last
     checkpoint stays.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    count = parallel.shards(run.device)
     optimizer = torch.optim.AdamW(
         parameters, lr, betas=betas, weight_decay=weight_decay, fused=True
     )
@@ -113,20 +131,18 @@ def train(
         for step in range(begin, steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, lr)
-            loss, metrics = loss_at(step)
+            pieces = [partial(loss_at, step, shard) for shard in range(count)]
+            loss, logged, _ = parallel.gradients(parameters, pieces, max_norm=1.0)
             check_finite(f"{name} loss", loss, step)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             _track_average(average, module, step)
             done = step + 1
             if step >= 0.9 * steps:
-                for key, value in metrics.items():
-                    total, count = tail.get(key, (0.0, 0))
-                    tail[key] = (total + float(value), count + 1)
+                for key, value in _mean(logged).items():
+                    total, seen = tail.get(key, (0.0, 0))
+                    tail[key] = (total + value, seen + 1)
             if step % log_every == 0 or done == steps:
-                numbers = {k: float(v) for k, v in metrics.items()}
+                numbers = _mean(logged)
                 run.logger.log(name, step, lr=optimizer.param_groups[0]["lr"], **numbers)
                 bar.update(done, **numbers)
             elif done % 5 == 0:
@@ -139,18 +155,22 @@ def train(
     if ema:
         module.load_state_dict(average)
     module.eval()
-    return {key: total / count for key, (total, count) in tail.items()}
+    return {key: total / seen for key, (total, seen) in tail.items()}
+
+
+def _mean(logged: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Metrics of a batch from those of its shards."""
+    return {key: sum(float(part[key]) for part in logged) / len(logged) for key in logged[0]}
 
 
 def _resume(
     path, mark: str, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict
 ) -> tuple[int, dict]:
     """Continue from a partial checkpoint of the same stage and configuration, if there is one."""
-    if not path.exists():
+    found = checkpoint.resume(path, mark, {"step": int, "tail": dict})
+    if found is None:
         return 0, {}
-    tensors, metadata = checkpoint.load(path)
-    if metadata.get("mark") != mark:
-        return 0, {}
+    tensors, metadata = found
     saved = checkpoint.selected("ema/", tensors)
     training = {k: v for k, v in tensors.items() if not k.startswith("ema/")}
     checkpoint.load_training(module, optimizer, training, path)

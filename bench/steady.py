@@ -1,0 +1,139 @@
+"""What a busy neighbour costs, and that the number of threads changes no bit.
+
+    python -m bench.steady           the table; writes results/bench/steady-<machine>.json
+    python -m bench.steady --check   fail where a stage takes more than twice its quiet time
+
+Each kind of work of a run is repeated for a few seconds on every core: quiet, then beside a process
+that does nothing but count. Before that its gradients are computed on one, two and four threads and
+compared bit for bit. The machine must be quiet otherwise.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from bench.__main__ import RESULTS, machine, machine_file
+from worldenv.config import Config
+from worldenv.models.policy import Critic
+from worldenv.runtime import parallel
+from worldenv.runtime.revision import commit
+from worldenv.stages import estimate, store
+from worldenv.stages.run import write_json
+
+LIMIT = 2.0
+SECONDS = 8.0
+
+
+def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Callable[[], list[Tensor]]:
+    """A step of the loop in stages/training.py; returns the gradients."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, 0.0, fused=True)
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(0)
+        pieces = [lambda k=k: (loss(k), None) for k in range(parallel.SHARDS)]
+        parallel.gradients(parameters, pieces, max_norm=1.0)
+        optimizer.step()
+        return [p.grad for p in parameters if p.grad is not None]
+
+    return step
+
+
+def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
+    """A unit of each kind of work, at the sizes of the default run."""
+    torch.manual_seed(0)
+    policy, simulator, reflector = (
+        store.build(kind, config) for kind in ("policy", "simulator", "reflector")
+    )
+    critic = Critic(config.policy, config.env.image_size).trunk
+    shard = lambda batch: batch // parallel.SHARDS  # noqa: E731
+    rows, minibatch = shard(config.posttrain.rows), shard(config.posttrain.minibatch)
+
+    def frames() -> list[Tensor]:
+        piece = partial(estimate.imagine, simulator, reflector, policy, config, rows)
+        parallel.run([piece] * parallel.SHARDS)
+        return []
+
+    return {
+        "imitation": training_step(
+            policy, lambda _: estimate.policy_loss(policy, config, shard(config.sft.batch))
+        ),
+        "simulator": training_step(
+            simulator,
+            lambda _: estimate.simulator_loss(simulator, config, shard(config.simulator.batch)),
+        ),
+        "reflector": training_step(
+            reflector,
+            lambda _: estimate.reflector_loss(reflector, config, shard(config.reflector.batch)),
+        ),
+        "update of the policy": training_step(
+            policy, lambda _: estimate.policy_loss(policy, config, minibatch)
+        ),
+        "update of the critic": training_step(
+            critic, lambda _: estimate.policy_loss(critic, config, minibatch)
+        ),
+        "imagination": frames,
+    }
+
+
+def same_bits(step: Callable[[], list[Tensor]]) -> bool:
+    """Whether 1, 2 and 4 threads give the same gradients."""
+    results = []
+    for count in (1, 2, 4):
+        parallel.use_threads(count)
+        results.append([g.clone() for g in step()])
+    parallel.use_threads()
+    return all(all(map(torch.equal, results[0], other)) for other in results[1:])
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """The mean over `SECONDS`: a neighbour is felt on average, not at best."""
+    step()
+    spent: list[float] = []
+    while sum(spent) < SECONDS:
+        begun = time.perf_counter()
+        step()
+        spent.append(time.perf_counter() - begun)
+    return 1000 * statistics.fmean(spent)
+
+
+def main() -> int:
+    """Parses the command line, measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help=f"fail beyond {LIMIT} times")
+    arguments = parser.parse_args()
+    parallel.use_threads()
+    rows = []
+    for name, step in work(Config()).items():
+        bits = same_bits(step)
+        quiet = milliseconds(step)
+        neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            busy = milliseconds(step)
+        finally:
+            neighbour.kill()
+            neighbour.wait()
+        rows.append({"work": name, "quiet_ms": quiet, "ratio": busy / quiet, "same_bits": bits})
+        print(
+            f"{name:22} {quiet:7.1f} ms quiet, {busy / quiet:.2f} times that beside a neighbour, "
+            f"{'same bits' if bits else 'OTHER BITS'} on 1, 2 and 4 threads"
+        )
+    about = {**machine(), "threads": parallel.threads()}
+    report = {"command": "python -m bench.steady", "commit": commit(), "machine": about}
+    write_json(RESULTS / f"steady-{machine_file(about)}", {**report, "work": rows})
+    bad = [r["work"] for r in rows if r["ratio"] > LIMIT or not r["same_bits"]]
+    if arguments.check and bad:
+        print(f"more than {LIMIT} times, or other bits: {', '.join(bad)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

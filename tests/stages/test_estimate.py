@@ -1,0 +1,55 @@
+"""The arithmetic of how long a run will take."""
+
+from dataclasses import replace
+
+import pytest
+
+from worldenv.config import Config
+from worldenv.presets import preset
+from worldenv.runtime import parallel
+from worldenv.stages import estimate, pipeline
+from worldenv.stages.estimate import Costs
+
+COST = Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads():
+    parallel.use_threads(2)
+    yield
+    parallel.use_threads()
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_every_stage_but_the_cheapest_is_counted(rounds):
+    config = Config(posttrain=replace(Config().posttrain, rounds=rounds))
+    counted = set(estimate.estimate(config, COST))
+    cheap = {f"fidelity-{n}" for n in range(rounds)}
+    assert counted == set(pipeline.steps(config)) - cheap
+
+
+def test_seconds_follow_from_costs_and_threads():
+    config = Config()
+    stages = estimate.estimate(config, COST)
+    assert stages["sft"] == pytest.approx(1000 * 32 * 0.01 / 2)
+    assert stages["simulator-0"] == pytest.approx(1000 * 4 * 0.1 / 2)
+    parallel.use_threads(1)
+    assert estimate.estimate(config, COST)["sft"] == pytest.approx(2 * stages["sft"])
+
+
+def test_checks_in_reality_are_counted_once():
+    """The first check of a later round is of a policy that the round before has checked."""
+    config = Config()
+    without = replace(config, posttrain=replace(config.posttrain, real_check_every=0))
+    costs = [estimate.estimate(c, COST) for c in (config, without)]
+    checks = [costs[0][f"posttrain-{n}"] - costs[1][f"posttrain-{n}"] for n in range(2)]
+    assert checks[0] == pytest.approx(3 * checks[1])  # at 0, 4 and 8, and at 4
+
+
+def test_calibration_times_every_kind_of_work_and_says_it_in_one_line():
+    config = preset("smoke")
+    costs = estimate.calibrate(config)
+    assert min(costs.sample, costs.window, costs.judged, costs.frame) > 0
+    line = estimate.describe(estimate.estimate(config, costs))
+    assert "\n" not in line
+    assert "2 threads" in line

@@ -1,0 +1,165 @@
+"""Work cut into the same pieces on every machine: threads decide when a piece is done, not what.
+
+A piece runs on one thread from beginning to end, and every torch op in it on that thread alone, so
+one, two or eight cores give the same bits. Nothing waits inside a piece, so a core that is busy
+with something else costs its share and no more; threads that share each op lose everything to a
+neighbour (measured: seven times). Batches are cut into `SHARDS`, more pieces than cores, so that a
+slow core simply does fewer. On a GPU there is one piece: the device is the parallel one.
+
+Python threads suffice: torch holds no lock inside an op, and a backward pass runs in the thread
+that asked for it.
+"""
+
+import ctypes
+import itertools
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from worldenv.runtime.device import usable_cores
+
+SHARDS = 4  # of a batch on a CPU: enough for a slow core to do fewer, few enough to stay large
+T = TypeVar("T")
+
+_count = 0
+_pool: ThreadPoolExecutor | None = None
+
+
+def use_threads(count: int = 0) -> None:
+    """Let `run` use `count` threads, and torch one in each. 0: OMP_NUM_THREADS, or all cores."""
+    global _count, _pool
+    count = count or _default()
+    torch.set_num_threads(1)
+    if count != _count:
+        if _pool is not None:
+            _pool.shutdown()
+        _keep_memory()
+        _pool = ThreadPoolExecutor(count, "piece", torch.set_num_threads, (1,))
+        _count = count
+
+
+def threads() -> int:
+    """How many threads `run` uses."""
+    return _count or _default()
+
+
+def _default() -> int:
+    stated = os.environ.get("OMP_NUM_THREADS", "")
+    return int(stated) if stated.isdigit() and int(stated) else usable_cores()
+
+
+def shards(device: torch.device) -> int:
+    """Into how many pieces a batch on `device` is cut."""
+    return SHARDS if device.type == "cpu" else 1
+
+
+def shares(total: int, pieces: int) -> list[slice]:
+    """`pieces` consecutive stretches of 0..total, as even as can be; empty ones are left out."""
+    edges = [total * i // pieces for i in range(pieces + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def run(pieces: Iterable[Callable[[], T]]) -> list[T]:
+    """What each piece returns, in order. Pieces must not depend on each other.
+
+    The first error is raised once no piece runs any more; those that had not begun never do.
+    """
+    work = list(pieces)
+    if _pool is None:
+        use_threads()
+    if len(work) == 1:
+        return [work[0]()]
+    grad, stop = torch.is_grad_enabled(), threading.Event()
+
+    def guarded(piece: Callable[[], T]) -> T | None:
+        if stop.is_set():
+            return None
+        try:
+            with torch.set_grad_enabled(grad):  # a thread's own setting, which begins as True
+                return piece()
+        except BaseException:
+            stop.set()
+            raise
+
+    futures = [_pool.submit(guarded, piece) for piece in work]
+    try:
+        return [future.result() for future in futures]
+    except BaseException:
+        stop.set()
+        for future in futures:
+            future.exception()
+        raise
+
+
+def gradients(
+    parameters: Sequence[Tensor],
+    losses: Sequence[Callable[[], tuple[Tensor, T]]],
+    weights: Sequence[float] | None = None,
+    max_norm: float | None = None,
+) -> tuple[Tensor, list[T], Tensor]:
+    """Set `.grad` of parameters to that of the losses' weighted sum (default: their mean).
+
+    losses: each returns a scalar and anything; they are the pieces. max_norm: the gradient is
+    scaled down to it. Returns the weighted loss, what else the losses returned, and the norm before
+    scaling. Parameters that no loss depends on get no gradient.
+    """
+    weights = weights or [1 / len(losses)] * len(losses)
+
+    def piece(loss_of: Callable[[], tuple[Tensor, T]], weight: float):
+        loss, rest = loss_of()
+        scaled = loss * weight
+        return torch.autograd.grad(scaled, parameters, allow_unused=True), scaled.detach(), rest
+
+    done = run([lambda f=f, w=w: piece(f, w) for f, w in zip(losses, weights, strict=True)])
+    parts = _parts(parameters)
+
+    def add(rows: slice) -> Tensor:
+        """Sum the pieces' gradients in order, for some of the parameters; their norm."""
+        totals: list[Tensor] = []
+        for i in range(rows.start, rows.stop):
+            given = [grads[i] for grads, _, _ in done if grads[i] is not None]
+            parameters[i].grad = None
+            if given:
+                # Never into what autograd gave, which may be one tensor for two parameters; and
+                # laid out as the parameter, for fused optimisers pair them by memory order.
+                total = torch.empty_like(parameters[i], requires_grad=False).copy_(given[0])
+                for other in given[1:]:
+                    total.add_(other)
+                parameters[i].grad = total
+                totals.append(total)
+        return torch.stack(torch._foreach_norm(totals)).norm() if totals else torch.zeros(())
+
+    norm = torch.stack(run([lambda p=p: add(p) for p in parts])).norm()
+    if max_norm is not None and norm > max_norm:
+        scale = float(max_norm / (norm + 1e-6))
+
+        def shrink(rows: slice) -> None:
+            for parameter in parameters[rows]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+
+        run([lambda p=p: shrink(p) for p in parts])
+    return sum(loss for _, loss, _ in done), [rest for _, _, rest in done], norm
+
+
+def _parts(parameters: Sequence[Tensor]) -> list[slice]:
+    """The parameters as `SHARDS` stretches of about equally many numbers."""
+    sizes = torch.tensor([p.numel() for p in parameters])
+    middle = (sizes.cumsum(0) - sizes / 2) / sizes.sum()
+    owner = (middle * shards(parameters[0].device)).long().tolist()
+    return [slice(owner.index(o), owner.index(o) + owner.count(o)) for o in sorted(set(owner))]
+
+
+def _keep_memory() -> None:
+    """Ask glibc to keep what is freed: a step's tensors are of the same sizes as the last one's,
+    and fresh pages from the kernel cost more than filling them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        libc.mallopt(mmap, 1 << 30)
+        libc.mallopt(trim, (1 << 31) - 1)

@@ -1,0 +1,127 @@
+"""Policies in the real benchmark: `env.workers` episodes at a time, each by itself.
+
+Every episode has an environment of one row, hence a simulator process and a policy pass of its own:
+what happens in it depends on its start and its seed, not on how many workers there are nor on which
+episodes run beside it. While one worker moves its robot, another's policy thinks.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+
+from worldenv.config import Config
+from worldenv.envs.libero.env import LiberoVectorEnv
+from worldenv.envs.start import Start
+from worldenv.rl.noise import Noise
+from worldenv.rl.rollout import Actor, Stop, rollout
+
+
+def make_env(config: Config, rows: int = 1, **arguments: object) -> LiberoVectorEnv:
+    """The real benchmark as a run's configuration describes it."""
+    env = config.env
+    return LiberoVectorEnv(
+        env.suite,
+        rows,
+        workers=rows,
+        assets=env.assets,
+        image_size=env.image_size,
+        chunk=env.chunk,
+        max_steps=env.max_steps,
+        **arguments,
+    )
+
+
+class Watcher:
+    """Sees the episodes of one environment as they happen; `episode` is a place in `starts`."""
+
+    stop: Stop | None = None
+
+    def step(self, episode: int, before: dict, action: Any, after: dict, info: dict) -> None:
+        """After every chunk; what is given has one row."""
+
+    def finish(self, episode: int, info: dict) -> None:
+        """After the last chunk. Never called by two threads at once."""
+
+
+class Reality:
+    """Real environments of a run. They start when first needed and then wait for more to do."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._envs: list[LiberoVectorEnv] = []
+
+    def roll_out(
+        self,
+        policy: Actor,
+        starts: Sequence[Start],
+        watch: Callable[[LiberoVectorEnv], Watcher],
+        *,
+        seeds: Sequence[int],
+        noise: Noise | None,
+        terminate: str,
+        record_every: int | None = None,
+    ) -> None:
+        """One episode from each of `starts`; `watch` makes the watcher of an environment.
+
+        seeds and noise: as of `rl.rollout.rollout`. terminate, record_every: as of
+        `LiberoVectorEnv`. After an error or an interruption no episode is begun; those in progress
+        are finished first.
+        """
+        waiting = list(range(len(starts)))
+        turn = threading.Lock()
+        count = min(self.config.env.workers, len(starts))
+        self._envs += [make_env(self.config) for _ in range(count - len(self._envs))]
+
+        def take(task: int | None) -> int | None:
+            """The next episode, of the task whose scene this environment has, if there is one."""
+            with turn:
+                if not waiting:
+                    return None
+                same = (k for k in waiting if starts[k].task == task)
+                chosen = next(same, waiting[0])
+                waiting.remove(chosen)
+                return chosen
+
+        def lane(env: LiberoVectorEnv) -> None:
+            env.terminate, env.record_every = terminate, record_every
+            watcher, task = watch(env), None
+            while (k := take(task)) is not None:
+                task = starts[k].task
+
+                def finish(_: int, info: dict, k: int = k) -> None:
+                    with turn:
+                        watcher.finish(k, info)
+
+                def step(rows: np.ndarray, *seen: Any, k: int = k) -> None:
+                    watcher.step(k, *seen)
+
+                rollout(
+                    env,
+                    policy,
+                    [starts[k]],
+                    seeds=[seeds[k]],
+                    noise=noise,
+                    stop=watcher.stop,
+                    on_finish=finish,
+                    on_step=step,
+                )
+
+        with ThreadPoolExecutor(max(count, 1), "reality", torch.set_num_threads, (1,)) as pool:
+            lanes = [pool.submit(lane, env) for env in self._envs[:count]]
+            try:
+                for done in lanes:
+                    done.result()
+            except BaseException:
+                with turn:
+                    waiting.clear()
+                raise
+
+    def close(self) -> None:
+        """End the simulators' processes."""
+        for env in self._envs:
+            env.close()
+        self._envs = []
