@@ -3,6 +3,7 @@
 #   make train ARGS="--preset smoke"   the whole pipeline; ARGS goes to worldenv-train
 #   make test                          lint, build, tests and a smoke run of the pipeline
 #   make bench / bench-check           kernel timings against their rivals / fail when a ratio drops
+#   make bench-check ARGS="--only gae" the cases whose name contains "gae"
 #
 # Settings: PYTHON=python3.12   TORCH="torch==2.13.0"   TORCH_INDEX=<index of PyTorch wheels>   VENV=.venv
 
@@ -35,7 +36,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help train test bench bench-check lint install clean
 
 help:
-	@sed -n '3,7s/^# *//p' Makefile
+	@sed -n '3,8s/^# *//p' Makefile
 
 train: install
 	$(BIN)/worldenv-train $(ARGS)

@@ -1,7 +1,8 @@
 """`python -m bench`: measure every case, print the table, write results/bench/<machine>.json.
 
     python -m bench               the table
-    python -m bench --check       fail where a ratio is under its gate
+    python -m bench --check       only what has a gate, against that rival alone; fail where a ratio
+                                  is under its gate
     python -m bench --once        correctness only
     python -m bench --only gae    cases whose name contains "gae"
     python -m bench --no-compile  without torch.compile among the rivals
@@ -18,8 +19,7 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ import torch
 from bench import cases, denoiser
 from bench.timing import Case, Limits, Row, gate, limits, measure
 from worldenv.ops import backend as backends
+from worldenv.runtime.errors import UserError, unknown
+from worldenv.runtime.progress import track
 from worldenv.runtime.revision import commit
 
 GATES = Path(__file__).with_name("gates.json")
@@ -34,13 +36,30 @@ RESULTS = Path(__file__).parents[1] / "results" / "bench"
 AMX = 4  # as csrc/cpu/isa.h numbers it
 
 
-def all_cases(compiled: bool, only: str | None, once: bool = False) -> Iterator[Case]:
-    on_gpu = torch.cuda.is_available()
-    found = cases.gpu_cases() if on_gpu else cases.cpu_cases(compiled)
-    yield from (c for c in found if only is None or only in c.name)
-    for case in denoiser.cases("cuda" if on_gpu else "cpu", once):
-        if only is None or only in case.name:
-            yield case
+def all_cases(compiled: bool, only: str | None, once: bool = False) -> list[Case]:
+    """The cases of this device whose name contains `only`.
+
+    Raises:
+        UserError: there is none; the message names the nearest.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = [*(cases.gpu_cases() if device == "cuda" else cases.cpu_cases(compiled))]
+    found += denoiser.cases(device, once)
+    wanted = [case for case in found if only is None or only in case.name]
+    if not wanted:
+        raise unknown("case", only, {case.op for case in found})
+    return wanted
+
+
+def gates() -> dict[str, float]:
+    """Least ratio to the first rival, by case, of machines like this one."""
+    device = "cuda" if torch.cuda.is_available() else "amx" if machine()["isa"] == AMX else "cpu"
+    return json.loads(GATES.read_text())[device]
+
+
+def gated(case: Case) -> Case:
+    """The case as a gate needs it: against its first rival alone."""
+    return replace(case, rivals=dict(list(case.rivals.items())[:1]))
 
 
 def machine() -> dict[str, object]:
@@ -73,19 +92,16 @@ def print_row(row: Row) -> None:
         print(f"    x{ratio:6.2f}  over {name} ({row.rivals[name] * 1e3:.3f} ms)", flush=True)
 
 
-def check(rows: list[Row], only: str | None) -> int:
+def check(rows: list[Row], least: dict[str, float]) -> int:
     """Number of gates missed; a gate whose case was not measured counts as well."""
-    device = "cuda" if torch.cuda.is_available() else "amx" if machine()["isa"] == AMX else "cpu"
-    gates = json.loads(GATES.read_text())[device]
-    gates = {name: least for name, least in gates.items() if only is None or only in name}
     measured = {row.case: next(iter(row.ratios.values())) for row in rows if row.rivals}
     missed = 0
-    for name, least in gates.items():
-        ratio = measured.get(name)
-        if ratio is None or ratio < least:
+    for name, ratio in least.items():
+        got = measured.get(name)
+        if got is None or got < ratio:
             missed += 1
-            print(f"under its gate: {name}: {ratio if ratio else 'not measured'} < {least}")
-    print(f"{len(gates) - missed} of {len(gates)} gates met")
+            print(f"under its gate: {name}: {'not measured' if got is None else got} < {ratio}")
+    print(f"{len(least) - missed} of {len(least)} gates met")
     return missed
 
 
@@ -115,15 +131,27 @@ def main() -> int:
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="time per case")
     options = parser.parse_args()
+    try:
+        return run(options)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure, or only check, what the options ask for; the exit status."""
     torch.manual_seed(torch.seed() if not options.once else 0)
     torch.set_num_threads(1)
+    compiled = not (options.no_compile or options.once or options.check)
+    found = all_cases(compiled, options.only, options.once)
     if options.once:
-        count = 0
-        for case in all_cases(False, options.only, once=True):
+        for case in found:
             gate(case)
-            count += 1
-        print(f"{count} cases agree with their references")
+        print(f"{len(found)} cases agree with their references")
         return 0
+    least = {}
+    if options.check:
+        least = {n: x for n, x in gates().items() if options.only is None or options.only in n}
+        found = [gated(case) for case in found if case.name in least]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
     reach = {str(x)[6:]: limits(device, x, size) for x in (torch.float32, torch.bfloat16)}
@@ -132,12 +160,14 @@ def main() -> int:
         print(f"matmul {dtype} {limit.flops / 1e9:.0f} GFLOP/s")
     print(f"copy {reach['float32'].bytes_per_second / 1e9:.1f} GB/s")
     rows = []
-    for case in all_cases(not options.no_compile, options.only):
+    for case in track(found, "bench"):
         rows.append(measure(case, reach[case.dtype], options.seconds))
         print_row(rows[-1])
+    if options.check:
+        return 1 if check(rows, least) else 0
     if options.only is None:  # a part would overwrite the whole
         print(save(rows, reach))
-    return 1 if options.check and check(rows, options.only) else 0
+    return 0
 
 
 if __name__ == "__main__":

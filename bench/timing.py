@@ -17,6 +17,7 @@ from torch import Tensor
 
 Run = Callable[[], Tensor | tuple[Tensor, ...]]
 
+LONG = 10.0  # seconds: such a run disturbs itself less than a busy machine disturbs a short one
 SHORTEST = 5e-3  # seconds: what takes less is repeated, or it would time the caches its rival left
 
 
@@ -34,6 +35,7 @@ class Case:
         truth: the correct result, computed plainly.
         tolerance: largest |result - truth| allowed, relative to the largest |truth|.
         unlike: rivals that compute something else of the same size; timed, not compared.
+        part: of a result, what `truth` computed, where the whole would take minutes.
         work: floating point operations of one run. traffic: bytes it must move.
     """
 
@@ -47,6 +49,7 @@ class Case:
     work: float = 0.0
     traffic: float = 0.0
     unlike: tuple[str, ...] = ()
+    part: Callable[[Tensor], Tensor] | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +89,7 @@ def gate(case: Case) -> None:
     for name, run in {"ours": case.ours, **case.rivals}.items():
         if name in case.unlike:
             continue
-        got = _whole(run())
+        got = _whole(run() if case.part is None else case.part(run()))
         error = float("inf")
         if got.shape == truth.shape:
             error = ((got - truth).abs().max() / scale).item() if truth.numel() else 0.0
@@ -113,17 +116,22 @@ def clock(run: Run, repeats: int = 1) -> float:
 
 
 def measure(case: Case, limits: Limits, seconds: float = 2.0) -> Row:
-    """Gate, then interleave all variants for about `seconds` each round-robin; minimum per
-    variant."""
+    """Gate, then interleave all variants, minimum per variant: at least 5 rounds and, up to
+    `seconds`, until 5 have brought nothing better by more than a hundredth. What takes longer than
+    `LONG` is run once."""
     gate(case)
     variants = {"ours": case.ours, **case.rivals}
-    best = {name: min(clock(run) for _ in range(3)) for name, run in variants.items()}
-    repeats = {name: max(1, int(SHORTEST / max(took, 1e-6))) for name, took in best.items()}
-    total = sum(best[name] * repeats[name] for name in best)
-    rounds = 0 if total > 30 else int(min(200, max(5, seconds / total)))
-    for _ in range(rounds):
-        for name, run in variants.items():
-            best[name] = min(best[name], clock(run, repeats[name]))
+    best = {name: clock(run) for name, run in variants.items()}
+    short = {name: run for name, run in variants.items() if best[name] < LONG}
+    repeats = {name: max(1, int(SHORTEST / max(best[name], 1e-6))) for name in short}
+    idle, spent, done = 0, 0.0, 0
+    while short and (done < 5 or (idle < 5 and spent < seconds)):
+        idle, done = idle + 1, done + 1
+        for name, run in short.items():
+            took = clock(run, repeats[name])
+            spent += took * repeats[name]
+            idle = 0 if took < 0.99 * best[name] else idle
+            best[name] = min(best[name], took)
     ours = best.pop("ours")
     least = max(case.work / limits.flops, case.traffic / limits.bytes_per_second)
     return Row(case.name, ours, best, least / ours if least else None)

@@ -22,88 +22,114 @@ LOG2E = 1.4426950408889634
 
 
 @triton.jit
-def _visible(query_frame, key_frame, window, sinks, CAUSAL: tl.constexpr):
-    """bool [M, N]: frame of each query against frame of each key."""
-    if CAUSAL:
-        near = query_frame[:, None] - key_frame[None, :] < window
-        return (key_frame[None, :] <= query_frame[:, None]) & (near | (key_frame[None, :] < sinks))
-    return (query_frame[:, None] >= 0) & (key_frame[None, :] >= 0)
-
-
-@triton.jit
-def _load_rows(base, rows, stride, columns, limit, dim):
-    """Rows of a [N, D] matrix, zero beyond N or D."""
-    inside = (rows[:, None] < limit) & (columns[None, :] < dim)
-    return tl.load(base + rows[:, None].to(tl.int64) * stride + columns[None, :], inside, other=0.0)
-
-
-@triton.jit
-def _forward_range(
-    start, stop, acc, top, total, q, k_base, v_base, k_row, v_row, rows, columns, n, dim, tokens,
-    window, sinks, scale, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+def _load_rows(
+    base, at, lane, stride, columns, limit, dim, EDGE: tl.constexpr, WHOLE: tl.constexpr
 ):  # fmt: skip
-    """Keys [start, stop) added to the running softmax of one query tile."""
-    for at in range(start, stop, BLOCK_N):
-        keys = at + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_base, keys, k_row, columns, stop, dim)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = (
-            _visible(rows // tokens, keys // tokens, window, sinks, CAUSAL) & (keys < stop)[None, :]
-        )
-        s = tl.where(seen, s, float("-inf"))
-        high = tl.maximum(top, tl.max(s, 1))
-        base = tl.where(high == float("-inf"), 0.0, high)
-        p = tl.exp2(s - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(p, 1)
-        v = _load_rows(v_base, keys, v_row, columns, stop, dim)
-        acc = acc * shrink[:, None]
-        acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-        top = high
-    return acc, top, total
+    """Rows at + lane of a [N, D] matrix; zero beyond `limit` (asked only at an EDGE) or beyond D
+    (asked only where the tile is not the WHOLE of it)."""
+    to = base + tl.full((), at, tl.int64) * stride + (lane[:, None] * stride + columns[None, :])
+    rows = (at + lane < limit)[:, None]
+    inside = columns[None, :] < dim
+    if EDGE and not WHOLE:
+        return tl.load(to, rows & inside, other=0.0)
+    if EDGE:
+        return tl.load(to, rows, other=0.0)
+    if not WHOLE:
+        return tl.load(to, inside, other=0.0)
+    return tl.load(to)
 
 
 @triton.jit
-def _key_bounds(first, last, tokens, frames, window, sinks, CAUSAL: tl.constexpr):
-    """Key ranges of queries [first, last]: sinks [0, a), then the window [b, c)."""
-    if CAUSAL:
-        begin = tl.maximum(first // tokens - window + 1, 0)
-        end = tl.minimum(last // tokens + 1, frames)
-        sink = tl.minimum(sinks, begin)
-        return sink * tokens, begin * tokens, end * tokens
-    return 0, 0, frames * tokens
+def _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N: tl.constexpr):
+    """Keys that queries [first, last] see: sinks [0, a), then [begin, end) in tiles of BLOCK_N, of
+    which `lead` come before the `full` tiles that every query sees whole; `edges` in all others."""
+    early, late = first // tokens, last // tokens
+    begin = tl.maximum(early - window + 1, 0)
+    a = tl.minimum(sinks, begin) * tokens
+    everyone = tl.minimum(tl.maximum(late - window + 1, 0), early + 1)
+    lead = tl.cdiv((everyone - begin) * tokens, BLOCK_N)
+    full = tl.maximum((early + 1 - begin) * tokens // BLOCK_N - lead, 0)
+    edges = tl.cdiv(a, BLOCK_N) + tl.cdiv((late + 1 - begin) * tokens, BLOCK_N) - full
+    return a, begin * tokens, (late + 1) * tokens, lead, full, edges
+
+
+@triton.jit
+def _edge(t, a, begin, end, lead, full, BLOCK_N: tl.constexpr):
+    """Edge tile t: where it begins, and where its keys end."""
+    i = t - tl.cdiv(a, BLOCK_N)
+    at = tl.where(i < 0, t, tl.where(i < lead, i, i + full)) * BLOCK_N
+    return tl.where(i < 0, at, begin + at), tl.where(i < 0, a, end)
+
+
+@triton.jit
+def _sees(rows, keys, stop, tokens, window, sinks):
+    """bool [M, N]: by row, the keys of its window and of the sinks; keys end at `stop`."""
+    frame = rows // tokens
+    before = (frame + 1) * tokens
+    after = (frame - window + 1) * tokens
+    near = (keys[None, :] >= after[:, None]) | (keys < sinks * tokens)[None, :]
+    return near & (keys[None, :] < tl.minimum(before, stop)[:, None])
+
+
+@triton.jit
+def _softmax_tile(
+    at, stop, acc, top, total, q, k_base, v_base, k_row, v_row, rows, columns, dim, tokens, window,
+    sinks, scale, EDGE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys [at, at + BLOCK_N) added to the running softmax of one query tile."""
+    lane = tl.arange(0, BLOCK_N)
+    k = _load_rows(k_base, at, lane, k_row, columns, stop, dim, EDGE, WHOLE)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if EDGE:
+        s = tl.where(_sees(rows, at + lane, stop, tokens, window, sinks), s, float("-inf"))
+    high = tl.maximum(top, tl.max(s, 1) * scale)
+    base = high
+    if EDGE:  # a row may have seen nothing yet
+        base = tl.where(high == float("-inf"), 0.0, high)
+    p = tl.exp2(s * scale - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    v = _load_rows(v_base, at, lane, v_row, columns, stop, dim, EDGE, WHOLE)
+    acc = acc * shrink[:, None]
+    acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return acc, high, total
 
 
 @triton.jit
 def attention_fwd_kernel(
     q, k, v, out, lse, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     heads, groups, frames, tokens, dim, window, sinks, scale,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    first = tl.program_id(0) * BLOCK_M
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     n = frames * tokens
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)
+    rows = first + lane
     columns = tl.arange(0, BLOCK_D)
     k_base = k + b * k_batch + (h // groups) * k_head
     v_base = v + b * v_batch + (h // groups) * v_head
-    queries = _load_rows(q + b * q_batch + h * q_head, rows, q_row, columns, n, dim)
+    q_base = q + b * q_batch + h * q_head
+    queries = _load_rows(q_base, first, lane, q_row, columns, n, dim, True, WHOLE)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    last = tl.minimum(tile * BLOCK_M + BLOCK_M, n) - 1
-    sink_stop, begin, end = _key_bounds(tile * BLOCK_M, last, tokens, frames, window, sinks, CAUSAL)
-    if CAUSAL:
-        acc, top, total = _forward_range(
-            0, sink_stop, acc, top, total, queries, k_base, v_base, k_row, v_row, rows, columns, n,
-            dim, tokens, window, sinks, scale, CAUSAL, BLOCK_N, PRECISION,
+    last = tl.minimum(first + BLOCK_M, n) - 1
+    a, begin, end, lead, full, edges = _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N)
+    for i in range(lead, lead + full):
+        acc, top, total = _softmax_tile(
+            begin + i * BLOCK_N, end, acc, top, total, queries, k_base, v_base, k_row, v_row, rows,
+            columns, dim, tokens, window, sinks, scale, False, WHOLE, BLOCK_N, PRECISION,
         )  # fmt: skip
-    acc, top, total = _forward_range(
-        begin, end, acc, top, total, queries, k_base, v_base, k_row, v_row, rows, columns, n,
-        dim, tokens, window, sinks, scale, CAUSAL, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    for t in range(edges):
+        at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
+        acc, top, total = _softmax_tile(
+            at, stop, acc, top, total, queries, k_base, v_base, k_row, v_row, rows,
+            columns, dim, tokens, window, sinks, scale, True, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
     inside = (rows[:, None] < n) & (columns[None, :] < dim)
     to = out + ((b * n + rows[:, None]) * heads + h) * dim + columns[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), inside)
@@ -112,162 +138,201 @@ def attention_fwd_kernel(
 
 @triton.jit
 def attention_bwd_delta_kernel(
-    out, grad, delta, heads, n, dim, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr
-):
+    out, grad, delta, heads, n, dim, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
     """delta = rowsum(out * grad), one number per query and head."""
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) * BLOCK_M
+    lane = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     base = (b * n * heads + h) * dim
-    o = _load_rows(out + base, rows, heads * dim, columns, n, dim).to(tl.float32)
-    g = _load_rows(grad + base, rows, heads * dim, columns, n, dim).to(tl.float32)
-    tl.store(delta + pair * n + rows, tl.sum(o * g, 1), rows < n)
+    row = heads * dim
+    o = _load_rows(out + base, first, lane, row, columns, n, dim, True, WHOLE).to(tl.float32)
+    g = _load_rows(grad + base, first, lane, row, columns, n, dim, True, WHOLE).to(tl.float32)
+    tl.store(delta + pair * n + first + lane, tl.sum(o * g, 1), first + lane < n)
 
 
 @triton.jit
-def _grad_query_range(
-    start, stop, acc, q, g, lse, delta, k_base, v_base, k_row, v_row, rows, columns, dim, tokens,
-    window, sinks, scale, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+def _grad_query_tile(
+    at, stop, acc, q, g, lse, delta, k_base, v_base, k_row, v_row, rows, columns, dim, tokens,
+    window, sinks, scale, EDGE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    for at in range(start, stop, BLOCK_N):
-        keys = at + tl.arange(0, BLOCK_N)
-        k = _load_rows(k_base, keys, k_row, columns, stop, dim)
-        v = _load_rows(v_base, keys, v_row, columns, stop, dim)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        seen = (
-            _visible(rows // tokens, keys // tokens, window, sinks, CAUSAL) & (keys < stop)[None, :]
-        )
-        p = tl.where(seen, tl.exp2(s - lse[:, None]), 0.0)
-        slope = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-        acc += tl.dot(slope.to(k.dtype), k, input_precision=PRECISION)
-    return acc
+    lane = tl.arange(0, BLOCK_N)
+    k = _load_rows(k_base, at, lane, k_row, columns, stop, dim, EDGE, WHOLE)
+    v = _load_rows(v_base, at, lane, v_row, columns, stop, dim, EDGE, WHOLE)
+    p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse[:, None])
+    if EDGE:
+        p = tl.where(_sees(rows, at + lane, stop, tokens, window, sinks), p, 0.0)
+    slope = p * (tl.dot(g, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+    return acc + tl.dot(slope.to(k.dtype), k, input_precision=PRECISION)
 
 
 @triton.jit
 def attention_bwd_query_kernel(
     q, k, v, grad, lse, delta, grad_q, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch,
     v_row, v_head, heads, groups, frames, tokens, dim, window, sinks, scale, plain_scale,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    first = tl.program_id(0) * BLOCK_M
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     n = frames * tokens
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, BLOCK_M)
+    rows = first + lane
     columns = tl.arange(0, BLOCK_D)
     k_base = k + b * k_batch + (h // groups) * k_head
     v_base = v + b * v_batch + (h // groups) * v_head
-    queries = _load_rows(q + b * q_batch + h * q_head, rows, q_row, columns, n, dim)
+    q_base = q + b * q_batch + h * q_head
+    queries = _load_rows(q_base, first, lane, q_row, columns, n, dim, True, WHOLE)
     base = (b * n * heads + h) * dim
-    g = _load_rows(grad + base, rows, heads * dim, columns, n, dim)
+    g = _load_rows(grad + base, first, lane, heads * dim, columns, n, dim, True, WHOLE)
     row_lse = tl.load(lse + pair * n + rows, rows < n, other=0.0)
     row_delta = tl.load(delta + pair * n + rows, rows < n, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    last = tl.minimum(tile * BLOCK_M + BLOCK_M, n) - 1
-    sink_stop, begin, end = _key_bounds(tile * BLOCK_M, last, tokens, frames, window, sinks, CAUSAL)
-    if CAUSAL:
-        acc = _grad_query_range(
-            0, sink_stop, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row, v_row, rows,
-            columns, dim, tokens, window, sinks, scale, CAUSAL, BLOCK_N, PRECISION,
+    last = tl.minimum(first + BLOCK_M, n) - 1
+    a, begin, end, lead, full, edges = _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N)
+    for i in range(lead, lead + full):
+        acc = _grad_query_tile(
+            begin + i * BLOCK_N, end, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row,
+            v_row, rows, columns, dim, tokens, window, sinks, scale, False, WHOLE, BLOCK_N,
+            PRECISION,
         )  # fmt: skip
-    acc = _grad_query_range(
-        begin, end, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row, v_row, rows,
-        columns, dim, tokens, window, sinks, scale, CAUSAL, BLOCK_N, PRECISION,
-    )  # fmt: skip
+    for t in range(edges):
+        at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
+        acc = _grad_query_tile(
+            at, stop, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row,
+            v_row, rows, columns, dim, tokens, window, sinks, scale, True, WHOLE, BLOCK_N,
+            PRECISION,
+        )  # fmt: skip
     inside = (rows[:, None] < n) & (columns[None, :] < dim)
     to = grad_q + base + rows[:, None].to(tl.int64) * heads * dim + columns[None, :]
     tl.store(to, (acc * plain_scale).to(grad_q.dtype.element_ty), inside)
 
 
 @triton.jit
+def _grad_key_tile(
+    at, end, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse, delta, q_row, g_row, columns, dim,
+    after, before, scale, EDGE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Queries [at, at + BLOCK_M); scores are kept as [keys, queries], so that the probabilities
+    go from the registers into their product. Key j is seen by queries [after[j], before[j])."""
+    lane = tl.arange(0, BLOCK_M)
+    rows = at + lane
+    queries = _load_rows(q_base, at, lane, q_row, columns, end, dim, EDGE, WHOLE)
+    g = _load_rows(g_base, at, lane, g_row, columns, end, dim, EDGE, WHOLE)
+    if EDGE:
+        row_lse = tl.load(lse + rows, rows < end, other=0.0)
+        row_delta = tl.load(delta + rows, rows < end, other=0.0)
+    else:
+        row_lse = tl.load(lse + rows)
+        row_delta = tl.load(delta + rows)
+    s = tl.dot(k_tile, tl.trans(queries), input_precision=PRECISION)
+    p = tl.exp2(s * scale - row_lse[None, :])
+    if EDGE:
+        seen = (rows[None, :] >= after[:, None]) & (rows[None, :] < before[:, None])
+        p = tl.where(seen, p, 0.0)
+    acc_v += tl.dot(p.to(g.dtype), g, input_precision=PRECISION)
+    slope = p * (tl.dot(v_tile, tl.trans(g), input_precision=PRECISION) - row_delta[None, :])
+    acc_k += tl.dot(slope.to(queries.dtype), queries, input_precision=PRECISION)
+    return acc_k, acc_v
+
+
+@triton.jit
 def attention_bwd_key_kernel(
     q, k, v, grad, lse, delta, grad_k, grad_v, q_batch, q_row, q_head, k_batch, k_row, k_head,
     v_batch, v_row, v_head, heads, groups, frames, tokens, dim, window, sinks, scale, plain_scale,
-    CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and values; visits the queries of every head in its group that can see
     it."""
-    tile = tl.program_id(0)
+    first = tl.program_id(0) * BLOCK_N
     kv_heads = heads // groups
     pair = tl.program_id(1).to(tl.int64)
     b, kv = pair // kv_heads, pair % kv_heads
     n = frames * tokens
-    keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, BLOCK_N)
+    keys = first + lane
     columns = tl.arange(0, BLOCK_D)
-    k_tile = _load_rows(k + b * k_batch + kv * k_head, keys, k_row, columns, n, dim)
-    v_tile = _load_rows(v + b * v_batch + kv * v_head, keys, v_row, columns, n, dim)
+    k_base = k + b * k_batch + kv * k_head
+    v_base = v + b * v_batch + kv * v_head
+    k_tile = _load_rows(k_base, first, lane, k_row, columns, n, dim, True, WHOLE)
+    v_tile = _load_rows(v_base, first, lane, v_row, columns, n, dim, True, WHOLE)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    begin, end = 0, n
-    if CAUSAL:
-        first = tile * BLOCK_N // tokens
-        last = (tl.minimum(tile * BLOCK_N + BLOCK_N, n) - 1) // tokens
-        begin = first * tokens
-        end = tl.where(first < sinks, frames, tl.minimum(last + window, frames)) * tokens
+    frame = keys // tokens
+    after = frame * tokens
+    before = tl.where(frame < sinks, frames, tl.minimum(frame + window, frames)) * tokens
+    early, late = first // tokens, (tl.minimum(first + BLOCK_N, n) - 1) // tokens
+    begin = early * tokens
+    end = tl.where(early < sinks, frames, tl.minimum(late + window, frames)) * tokens
+    everyone = tl.where(late < sinks, frames, tl.minimum(early + window, frames)) * tokens
+    lead = tl.cdiv((late - early) * tokens, BLOCK_M)
+    full = tl.maximum((everyone - begin) // BLOCK_M - lead, 0)
+    edges = tl.cdiv(end - begin, BLOCK_M) - full
+    g_row = heads * dim
     for h in range(kv * groups, kv * groups + groups):
-        base = (b * n * heads + h) * dim
-        for at in range(begin, end, BLOCK_M):
-            rows = at + tl.arange(0, BLOCK_M)
-            queries = _load_rows(q + b * q_batch + h * q_head, rows, q_row, columns, end, dim)
-            g = _load_rows(grad + base, rows, heads * dim, columns, end, dim)
-            statistics = (b * heads + h) * n + rows
-            row_lse = tl.load(lse + statistics, rows < end, other=0.0)
-            row_delta = tl.load(delta + statistics, rows < end, other=0.0)
-            s = tl.dot(queries, tl.trans(k_tile), input_precision=PRECISION) * scale
-            seen = _visible(rows // tokens, keys // tokens, window, sinks, CAUSAL)
-            seen = seen & (rows < end)[:, None] & (keys < n)[None, :]
-            p = tl.where(seen, tl.exp2(s - row_lse[:, None]), 0.0)
-            acc_v += tl.dot(tl.trans(p.to(g.dtype)), g, input_precision=PRECISION)
-            slope = p * (
-                tl.dot(g, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None]
-            )
-            acc_k += tl.dot(
-                tl.trans(slope.to(q.dtype.element_ty)), queries, input_precision=PRECISION
-            )
+        q_base = q + b * q_batch + h * q_head
+        g_base = grad + (b * n * heads + h) * dim
+        head = (b * heads + h) * n
+        for i in range(lead, lead + full):
+            acc_k, acc_v = _grad_key_tile(
+                begin + i * BLOCK_M, end, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head,
+                delta + head, q_row, g_row, columns, dim, after, before, scale, False, WHOLE,
+                BLOCK_M, PRECISION,
+            )  # fmt: skip
+        for i in range(edges):
+            acc_k, acc_v = _grad_key_tile(
+                begin + tl.where(i < lead, i, i + full) * BLOCK_M, end, acc_k, acc_v, k_tile,
+                v_tile, q_base, g_base, lse + head, delta + head, q_row, g_row, columns, dim, after,
+                before, scale, True, WHOLE, BLOCK_M, PRECISION,
+            )  # fmt: skip
     inside = (keys[:, None] < n) & (columns[None, :] < dim)
     to = ((b * n + keys[:, None].to(tl.int64)) * kv_heads + kv) * dim + columns[None, :]
     tl.store(grad_k + to, (acc_k * plain_scale).to(grad_k.dtype.element_ty), inside)
     tl.store(grad_v + to, acc_v.to(grad_v.dtype.element_ty), inside)
 
 
-def tiles(dim: int, dtype: torch.dtype, backward: bool) -> dict[str, int]:
-    """Tile sizes and launch options; the largest that fit the registers of an A100 or H100."""
+def tiles(dim: int, dtype: torch.dtype, kernel: str, groups: int = 1) -> dict[str, int | bool]:
+    """Tile sizes and launch options of a kernel: forward | query | key (the backward passes).
+    `bench.compiled` shows what the compiler makes of them, and fails where registers spill."""
     block_d = max(16, triton.next_power_of_2(dim))
-    if dtype == torch.float32:
-        sizes = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    elif backward:
-        sizes = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    wide = block_d > 64
+    if block_d > 128:  # what fits into shared memory
+        m, n = (16, 16) if dtype == torch.float32 else (32, 64) if kernel == "key" else (64, 32)
+        warps, stages = 4 if dtype == torch.float32 else 8, 2
+    elif dtype == torch.float32:
+        m, n, warps, stages = (16, 32, 4, 2) if kernel == "key" else (32, 16 if wide else 32, 4, 2)
+    elif kernel == "forward":
+        m, n, warps, stages = 128, 64, 8 if wide else 4, 3
+    elif kernel == "query":
+        m, n, warps, stages = 64, 64, 4, 2
     else:
-        sizes = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8 if dim > 64 else 4, "num_stages": 3}
-    return {"BLOCK_D": block_d, **sizes}
+        m, n, warps, stages = (32, 128, 8, 2) if wide else (64 if groups == 1 else 32, 64, 4, 2)
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return {"BLOCK_D": block_d, "WHOLE": block_d == dim, **sizes}
 
 
 def _arguments(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causal: bool
 ) -> tuple:
+    """Without causality all tokens are one frame, whose tokens see each other."""
     frames, tokens, heads, dim = q.shape[1:]
-    strides = []
-    for x in (q, k, v):
-        strides += [x.stride(0), x.stride(2), x.stride(3)]
+    if not causal:
+        frames, tokens = 1, frames * tokens
+    strides = [x.stride(axis) for x in (q, k, v) for axis in (0, 2, 3)]
     reach = frames if window is None else min(window, frames)
-    scale = dim**-0.5
-    return (
-        *strides,
-        heads,
-        heads // k.shape[3],
-        frames,
-        tokens,
-        dim,
-        reach,
-        sinks,
-        scale * LOG2E,
-    ), {
-        "CAUSAL": causal,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
-    }
+    sizes = (heads, heads // k.shape[3], frames, tokens, dim, reach, sinks)
+    return *strides, *sizes, dim**-0.5 * LOG2E
+
+
+def _precision(q: Tensor) -> str:
+    return "ieee" if q.dtype == torch.float32 else "tf32"
 
 
 def _one_row_stride(x: Tensor) -> Tensor:
@@ -284,10 +349,10 @@ def forward(
     batch, frames, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, frames * tokens, dtype=torch.float32, device=q.device)
-    sizes = tiles(dim, q.dtype, backward=False)
-    arguments, flags = _arguments(q, k, v, window, sinks, causal)
+    sizes = tiles(dim, q.dtype, "forward")
+    arguments = _arguments(q, k, v, window, sinks, causal)
     grid = (triton.cdiv(frames * tokens, sizes["BLOCK_M"]), batch * heads)
-    attention_fwd_kernel[grid](q, k, v, out, lse, *arguments, **flags, **sizes)
+    attention_fwd_kernel[grid](q, k, v, out, lse, *arguments, PRECISION=_precision(q), **sizes)
     return out, lse
 
 
@@ -303,14 +368,14 @@ def backward(
     delta = torch.empty_like(lse)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
-    sizes = tiles(dim, q.dtype, backward=True)
-    block = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_D")}
+    sizes = tiles(dim, q.dtype, "query")
+    rows = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_D", "WHOLE")}
     grid = (triton.cdiv(n, sizes["BLOCK_M"]), batch * heads)
-    attention_bwd_delta_kernel[grid](out, grad, delta, heads, n, dim, **block)
-    arguments, flags = _arguments(q, k, v, window, sinks, causal)
-    arguments = (*arguments, dim**-0.5)
-    saved = (q, k, v, grad, lse, delta)
+    attention_bwd_delta_kernel[grid](out, grad, delta, heads, n, dim, **rows)
+    arguments = (*_arguments(q, k, v, window, sinks, causal), dim**-0.5)
+    saved, flags = (q, k, v, grad, lse, delta), {"PRECISION": _precision(q)}
     attention_bwd_query_kernel[grid](*saved, grad_q, *arguments, **flags, **sizes)
+    sizes = tiles(dim, q.dtype, "key", heads // k.shape[3])
     grid = (triton.cdiv(n, sizes["BLOCK_N"]), batch * k.shape[3])
     attention_bwd_key_kernel[grid](*saved, grad_k, grad_v, *arguments, **flags, **sizes)
     return grad_q, grad_k, grad_v

@@ -71,7 +71,7 @@ def norm_rotary_bwd_kernel(
 
 
 def _block(width: int) -> dict[str, int]:
-    return {"BLOCK": triton.next_power_of_2(width // 2), "num_warps": 8 if width > 4096 else 4}
+    return {"BLOCK": triton.next_power_of_2(width // 2), "num_warps": 8 if width > 2048 else 4}
 
 
 def forward(x: Tensor, weight: Tensor, rotary: Tensor, eps: float) -> Tensor:

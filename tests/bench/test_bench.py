@@ -42,6 +42,60 @@ def test_gates_belong_to_cases():
         assert action_loss_case(256, False, "cpu").name in names
 
 
+def test_an_unknown_case_names_the_nearest_and_measures_nothing():
+    command = [sys.executable, "-m", "bench", "--check", "--only", "gea"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Did you mean 'gae'?" in done.stderr
+    assert "GFLOP" not in done.stdout
+
+
+def test_a_check_times_what_a_gate_needs_and_no_more():
+    from bench.__main__ import check, gated
+
+    calls = []
+    x = torch.ones(2)
+
+    def run(name):
+        return lambda: (calls.append(name), x)[1]
+
+    rivals = {"first": run("first"), "second": run("second")}
+    case = Case("op", "2", "float32", run("ours"), rivals, lambda: x, 1e-6)
+    row = measure(gated(case), Limits(1e9, 1e9), 0.01)
+    assert set(calls) == {"ours", "first"}
+    assert check([row], {case.name: 0.0}) == 0
+    assert check([row], {case.name: 1e9}) == 1
+    assert check([], {case.name: 0.0}) == 1
+
+
+def test_a_long_variant_is_run_once(monkeypatch):
+    monkeypatch.setattr("bench.timing.LONG", 0.0)
+    x, calls = torch.ones(2), []
+
+    def long():
+        calls.append(1)
+        return x
+
+    case = Case(
+        "op", "2", "float32", lambda: x, {"rival": long}, lambda: x, 1e-6, unlike=("rival",)
+    )
+    assert measure(case, Limits(1e9, 1e9), 10.0).ratios["rival"] > 0
+    assert len(calls) == 1
+
+
+def test_a_part_of_a_result_is_compared_where_the_truth_is_a_part():
+    whole = torch.arange(6.0).reshape(3, 2)
+
+    def case(ours):
+        return Case(
+            "op", "", "float32", lambda: ours, {}, lambda: whole[:1], 1e-6, part=lambda x: x[:1]
+        )
+
+    gate(case(whole))
+    with pytest.raises(GateFailed, match="ours is off"):
+        gate(case(whole + 1))
+
+
 def test_the_simulator_of_the_gpu_suite_generates():
     from bench.gpu_suite import generate
 

@@ -1,122 +1,86 @@
-"""Triton kernels compiled ahead of time for sm_80 and sm_90, in bf16, without a GPU."""
+"""Triton kernels compiled ahead of time, as production launches them, without a GPU."""
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from bench import compiled, launches, sass  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="compiles only outside the interpreter"
 )
-BF16, F32, I32, BOOL, I64 = "*bf16", "*fp32", "*i32", "*i1", "*i64"
-STRIDES = [f"{x}_{axis}" for x in "qkv" for axis in ("batch", "row", "head")]
-SIZES = ["heads", "groups", "frames", "tokens", "dim", "window", "sinks"]
-TILES = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64}
-ATTENTION = {"CAUSAL": True, "PRECISION": "tf32", **TILES}
 
 
-def names(kind: str, *arguments: str) -> dict[str, str]:
-    return dict.fromkeys(arguments, kind)
+@pytest.fixture(scope="module")
+def rows() -> list[compiled.Row]:
+    """Every launch, compiled once for all tests."""
+    return compiled.compile_all(list(launches.production()))
 
 
-def attention(extra: dict[str, str], *scales: str) -> dict[str, str]:
-    inputs = names(BF16, "q", "k", "v") | extra
-    return inputs | names("i32", *STRIDES, *SIZES) | names("fp32", *scales)
+def test_no_kernel_spills_and_every_gate_is_met(rows):
+    """attention_bwd_key spilled at head dim 128 while the tests, at other tile sizes, were
+    green."""
+    assert compiled.missed(rows) == []
 
 
-SAVED = names(BF16, "grad") | names(F32, "lse", "delta")
-LOSS_POINTERS = (
-    "mu log_scale action behaviour advantage reference_mu reference_scale grad_mu grad_scale "
-    "partial"
-)
-TOKEN_POINTERS = "logits behaviour advantage reference grad log_sums partial"
-KERNELS = {
-    "attention.attention_fwd_kernel": (
-        attention(names(BF16, "out") | names(F32, "lse"), "scale"),
-        ATTENTION,
-    ),
-    "attention.attention_bwd_delta_kernel": (
-        names(BF16, "out", "grad") | names(F32, "delta") | names("i32", "heads", "n", "dim"),
-        {"BLOCK_M": 64, "BLOCK_D": 64},
-    ),
-    "attention.attention_bwd_query_kernel": (
-        attention(SAVED | names(BF16, "grad_q"), "scale", "plain_scale"),
-        ATTENTION,
-    ),
-    "attention.attention_bwd_key_kernel": (
-        attention(SAVED | names(BF16, "grad_k", "grad_v"), "scale", "plain_scale"),
-        ATTENTION,
-    ),
-    "frame_attention.frame_attention_fwd_kernel": (
-        names(BF16, "q", "k", "v", "cache_k", "cache_v", "out")
-        | names(I32, "table", "cached")
-        | names("i32", *STRIDES, "heads", "groups", "slots", "tokens", "dim")
-        | names("fp32", "scale"),
-        {"PRECISION": "tf32", **TILES},
-    ),
-    "adaln.modulated_norm_fwd_kernel": (
-        names(BF16, "x", "shift", "scale", "out")
-        | names(F32, "mean", "rstd")
-        | names("i32", "share", "width")
-        | names("fp32", "eps"),
-        {"BLOCK": 1024},
-    ),
-    "adaln.modulated_norm_bwd_kernel": (
-        names(BF16, "x", "scale", "grad", "grad_x")
-        | names(F32, "mean", "rstd", "part_shift", "part_scale")
-        | names("i32", "share", "width", "chunk", "chunks"),
-        {"BLOCK": 1024},
-    ),
-    "norm_rotary.norm_rotary_fwd_kernel": (
-        names(BF16, "x", "out")
-        | names(F32, "weight", "rotary")
-        | names("i32", "turns", "stride", "width", "dim")
-        | names("fp32", "eps"),
-        {"BLOCK": 512},
-    ),
-    "norm_rotary.norm_rotary_bwd_kernel": (
-        names(BF16, "grad", "x", "grad_x")
-        | names(F32, "weight", "rotary", "part")
-        | names("i32", "turns", "rows", "chunk", "stride", "width", "dim")
-        | names("fp32", "eps"),
-        {"BLOCK": 512},
-    ),
-    "action_loss.action_loss_fwd_kernel": (
-        names(F32, *LOSS_POINTERS.split())
-        | names(BOOL, "mask")
-        | names(I64, "count")
-        | names("i32", "rows", "chunk", "dims")
-        | names("fp32", "clip_low", "clip_high", "kl_weight", "entropy_weight"),
-        {"GAUSSIAN": False, "HAS_MU": True, "HAS_SCALE": True, "BLOCK": 64, "BLOCK_A": 8},
-    ),
-    "token_loss.token_loss_fwd_kernel": (
-        names(F32, *TOKEN_POINTERS.split())
-        | names(BOOL, "mask")
-        | names(I64, "action", "count")
-        | names("i32", "chunk", "dims", "vocabulary")
-        | names("fp32", "clip_low", "clip_high", "kl_weight", "entropy_weight"),
-        {"HAS_REFERENCE": True, "BLOCK": 256},
-    ),
-}
+def test_every_kernel_is_launched(rows):
+    """A kernel that no case of `production()` launches would never be looked at."""
+    sources = "".join(path.read_text() for path in (ROOT / "kernels").glob("*.py"))
+    defined = set(re.findall(r"^def (\w+)_kernel\(", sources, re.MULTILINE))
+    assert len(defined) >= 11
+    assert {row.name.split(" ")[0] for row in rows} == defined
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel_compiles(name, capability):
-    module, kernel = name.split(".")
-    function = getattr(importlib.import_module(f"worldenv.kernels.{module}"), kernel)
-    arguments, constants = KERNELS[name]
-    signature = {n: arguments.get(n, "constexpr") for n in function.arg_names}
-    assert {n for n, kind in signature.items() if kind == "constexpr"} == set(constants)
-    source = ASTSource(function, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    assert compiled.asm["cubin"]
-    assert f"sm_{capability}" in compiled.asm["ptx"]
-    if capability == 90 and "attention_fwd" in kernel:
-        assert "wgmma" in compiled.asm["ptx"]
+def test_a_spill_a_missing_wgmma_and_a_new_kernel_are_faults(rows):
+    row = next(r for r in rows if r.name == "attention_bwd_key D128 bf16")
+    for change, fault in (
+        ({"spill_bytes": 8}, "spills 8 bytes"),
+        ({"wgmma": 0}, "no wgmma"),
+        ({"async_copies": 0}, "no async_copies"),
+        ({"resident_warps": 4}, "4 resident warps"),
+        ({"name": "new_kernel D64 bf16"}, "has no gate"),
+    ):
+        (line,) = compiled.missed([dataclasses.replace(row, **change)])
+        assert fault in line
+
+
+def test_the_loop_of_a_tile_without_masks_is_the_one_that_is_counted(rows):
+    """64 queries against 128 keys of 128 numbers: two products forward, to the operation."""
+    row = next(r for r in rows if r.name == "attention_fwd D128 bf16")
+    assert row.cycles["tensor"] == 4 * 128 * 64 * 128 / sass.TENSOR_FLOPS
+
+
+def test_resident_programs_of_an_sm():
+    assert sass.resident(registers=255, shared=0, warps=4) == 2
+    assert sass.resident(registers=128, shared=0, warps=8) == 2
+    assert sass.resident(registers=32, shared=100 << 10, warps=4) == 2
+    assert sass.resident(registers=32, shared=0, warps=1) == 32
+    assert sass.resident(registers=32, shared=228 << 10, warps=4) == 0
+
+
+@pytest.mark.parametrize("case", ["D64 bf16", "D64 bf16 S64", "(8, 7) f32"])
+def test_kernels_compile_for_an_a100(case):
+    with launches.recorded(80) as recorded:
+        launches.production()[case]()
+    assert recorded
+    for launch in recorded:
+        assert sass.inspect(launch.cubin).wgmma == 0
+        assert launch.shared <= 163 << 10
+
+
+def test_an_unknown_launch_is_refused_before_anything_compiles():
+    command = [sys.executable, "-m", "bench.compiled", "--only", "D65"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no launch has 'D65'" in done.stderr
