@@ -31,6 +31,7 @@ Width = Annotated[int, Range(1, 16384)]
 Layers = Annotated[int, Range(1, 1000)]
 Channels = Annotated[int, Range(8, 4096, step=8)]  # normalised in eight groups
 Batch = Annotated[int, Range(1, 10**6)]
+Shards = Annotated[int, Range(4, 10**6, step=4)]  # a batch cut in runtime.parallel.SHARDS
 Fraction = Annotated[float, Range(0, 1)]
 Rate = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
@@ -141,7 +142,7 @@ class SFTConfig:
 
     steps: Count = 1000
     """Optimiser steps."""
-    batch: Batch = 32
+    batch: Shards = 32
     """Samples per step."""
     lr: Rate = 1e-3
     """Peak learning rate (one-cycle)."""
@@ -181,11 +182,11 @@ class SimulatorConfig:
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300
     """Optimiser steps in each later round, from the last weights."""
-    batch: Batch = 8
+    batch: Shards = 8
     """Windows per step."""
     frames: Annotated[int, Range(1, 1000)] = 3
     """Target frames per training window."""
-    dynamics_batch: Batch = 256
+    dynamics_batch: Shards = 256
     """Transitions per step that train the prediction of proprio alone."""
     balance: bool = True
     """Train as if there were as many failures as successes: a simulator that has seen mostly
@@ -221,7 +222,7 @@ class ReflectorConfig:
     """Optimiser steps in the first round. A third of 700 ended many episodes too early."""
     refresh_steps: Count = 200
     """Optimiser steps in each later round, from the last weights."""
-    batch: Batch = 48
+    batch: Shards = 48
     """Frames per step."""
     lr: Rate = 1e-3
     """Peak learning rate."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from worldenv.config import Config
+from worldenv.config import Config, Shards
 from worldenv.models.policy import Policy
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import parallel
@@ -135,3 +135,8 @@ def test_torch_computes_on_one_thread_in_each():
         return torch.get_num_threads()
 
     assert parallel.run([count] * 3) == [1, 1, 1]
+
+
+def test_batches_that_are_cut_can_be_cut():
+    """config.py does not import torch, so it says by itself how many shards there are."""
+    assert parallel.SHARDS == Shards.__metadata__[0].step

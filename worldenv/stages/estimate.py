@@ -44,7 +44,7 @@ def calibrate(config: Config) -> Costs:
     reflector = store.build("reflector", config)
     n, rows = parallel.SHARDS, max(1, config.posttrain.rows // parallel.SHARDS)
     samples, windows, judged = (
-        max(1, part.batch // n) for part in (config.sft, config.simulator, config.reflector)
+        part.batch // n for part in (config.sft, config.simulator, config.reflector)
     )
     return Costs(
         _seconds(lambda: _gradient(policy, policy_loss(policy, config, samples))) / samples,

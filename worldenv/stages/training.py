@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
 from worldenv.runtime import checkpoint, parallel, progress, signals
-from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
@@ -37,14 +36,8 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> f
 
 
 def shard_size(run: Run, batch: int) -> int:
-    """Samples in each shard of a batch. UserError if it cannot be cut evenly."""
-    count = parallel.shards(run.device)
-    if batch % count:
-        raise UserError(
-            f"a batch of {batch}: expected a multiple of {count}, for it is computed in {count} "
-            f"equal shards on a CPU. Use {max(1, round(batch / count)) * count}."
-        )
-    return batch // count
+    """Samples in each shard of a batch."""
+    return batch // parallel.shards(run.device)
 
 
 def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Module:
