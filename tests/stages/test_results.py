@@ -10,7 +10,7 @@ from worldenv.presets import preset
 from worldenv.report.video import write_video
 from worldenv.stages import results
 from worldenv.stages.results import success_of
-from worldenv.stages.run import Run, write_json
+from worldenv.stages.run import Run, write_record
 
 SUCCESS = {"sft": {"successes": 3, "episodes": 9}, "posttrained": {"successes": 6, "episodes": 9}}
 FRAMES = np.zeros((4, 64, 64, 3), np.uint8)
@@ -20,7 +20,7 @@ FRAMES = np.zeros((4, 64, 64, 3), np.uint8)
 def run(tmp_path, monkeypatch):
     """A run whose stages are over, with one small video to draw."""
     run = Run(replace(preset("smoke"), run_dir=tmp_path / "run"))
-    write_json(run.path("stages", "evaluate.json"), {"fingerprint": "f", "outcomes": {}})
+    write_record(run.path("stages", "evaluate.json"), {"fingerprint": "f", "outcomes": {}})
     monkeypatch.setattr(results, "collect_results", lambda run, names: SUCCESS)
     monkeypatch.setattr(results, "_videos", lambda _, media: write_video(media / "x.mp4", FRAMES))
     yield run
