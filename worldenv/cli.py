@@ -301,7 +301,7 @@ def _collect() -> None:
     else:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
-        policy = store.load("policy", arguments.policy)
+        policy = store.load("policy", arguments.policy, fits=config)
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")

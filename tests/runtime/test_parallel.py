@@ -139,4 +139,4 @@ def test_torch_computes_on_one_thread_in_each():
 
 def test_batches_that_are_cut_can_be_cut():
     """config.py does not import torch, so it says by itself how many shards there are."""
-    assert parallel.SHARDS == Shards.__metadata__[0].step
+    assert Shards.__metadata__[0].step == parallel.SHARDS
