@@ -1,6 +1,7 @@
 """`python -m bench.compiled`: every Triton kernel compiled for an H100 as production launches it.
 
-    python -m bench.compiled             the table, and results/bench/compiled-sm90.json
+    python -m bench.compiled             the table, and results/bench/compiled-sm90-triton38.json,
+                                         named by the version of Triton that compiled
     python -m bench.compiled --check     exit 1 on a spill, or where wgmma, asynchronous copies or
                                          resident warps are missing (bench/compiled_gates.json)
     python -m bench.compiled --only D128 launches whose name contains "D128"
@@ -30,7 +31,8 @@ from worldenv.runtime.progress import bar
 from worldenv.runtime.revision import commit
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "results" / "bench" / "compiled-sm90.json"
+VERSION = "".join(triton.__version__.split(".")[:2])
+RESULTS = ROOT / "results" / "bench" / f"compiled-sm90-triton{VERSION}.json"
 GATES = Path(__file__).with_name("compiled_gates.json")
 CAPABILITY = 90
 

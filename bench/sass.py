@@ -41,13 +41,15 @@ class Loop:
 
 @dataclass(frozen=True)
 class Machine:
-    """A kernel's resources and code; spills are bytes of stack per thread."""
+    """A kernel's resources and code; spills are bytes of stack per thread, calls those of
+    subroutines (a 64-bit division is one)."""
 
     registers: int
     spill_bytes: int
     wgmma: int
     async_copies: int
     tma: int
+    calls: int
     loop: Loop
 
 
@@ -134,6 +136,7 @@ def inspect(cubin: bytes) -> Machine:
         wgmma=whole.wgmma,
         async_copies=names.count("LDGSTS"),
         tma=sum(name in ("UTMALDG", "UBLKCP") for name in names),
+        calls=names.count("CALL"),
         loop=min(hot, key=lambda x: x.instructions) if hot else whole,
     )
 

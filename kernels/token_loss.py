@@ -37,7 +37,8 @@ def token_loss_fwd_kernel(
     dims, vocabulary, clip_low, clip_high, kl_weight, entropy_weight,
     HAS_REFERENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    step = tl.program_id(0)
+    row = step.to(tl.int64)
     keep = tl.load(mask + row) != 0  # a masked step is never read: it may hold NaN
     weight = 1.0 / tl.maximum(tl.load(count).to(tl.float32), 1.0)
     lane = tl.arange(0, BLOCK)
@@ -51,7 +52,8 @@ def token_loss_fwd_kernel(
         logprob += tl.load(logits + at + token, known, other=float("nan")).to(tl.float32) - log_sum
     log_ratio = tl.where(keep, logprob - tl.load(behaviour + row, keep, other=0.0), 0.0)
     ratio = tl.exp(log_ratio)
-    gain = tl.load(advantage + row // chunk, keep, other=0.0)
+    # step, not row: a 64-bit division is a call, and with it Triton 3.6's code spilled.
+    gain = tl.load(advantage + step // chunk, keep, other=0.0)
     bounded = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high)
     free = ratio * gain
     bound = bounded * gain

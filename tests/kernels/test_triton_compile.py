@@ -42,6 +42,13 @@ def test_every_kernel_is_launched(rows):
     assert {row.name.split(" ")[0] for row in rows} == defined
 
 
+def test_token_loss_calls_no_64_bit_division_around_which_triton_36_spilled():
+    with launches.recorded(compiled.CAPABILITY) as recorded:
+        launches.production()["(8, 7) f32"]()
+    (launch,) = [x for x in recorded if x.kernel == "token_loss_fwd_kernel"]
+    assert sass.inspect(launch.cubin).calls == 0
+
+
 def test_a_spill_a_missing_wgmma_and_a_new_kernel_are_faults(rows):
     row = next(r for r in rows if r.name == "attention_bwd_key D128 bf16")
     for change, fault in (

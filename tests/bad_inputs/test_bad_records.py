@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from table import Row, ends_in_a_named_error
-from test_files import SMALL
+from test_bad_files import SMALL
 
 from worldenv.runtime.errors import UserError
 from worldenv.stages import evaluate, store
