@@ -191,15 +191,15 @@ def _guarded(work: Callable[[], int | None]) -> None:
 
 def parse(kind: type[_Arguments], default: _Arguments | None = None) -> _Arguments:
     """The command line as a dataclass of arguments, checked as the configuration is."""
-    arguments = tyro.cli(kind, default=default or kind(), registry=_LISTS)
+    arguments = tyro.cli(kind, default=default or kind(), registry=_WORDS)
     check(arguments, lambda name: f"--{name.replace('_', '-')}")
     return arguments
 
 
-_LISTS = tyro.constructors.ConstructorRegistry()
+_WORDS = tyro.constructors.ConstructorRegistry()
 
 
-@_LISTS.primitive_rule
+@_WORDS.primitive_rule
 def _list_of_numbers(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """Whole numbers in a row, however people part them: `0 1`, `0,1`."""
     if info.type_origin is not tuple or bare(get_args(info.type)[0])[0] is not int:
@@ -211,6 +211,40 @@ def _list_of_numbers(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | 
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda value: [str(number) for number in value],
     )
+
+
+@_WORDS.primitive_rule
+def _path(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """A path. An empty word is none, though Python takes it for the folder one is in."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: _named_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+@_WORDS.primitive_rule
+def _list_of_paths(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """One path or more: a flag that names none was not meant so."""
+    if info.type_origin is not tuple or get_args(info.type)[0] is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="PATH [PATH ...]",
+        instance_from_str=lambda words: tuple(map(_named_path, words or [""])),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [str(path) for path in value],
+    )
+
+
+def _named_path(word: str) -> Path:
+    if not word:
+        raise ValueError("expected a path, got nothing")
+    return Path(word)
 
 
 def _train() -> None:
@@ -301,7 +335,7 @@ def _collect() -> None:
     else:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
-        policy = store.load("policy", arguments.policy)
+        policy = store.load("policy", arguments.policy, fits=config)
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")

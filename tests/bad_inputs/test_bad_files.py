@@ -215,6 +215,19 @@ CALLS = [
 ]
 
 
+@pytest.mark.parametrize(("name", "value"), [("chunk", 4), ("image_size", 32)])
+def test_collecting_with_a_policy_of_other_sizes_is_refused(name, value, tmp_path, monkeypatch):
+    """It ended in a matmul traceback, or in a wrong word about actions after an episode."""
+    config = replace(SMALL, env=EnvConfig(**{"image_size": 64, "chunk": 8, name: value}))
+    path = tmp_path / "policy.safetensors"
+    store.save("policy", store.build("policy", config), config, path)
+    words = ["collect", "policy", "--policy", str(path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(cli.sys, "argv", words)
+    with pytest.raises(UserError, match=rf"trained with env.{name} {value}, got"):
+        cli._collect()
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("row", CALLS, ids=str)
 def test_a_bad_argument_is_named(row, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli.sys, "argv", [])

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 from table import Row, as_arguments, bad_values, ends_in_a_named_error, fields_of, nested
@@ -166,6 +167,20 @@ def test_lists_are_taken_with_commas_or_spaces():
         assert train(["--env.tasks", *words]).config.env.tasks == (0, 1)
     assert train(["--evaluate.starts", "3,5"]).config.evaluate.starts == (3, 5)
     assert script("eval", ["--fixture-seeds", "1,2", "3"]).fixture_seeds == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "words", [["--data"], ["--data", "a", ""], ["--run-dir", ""], ["--env.assets", ""]], ids=str
+)
+def test_a_path_that_says_nothing_is_refused(words, capsys):
+    """An unset variable of the shell trained from scripted demonstrations, or in the current
+    folder."""
+    with pytest.raises(SystemExit):
+        train(words)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"parsing {words[0]}: " in said
+    config = train(["--data", "a", "b", "--run-dir", "c"]).config
+    assert (config.data.paths, config.run_dir) == ((Path("a"), Path("b")), Path("c"))
 
 
 def test_what_editors_and_people_write_is_taken(tmp_path):

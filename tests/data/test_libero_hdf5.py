@@ -40,7 +40,7 @@ def test_both_conventions_are_measured(tmp_path, make_foreign, convention):
 def test_undecidable_convention_must_be_told(tmp_path, make_foreign):
     path = tmp_path / "suite" / "unheard_of_demo.hdf5"
     make_foreign(path, "after", attributes=False, still=True)
-    with pytest.raises(UserError, match=r"demo_0: cannot tell .* Pass --data.observations after"):
+    with pytest.raises(UserError, match=r"demo_0: cannot tell .* --data.observations after"):
         read_episodes(path)
     assert len(read_episodes(path, observations="after")[0]) == 23
     episode = read_episodes(path, observations="before", task=2, suite="mine")[0]

@@ -53,3 +53,12 @@ def test_calibration_times_every_kind_of_work_and_says_it_in_one_line():
     line = estimate.describe(estimate.estimate(config, costs))
     assert "\n" not in line
     assert "2 threads" in line
+
+
+def test_what_takes_no_minute_is_not_listed():
+    """Seven stages of `1 min` each were to make `about 1 min` on `1 threads`."""
+    parallel.use_threads(1)
+    short = estimate.describe({"demonstrations": 9.0, "sft": 3.0, "fidelity-0": 0.0})
+    assert short == "about 1 min on 1 thread of this machine"
+    long = estimate.describe({"sft": 240.0, "explore-0": 100.0, "explore-1": 80.0, "evaluate": 9.0})
+    assert long.endswith("about 7 min on 1 thread of this machine: sft 4 min, explore 3 min")

@@ -166,8 +166,8 @@ def read_demo(
             f"{where}: cannot tell whether `obs` rows were taken before or after each action: "
             "expected `states` and `obs/joint_states`, or gripper commands and "
             f"`obs/gripper_states`, that agree on it, got {stated or 'nothing that shows it'!r}. "
-            "Pass --data.observations after (observations='after') for LIBERO's own files, "
-            "before for openvla's."
+            "Say which: worldenv-train --data.observations after (observations='after') for "
+            "LIBERO's own files, before for openvla's."
         )
     sizes: Sizes = {}
     names = contents(demo, where)

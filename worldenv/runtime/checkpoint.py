@@ -145,7 +145,14 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path |
 
     source: where the tensors came from, for the message.
     """
-    own = module.state_dict()
+    check_fit(module.state_dict(), tensors, source, type(module).__name__)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path | str, name: str
+) -> None:
+    """UserError unless `tensors` have the names and shapes of `own`, which belong to a `name`."""
     wrong = [f"missing {name}" for name in own if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in own]
     wrong += [
@@ -156,10 +163,9 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path |
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(
-            f"{source} does not fit {type(module).__name__}: {shown}. "
+            f"{source} does not fit {name}: {shown}. "
             "It was trained with another configuration: use the one saved beside it, or train anew."
         )
-    module.load_state_dict(dict(tensors))
 
 
 def _layout(tensor: Tensor) -> str:
@@ -199,8 +205,20 @@ def load_optimizer(
     """Restore what `optimizer_tensors` took. `tensors` may hold other names too; they are left
     alone.
 
-    Raises UserError when the state is of parameters that `module` lacks.
+    Raises UserError when the state is of parameters that `module` lacks or of other shapes; nothing
+    is changed then.
     """
+    state, groups = _optimizer_state(optimizer, module, tensors)
+    for group, numbers in zip(optimizer.param_groups, groups, strict=True):
+        group.update(numbers)
+    optimizer.state.clear()
+    optimizer.state.update(state)
+
+
+def _optimizer_state(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]
+) -> tuple[dict[nn.Parameter, dict[str, Tensor]], list[dict[str, Any]]]:
+    """What `load_optimizer` restores: by parameter, and the numbers of each group."""
     parameters = dict(module.named_parameters())
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for name, tensor in selected(_STATE, tensors).items():
@@ -210,6 +228,11 @@ def load_optimizer(
                 f"The checkpoint's optimizer state is of {owner}, which the model lacks. "
                 "Train anew."
             )
+        if tensor.ndim and tensor.shape != parameters[owner].shape:
+            raise UserError(
+                f"The checkpoint's optimizer state {key!r} of {owner}: expected "
+                f"{list(parameters[owner].shape)}, got {list(tensor.shape)}. Train anew."
+            )
         # Adam keeps its step count on the CPU. Moments belong beside their parameter, and laid out
         # like it: the fused kernel pairs them by memory order.
         if tensor.ndim == 0:
@@ -217,18 +240,26 @@ def load_optimizer(
         else:
             value = torch.empty_like(parameters[owner], dtype=tensor.dtype).copy_(tensor)
         state.setdefault(parameters[owner], {})[key] = value.detach()
-    groups = selected(_GROUP, tensors)
+    if len({frozenset(values) for values in state.values()}) > 1:
+        raise UserError("The checkpoint's optimizer state is not whole. Train anew.")
+    stored = selected(_GROUP, tensors)
+    groups: list[dict[str, Any]] = []
     for index, group in enumerate(optimizer.param_groups):
+        groups.append({})
         for key, value in _numbers(group).items():
             name = f"{index}/{key}"
-            if name not in groups:
+            if name not in stored:
                 raise UserError(
                     f"The checkpoint lacks the optimizer's {key!r} of group {index}. Train anew."
                 )
-            saved = groups[name].tolist()
-            group[key] = tuple(saved) if isinstance(value, tuple) else type(value)(saved)
-    optimizer.state.clear()
-    optimizer.state.update(state)
+            saved = stored[name].tolist()
+            if isinstance(saved, list) != isinstance(value, tuple):
+                raise UserError(
+                    f"The checkpoint's {key!r} of the optimizer's group {index}: expected one like "
+                    f"{value}, got {saved}. Train anew."
+                )
+            groups[-1][key] = tuple(saved) if isinstance(value, tuple) else type(value)(saved)
+    return state, groups
 
 
 def training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -242,9 +273,24 @@ def load_training(
     tensors: Mapping[str, Tensor],
     source: Path | str,
 ) -> None:
-    """Restore what `training_tensors` took; `source` is where it came from, for messages."""
+    """Restore what `training_tensors` took; `source` is where it came from, for messages.
+
+    Raises UserError where it does not fit; nothing is changed then.
+    """
+    check_training(module, optimizer, tensors, source)
     load_module(module, selected("model/", tensors), source)
     load_optimizer(optimizer, module, tensors)
+
+
+def check_training(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+    source: Path | str,
+) -> None:
+    """UserError where `load_training` would raise it."""
+    check_fit(module.state_dict(), selected("model/", tensors), source, type(module).__name__)
+    _optimizer_state(optimizer, module, tensors)
 
 
 def write_error(path: Path | str, error: Exception) -> UserError:

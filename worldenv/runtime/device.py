@@ -40,7 +40,8 @@ def pick(name: str = "auto") -> torch.device:
     if (device.index or 0) >= count:
         build = "" if torch.version.cuda else " This torch is a CPU build: install a CUDA build."
         raise UserError(
-            f"Device {name!r} was asked for, but torch sees {count} GPUs.{build} Use --device auto."
+            f"Device {name!r} was asked for, but torch sees {count} GPUs.{build} "
+            "Ask for auto: worldenv-train --device auto, or `device` in a run folder's config.json."
         )
     return torch.device("cuda", device.index or 0)
 

@@ -35,8 +35,8 @@ def require_expert(suite: str) -> None:
     if suite not in EXPERT_SUITES:
         raise UserError(
             f"{suite}: expected demonstration files, got none: the scripted expert solves "
-            f"{' and '.join(EXPERT_SUITES)} only. Name files or folders with --data PATH, such as "
-            f"the benchmark's own {suite}/<task>_demo.hdf5."
+            f"{' and '.join(EXPERT_SUITES)} only. Name files or folders "
+            f"(worldenv-train --data PATH), such as the benchmark's own {suite}/<task>_demo.hdf5."
         )
 
 

@@ -98,8 +98,10 @@ def describe(stages: dict[str, float]) -> str:
         kind = name.partition("-")[0]
         kinds[kind] = kinds.get(kind, 0.0) + seconds
     total = sum(kinds.values())
-    parts = ", ".join(f"{k} {_minutes(v)}" for k, v in kinds.items() if v > 0.03 * total)
-    return f"about {_minutes(total)} on {parallel.threads()} threads of this machine: {parts}"
+    long = [f"{k} {_minutes(v)}" for k, v in kinds.items() if v > max(30.0, 0.03 * total)]
+    threads = parallel.threads()
+    where = f"{threads} thread{'s' if threads > 1 else ''} of this machine"
+    return f"about {_minutes(total)} on {where}" + (f": {', '.join(long)}" if long else "")
 
 
 def _minutes(seconds: float) -> str:

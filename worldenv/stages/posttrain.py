@@ -295,12 +295,22 @@ def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, d
             raise UserError(f"{path}: totals: expected {[*fresh]}, got {[*totals]}")
         if totals["kept_iteration"] is not None:
             store.load("policy", best)
+        restored = _restored(learner, tensors)
+        for part in restored:
+            checkpoint.check_training(*part, path)
     except UserError as error:
         print(f"the round begins anew: {error}")
         return 0, fresh
-    critic: dict[str, Tensor] = checkpoint.selected("critic/", tensors)
-    own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
-    checkpoint.load_training(learner.policy, learner.optimizer, own, path)
-    if learner.critic is not None:
-        checkpoint.load_training(learner.critic, learner.critic_optimizer, critic, path)
+    for part in restored:
+        checkpoint.load_training(*part, path)
     return metadata["step"], totals
+
+
+def _restored(learner: Learner, tensors: dict[str, Tensor]) -> list[tuple]:
+    """What a checkpoint of `_save` restores: modules, their optimizers, and the tensors of each."""
+    own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
+    parts = [(learner.policy, learner.optimizer, own)]
+    if learner.critic is not None:
+        critic = checkpoint.selected("critic/", tensors)
+        parts.append((learner.critic, learner.critic_optimizer, critic))
+    return parts

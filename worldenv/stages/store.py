@@ -66,10 +66,11 @@ def load(
         for name in ("image_size", "chunk"):
             own, asked = getattr(config.env, name), getattr(fits.env, name)
             if own != asked:
+                flag = f"--env.{name.replace('_', '-')}"
                 raise UserError(
                     f"{path}: this {kind} was trained with env.{name} {own}, got {asked}. Use the "
-                    f"configuration it was trained with (--env.{name.replace('_', '-')} {own}), or "
-                    "another checkpoint."
+                    f"preset or the run folder it was trained with (or worldenv-train {flag} "
+                    f"{own}), or another checkpoint."
                 )
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
 from worldenv.runtime import checkpoint, parallel, progress, signals
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
@@ -139,7 +140,12 @@ def _resume(
     tensors, metadata = found
     saved = checkpoint.selected("ema/", tensors)
     training = {k: v for k, v in tensors.items() if not k.startswith("ema/")}
-    checkpoint.load_training(module, optimizer, training, path)
+    try:
+        checkpoint.check_fit(average, saved, path, "moving average")
+        checkpoint.load_training(module, optimizer, training, path)
+    except UserError as error:
+        print(f"nothing to go on from, so the stage begins anew: {error}")
+        return 0, {}
     average.update(saved)
     return metadata["step"], metadata["tail"]
 
