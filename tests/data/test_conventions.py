@@ -82,11 +82,14 @@ def test_any_square_size_is_averaged():
         area_resize(np.zeros((1, 16, 20, 3), np.uint8), 8)
 
 
-def test_whole_ratios_average_to_the_same_bits_as_ever():
-    images = np.random.default_rng(0).integers(0, 256, (3, 128, 128, 3), dtype=np.uint8)
-    blocks = images.reshape(3, 64, 2, 64, 2, 3)
-    expected = (blocks.mean(axis=(2, 4), dtype=np.float32) + 0.5).astype(np.uint8)
-    assert np.array_equal(area_resize(images, 64), expected)
+@pytest.mark.parametrize(("side", "size"), [(128, 64), (96, 32), (70, 10), (224, 2), (128, 1)])
+def test_whole_ratios_average_to_the_same_bits_as_ever(side, size):
+    rng, block = np.random.default_rng(0), side // size
+    for low, high in ((0, 256), (127, 129)):
+        images = rng.integers(low, high, (9, side, side, 3), dtype=np.uint8)
+        blocks = images.reshape(9, size, block, size, block, 3)
+        expected = (blocks.mean(axis=(2, 4), dtype=np.float32) + 0.5).astype(np.uint8)
+        assert np.array_equal(area_resize(images, size), expected)
 
 
 def test_files_of_any_suffix_and_linked_folders_are_found(tmp_path, make_foreign):
