@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from bench.__main__ import machine, machine_file
@@ -28,7 +29,8 @@ SHOWN = 10  # ops of each kind of work
 def ops(step: Callable[[], object]) -> dict[str, float]:
     """Share of each op's own time in the work's, the largest first."""
     step()
-    with profile(activities=[ProfilerActivity.CPU]) as trace:
+    threads = _ExperimentalConfig(profile_all_threads=True)  # pieces run in the pool's
+    with profile(activities=[ProfilerActivity.CPU], experimental_config=threads) as trace:
         for _ in range(3):
             step()
     own = {e.key: e.self_cpu_time_total for e in trace.key_averages()}

@@ -31,6 +31,7 @@ from worldenv.config import (
 )
 from worldenv.data.episodes import read_episodes
 from worldenv.fields import Items, Range, bare, check
+from worldenv.models.policy import Policy
 from worldenv.presets import NAMES, preset
 from worldenv.report.statistics import wilson
 from worldenv.runtime import signals
@@ -283,6 +284,7 @@ def _preset_name(argv: list[str]) -> str:
 def _evaluate() -> None:
     arguments = parse(EvalArguments)
     run = open_run(arguments.run_dir)
+    policy = _policy(run, arguments.policy)
     part = run.config.evaluate
     part = replace(
         part,
@@ -290,7 +292,6 @@ def _evaluate() -> None:
         fixture_seeds=arguments.fixture_seeds or part.fixture_seeds,
     )
     run.config = replace(run.config, evaluate=part)
-    policy = store.load("policy", arguments.policy or _last_policy(run), fits=run.config)
     starts = evaluating.held_out_starts(run)
     outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
     wins = sum(o["success"] for o in outcomes)
@@ -347,13 +348,14 @@ def _imagine() -> None:
     config = run.config
     last = config.posttrain.rounds - 1
     checkpoints = run.dir / "checkpoints"
+    pipeline.check_made(run, [f"simulator-{last}", f"reflector-{last}"])
     simulator, reflector = (
         store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
         for kind in ("simulator", "reflector")
     )
     policy = None
     if arguments.episodes is None or arguments.drive == "policy":
-        policy = store.load("policy", arguments.policy or _last_policy(run), fits=config)
+        policy = _policy(run, arguments.policy)
     if arguments.episodes is not None:
         episodes = read_episodes(arguments.episodes, config.env.image_size)[: arguments.count]
     else:
@@ -376,5 +378,10 @@ def _imagine() -> None:
     run.close()
 
 
-def _last_policy(run: Run) -> Path:
-    return run.dir / "checkpoints" / f"policy-{run.config.posttrain.rounds - 1}.safetensors"
+def _policy(run: Run, named: Path | None) -> Policy:
+    """The policy named, or the run's post-trained one."""
+    last = run.config.posttrain.rounds - 1
+    if named is None:
+        pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
+    path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
+    return store.load("policy", path, fits=run.config)

@@ -28,13 +28,22 @@ def test_every_stage_but_the_cheapest_is_counted(rounds):
     assert counted == set(pipeline.steps(config)) - cheap
 
 
-def test_seconds_follow_from_costs_and_threads():
-    config = Config()
-    stages = estimate.estimate(config, COST)
-    assert stages["sft"] == pytest.approx(1000 * 32 * 0.01 / 2)
-    assert stages["simulator-0"] == pytest.approx(1000 * 4 * 0.1 / 2)
+def test_seconds_follow_from_costs():
+    stages = estimate.estimate(Config(), COST)
+    assert stages["sft"] == pytest.approx(1000 * 32 * 0.01)
+    assert stages["simulator-0"] == pytest.approx(1000 * 0.1)
+    slower = estimate.estimate(Config(), replace(COST, sample=0.03))
+    assert slower["explore-0"] == pytest.approx(3 * stages["explore-0"])
+    assert slower["simulator-0"] == stages["simulator-0"]
+
+
+def test_simulators_of_reality_are_one_to_a_thread():
+    """Costs are on all threads: twice as many at the same cost are half as fast each."""
+    one = replace(Config(), env=replace(Config().env, workers=1))
+    two = estimate.estimate(Config(), COST)["evaluate"]
+    assert estimate.estimate(one, COST)["evaluate"] == pytest.approx(2 * two)
     parallel.use_threads(1)
-    assert estimate.estimate(config, COST)["sft"] == pytest.approx(2 * stages["sft"])
+    assert estimate.estimate(Config(), COST)["evaluate"] == pytest.approx(two)
 
 
 def test_checks_in_reality_are_counted_once():

@@ -11,6 +11,7 @@ import sys
 import pytest
 from toy import NAMES, Toy
 
+from worldenv import cli
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
@@ -296,3 +297,41 @@ def test_a_lock_dies_with_its_process(tmp_path):
     finally:
         process.kill()
         process.stdout.close()
+
+
+@pytest.mark.parametrize("script", ["evaluate", "imagine"])
+def test_what_shows_a_run_refuses_what_the_run_did_not_make(toy, monkeypatch, script):
+    """worldenv-eval and -imagine took whatever lay in the folder for the run's."""
+    toy.run()
+    loaded = []
+
+    class Loaded(Exception):
+        pass
+
+    def load(kind, path, *_, **__):
+        loaded.append(path.name)
+        raise Loaded
+
+    monkeypatch.setattr(cli.store, "load", load)
+    monkeypatch.setattr(cli.sys, "argv", [script, "--run-dir", str(toy.folder)])
+    show = getattr(cli, f"_{script}")
+    last = toy.config().posttrain.rounds - 1
+    used = {"evaluate": f"posttrain-{last}", "imagine": f"reflector-{last}"}[script]
+    with pytest.raises(Loaded):
+        show()
+    (made,) = (p for p in toy.steps()[used].makes if p.endswith(".safetensors"))
+    toy.interrupt("simulator-0", "all", seed=5)
+    with pytest.raises(UserError, match=f"{last} in .* was made with other settings"):
+        show()
+    assert toy.run() == []
+    with pytest.raises(Loaded):
+        show()
+    whole = (toy.folder / made).read_bytes()
+    (toy.folder / made).write_bytes(whole[:-1] + b"?")
+    with pytest.raises(UserError, match=f"{used} in .* {made}, which is gone or changed"):
+        show()
+    if script == "evaluate":  # a named file is what the user says it is
+        cli.sys.argv += ["--policy", str(toy.folder / made)]
+        with pytest.raises(Loaded):
+            show()
+    assert len(loaded) == 2 + (script == "evaluate")

@@ -13,6 +13,7 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.stages import evaluate, pipeline, results
 from worldenv.stages.run import Run, Stage, Step, read_record
 
+COSTS = pipeline.estimate.Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01)
 NAMES = tuple(pipeline.steps(preset("smoke")))
 
 
@@ -42,6 +43,7 @@ class Toy:
         patch.setattr(evaluate, "STAGE", self._stage(evaluate.STAGE))
         patch.setattr(results, "report", self._report)
         patch.setattr(logging, "SummaryWriter", Board)
+        patch.setattr(pipeline.estimate, "calibrate", lambda config: COSTS)  # it takes seconds
 
     def config(self, **changes) -> Config:
         """The smoke preset; changes: of top-level fields, or of a part's ("sft__lr")."""

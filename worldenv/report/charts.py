@@ -8,6 +8,7 @@ for those who cannot see them. The same data give the same bytes.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from worldenv.runtime import places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +171,8 @@ def bar(share: float, colour: str = "accent") -> str:
 def _draw(
     title: str, description: str, size: tuple[int, int], paint: Callable[[Axes], None]
 ) -> str:
-    # Loaded when a page is drawn: no command should wait for it at its start.
+    # Loaded when a page is drawn: no command should wait for it at its start. It writes a cache.
+    os.environ.update(places.library_environment(os.environ))
     import matplotlib
     from matplotlib.figure import Figure
 

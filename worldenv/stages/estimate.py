@@ -1,9 +1,9 @@
 """How long a run will take on this machine, from a calibration of a few seconds.
 
-A shard's gradient of each model and a batch of imagined frames are timed at the configuration's own
-sizes on random pictures; the rest is arithmetic. The physics is not started for it: its cost
-follows that of imitation by a ratio measured on two machines (results/profile).
-Liberty: episodes are counted as if they used most of their time, so the estimate errs upward.
+A step of each model and a batch of imagined frames are timed on all threads, at the configuration's
+own sizes on random pictures; the rest is arithmetic. The physics is not started for it: its cost
+follows that of imitation by the ratio of the profiled run (results/profile). Fetching batches and
+writing files is not counted: a twentieth of that run.
 """
 
 import time
@@ -23,52 +23,54 @@ from worldenv.runtime.seeds import generator
 from worldenv.stages import store
 
 LENGTH = 0.8  # of max_chunks that an episode lasts, on average
-# Chunks of 8 control steps with both cameras at 64 px, in gradients of the default policy on one
-# sample (primitive pack; see results/profile).
-REAL_CHUNK = 7.0
+IMAGINED = 0.6  # of max_chunks: contexts begin in mid-episode, and some are drawn twice
+# A chunk of 8 control steps with both cameras at 64 px on the primitive pack, and the policy's
+# answer, in gradients of the default policy on one sample; each on one thread.
+REAL_CHUNK = 11.5
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Processor seconds on one thread of what a run consists of."""
+    """Seconds on all threads of what a run consists of."""
 
-    sample: float  # the policy's gradient, per sample
-    window: float  # the simulator's, per shard of its batch
-    judged: float  # the reflector's, per shard
-    frame: float  # imagined, acted on and judged, per row
+    sample: float  # of imitation
+    window: float  # a step of the simulator's training
+    judged: float  # a step of the reflector's
+    frame: float  # imagined, acted on and judged, in one row
 
 
 def calibrate(config: Config) -> Costs:
     """Time the models of a configuration, on the CPU."""
     policy, simulator = store.build("policy", config), store.build("simulator", config)
     reflector = store.build("reflector", config)
-    n, rows = parallel.SHARDS, max(1, config.posttrain.rows // parallel.SHARDS)
+    n = parallel.SHARDS
+    rows = max(1, config.posttrain.rows // n)
     samples, windows, judged = (
         part.batch // n for part in (config.sft, config.simulator, config.reflector)
     )
+    imagination = [lambda: imagine(simulator, reflector, policy, config, rows)] * n
     return Costs(
-        _seconds(lambda: _gradient(policy, policy_loss(policy, config, samples))) / samples,
-        _seconds(lambda: _gradient(simulator, simulator_loss(simulator, config, windows))),
-        _seconds(lambda: _gradient(reflector, reflector_loss(reflector, config, judged))),
-        _seconds(lambda: imagine(simulator, reflector, policy, config, rows)) / rows,
+        _step(policy, lambda: policy_loss(policy, config, samples)) / config.sft.batch,
+        _step(simulator, lambda: simulator_loss(simulator, config, windows)),
+        _step(reflector, lambda: reflector_loss(reflector, config, judged)),
+        _seconds(lambda: parallel.run(imagination)) / (rows * n),
     )
 
 
 def estimate(config: Config, cost: Costs) -> dict[str, float]:
     """Seconds that each stage of a run will take on this machine's threads, in their order."""
-    shards, threads = parallel.SHARDS, min(parallel.threads(), parallel.SHARDS)
+    threads = min(parallel.threads(), parallel.SHARDS)
     sft, sim, ref, rl = config.sft, config.simulator, config.reflector, config.posttrain
     tasks, chunks = len(config.env.tasks), LENGTH * config.max_chunks
-    frame, sample = cost.frame / threads, cost.sample / threads
-    real = REAL_CHUNK * cost.sample * chunks / min(config.env.workers, parallel.threads())
-    # Contexts begin in mid-episode; a critic is as large as the policy.
-    decisions = rl.contexts * rl.group * 0.6 * chunks
-    iteration = decisions * (frame + (2 if rl.critic else 1) * sample)
+    workers = min(config.env.workers, parallel.threads())
+    real = REAL_CHUNK * cost.sample * threads * chunks / workers
+    decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
+    iteration = decisions * (cost.frame + (2 if rl.critic else 1) * cost.sample)  # it is as large
     held_out = (config.evaluate.starts[1] - config.evaluate.starts[0]) * tasks
     scripted = 0 if config.data.paths else config.collect.demonstrations
     stages = {
         "demonstrations": scripted * tasks * 2 * real,
-        "sft": sft.steps * sft.batch * sample,
+        "sft": sft.steps * sft.batch * cost.sample,
     }
     explored = 0
     for n in range(rl.rounds):
@@ -80,10 +82,9 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
         steps = (sim.refresh_steps, ref.refresh_steps) if n else (sim.steps, ref.steps)
         stages |= {
             f"explore-{n}": new * real,
-            f"simulator-{n}": steps[0] * cost.window * shards / threads,
+            f"simulator-{n}": steps[0] * cost.window,
             # Replays of all episodes to train on, and new ones to calibrate the threshold.
-            f"reflector-{n}": steps[1] * cost.judged * shards / threads
-            + (explored + 2 * new) * chunks * frame,
+            f"reflector-{n}": steps[1] * cost.judged + (explored + 2 * new) * chunks * cost.frame,
             f"posttrain-{n}": iterations * iteration
             + checks * rl.real_check_episodes * tasks * real,
         }
@@ -108,16 +109,22 @@ def _minutes(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
 
 
+def _step(module: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """Of a training step in shards, each of this loss."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    pieces = [lambda: (loss(), None)] * parallel.SHARDS
+    return _seconds(lambda: parallel.gradients(parameters, pieces))
+
+
 def _seconds(work: Callable[[], object]) -> float:
-    """Processor time of the fastest of a few on one thread, after one that warms up: what a quiet
-    machine takes."""
+    """Of the fastest of a few, after one that warms up."""
     work()
     best, begun = float("inf"), time.perf_counter()
     for _ in range(3):
-        start = time.thread_time()
+        start = time.perf_counter()
         work()
-        best = min(best, time.thread_time() - start)
-        if time.perf_counter() - begun > 0.5:
+        best = min(best, time.perf_counter() - start)
+        if time.perf_counter() - begun > 1.0:
             break
     return best
 
@@ -152,11 +159,6 @@ def reflector_loss(reflector: Reflector, config: Config, batch: int) -> Tensor:
     """Of the reflector, on B random pairs of frames."""
     words = ["go"] * batch
     return reflector(_pictures(config, batch, 2), torch.zeros(batch, 2, 8), words).square().mean()
-
-
-def _gradient(module: nn.Module, loss: Tensor) -> None:
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    torch.autograd.grad(loss, parameters, allow_unused=True)
 
 
 @torch.no_grad()

@@ -100,6 +100,19 @@ def run_stage(
     return records.perform(run, target, marks[target.name])
 
 
+def check_made(run: Run, names: Iterable[str], otherwise: str = "") -> None:
+    """UserError unless the steps `names` are finished as the run's configuration makes them, and
+    their artifacts are as they made them. otherwise: what else can be done, for the message.
+    """
+    every, marks = steps(run.config), _marks(run, {})
+    for name in names:
+        if not records.finished(run.dir, every[name], marks[name]):
+            raise UserError(
+                f"{name} in {run.dir} {records.standing(run.dir, every[name], marks[name])}. Run "
+                f"worldenv-train in this folder, with its settings, first{otherwise}."
+            )
+
+
 def check_round(config: Config, number: int) -> None:
     """UserError unless `number` is one of the run's rounds."""
     if not 0 <= number < config.posttrain.rounds:

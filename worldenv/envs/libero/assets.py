@@ -15,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -27,15 +27,15 @@ from worldenv.envs.libero.primitive_assets import (
     pack_version,
     write_pack,
 )
-from worldenv.runtime import graphics
+from worldenv.runtime import graphics, places
 from worldenv.runtime.errors import UserError, nearest
 
 ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
-CACHE_VARIABLE = "WORLDENV_CACHE"
 ASSETS_ORIGIN = (
     "the folder libero/libero/assets of LIBERO's GitHub repository, Lifelong-Robot-Learning/LIBERO "
     "(a clone has it), or the asset set that the package hf-libero downloads from its hub"
 )
+_ATTEMPTS = 20  # to put a pack in its place while others do
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90")
 LIBERO_INSTALL = (
     'pip install "mujoco<3.9" robosuite==1.4.0 bddl==1.0.1 gymnasium easydict cloudpickle '
@@ -76,13 +76,6 @@ class AssetSource:
 
     path: Path
     kind: Literal["official", "primitive"]
-
-
-def default_cache_dir() -> Path:
-    """The folder for what we write outside run folders: $WORLDENV_CACHE, else the user's cache."""
-    if os.environ.get(CACHE_VARIABLE):
-        return Path(os.environ[CACHE_VARIABLE]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "worldenv"
 
 
 def libero_root() -> Path:
@@ -155,7 +148,7 @@ def resolve_assets(explicit: Path | None, suite: str, cache_dir: Path | None = N
             f"--assets). Without them only {', '.join(PRIMITIVE_SUITES)} runs, on our primitive "
             "pack."
         )
-    return AssetSource(_cached_pack(cache_dir or default_cache_dir()), "primitive")
+    return AssetSource(_cached_pack(cache_dir or places.cache_dir()), "primitive")
 
 
 def is_primitive(path: Path) -> bool:
@@ -241,31 +234,50 @@ def _cached_pack(cache_dir: Path) -> Path:
     Written beside its place and renamed, so a reader never sees half a pack, and of two processes
     that write at once the second finds the first's.
     """
-    version = pack_version()
-    target = cache_dir / f"primitive-{version}"
-    if is_primitive(target) and (target / STAMP_FILE).read_text(encoding="utf-8") == version:
+    target = cache_dir / f"primitive-{pack_version()}"
+    if _is_whole(target):
         return target
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".primitive-", dir=cache_dir))
         try:
-            write_pack(scratch)
-            scratch.chmod(0o755)
-            if target.exists() and not is_primitive(target):
-                shutil.rmtree(target)
-            try:
-                scratch.rename(target)
-            except OSError:
-                if not is_primitive(target):  # anything but "another process was first"
-                    raise
+            write_pack(scratch / "pack")
+            (scratch / "pack").chmod(0o755)
+            _put(scratch / "pack", target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise UserError(
             f"Could not write the primitive asset pack into {cache_dir}: {error}. Free some space, "
-            f"or set {CACHE_VARIABLE} to a folder you may write to."
+            f"or set {places.CACHE_VARIABLE} to a folder you may write to."
         ) from error
     return target
+
+
+def _put(pack: Path, target: Path) -> None:
+    """Renames `pack` to `target`, unless a whole pack is there; what is none moves beside `pack`.
+
+    Other processes may do the same at any moment: every step may find that it is done.
+    """
+    for attempt in range(_ATTEMPTS):
+        try:
+            pack.rename(target)
+            return
+        except OSError as error:
+            refusal = error
+        if _is_whole(target):
+            return
+        with suppress(FileNotFoundError):  # another process moved it
+            target.rename(pack.with_name(f"broken-{attempt}"))
+    raise refusal
+
+
+def _is_whole(path: Path) -> bool:
+    """True if `path` is a pack of today's version: the stamp is the last file written."""
+    try:
+        return (path / STAMP_FILE).read_text(encoding="utf-8") == pack_version()
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def configure_libero(path: Path) -> None:
@@ -279,7 +291,7 @@ def configure_libero(path: Path) -> None:
     if not path.is_dir():
         raise UserError(f"The assets folder {path} does not exist. Name an existing folder.")
     graphics.adopt()
-    os.environ.update(library_environment(os.environ))
+    os.environ.update(places.library_environment(os.environ))
     _prefer(root)
     import_robosuite()
     config = _write_config(root, path)
@@ -321,7 +333,7 @@ def _write_config(root: Path, assets: Path) -> Path:
     text = "".join(f"{key}: '{str(value).replace(chr(39), chr(39) * 2)}'\n"
                    for key, value in values.items())  # fmt: skip
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    folder = default_cache_dir() / f"libero-config-{digest}"
+    folder = places.cache_dir() / f"libero-config-{digest}"
     target = folder / "config.yaml"
     if target.is_file() and target.read_text(encoding="utf-8") == text:
         return target
@@ -334,29 +346,9 @@ def _write_config(root: Path, assets: Path) -> Path:
     except OSError as error:
         raise UserError(
             f"Could not write LIBERO's config into {folder}: {error}. Free some space, or set "
-            f"{CACHE_VARIABLE} to a folder you may write to."
+            f"{places.CACHE_VARIABLE} to a folder you may write to."
         ) from error
     return target
-
-
-def library_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """`base` with every folder that the simulator's libraries write to below our cache.
-
-    Raises UserError if that folder cannot be written to.
-    """
-    folder = default_cache_dir() / "libraries"
-    places = {"NUMBA_CACHE_DIR": "numba", "MPLCONFIGDIR": "matplotlib", "TMPDIR": "tmp"}
-    try:
-        for name in places.values():
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder / name):
-                pass
-    except OSError as error:
-        raise UserError(
-            f"The simulator's libraries need a folder to write to, and {folder} is not one: "
-            f"{error}. Set {CACHE_VARIABLE} to a folder you may write to."
-        ) from error
-    return dict(base) | {key: str(folder.absolute() / name) for key, name in places.items()}
 
 
 def import_robosuite() -> None:
@@ -371,6 +363,7 @@ def import_robosuite() -> None:
     macros = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL = None
+    macros.ENABLE_NUMBA = True  # a user's macros_private may differ; step.py compiles with it
     sys.modules["robosuite.macros"] = macros
     logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # its advice about a macro file
     import robosuite

@@ -27,8 +27,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import worldenv
-from worldenv.envs.libero.assets import library_environment
-from worldenv.runtime import graphics
+from worldenv.runtime import graphics, places
 from worldenv.runtime.errors import UserError
 
 Command = tuple[str, Any]
@@ -169,7 +168,7 @@ class WorkerPool:
 
     def _start(self) -> _Worker:
         chosen = graphics.environment(graphics.choose(), os.environ)
-        environment = library_environment(chosen) | dict.fromkeys(_THREADS, "1")
+        environment = places.library_environment(chosen) | dict.fromkeys(_THREADS, "1")
         ours, theirs = Pipe()
         package = str(Path(worldenv.__file__).parents[1])
         inherited = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
