@@ -8,7 +8,6 @@ benchmark's signal has fired by then. Policies act on their mean.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from worldenv.envs.start import Start
@@ -82,7 +81,7 @@ def evaluate_policy(
     keep: Callable[[list[dict]], None] | None = None,
 ) -> list[dict]:
     """One deterministic episode per start: task, start, seed, success, steps and, with a
-    reflector, success_no_oracle and stop_step.
+    reflector, success_no_oracle and stop_step (None where it did not end the episode first).
 
     keep is called with all outcomes so far from time to time.
     """
@@ -106,7 +105,7 @@ def evaluate_policy(
                 lambda env: _Ruling(starts, note, reflector),
                 seeds=[0] * len(starts),
                 noise=None,
-                terminate="success" if reflector is None else "never",
+                terminate="success",
             )
         finally:
             policy.to(device)
@@ -119,8 +118,9 @@ EVERY = torch.ones(1, dtype=torch.bool)  # the rows of an environment of one
 
 
 class _Ruling(Watcher):
-    """What came of each episode, by the benchmark's word and, if there is one, the reflector's;
-    episodes go on until both have spoken.
+    """What came of each episode, by the benchmark's word and, if there is one, the reflector's.
+
+    Once the benchmark's signal has fired nothing that follows changes either, so it is the end.
     """
 
     def __init__(
@@ -149,12 +149,10 @@ class _Ruling(Watcher):
         seen = (view["image"], view["proprio"], view["instruction"])
         return float(self.judge.watch(*seen, EVERY))
 
-    def stop(self, observation: dict, info: dict, live: np.ndarray) -> np.ndarray:
-        """Once both the benchmark and the reflector have spoken."""
-        return live & info["success"] & (self.verdict is not None)
-
     def finish(self, episode: int, info: dict) -> None:
-        """Without the oracle an episode the reflector never ends runs to the last step."""
+        """Where the reflector has not spoken it would later, or at the last step: the signal has
+        fired by then, or never does.
+        """
         start = self.starts[episode]
         outcome = {
             "task": start.task,
