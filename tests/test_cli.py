@@ -74,21 +74,26 @@ def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
     path = run.dir / "checkpoints" / "policy-1.safetensors"
     store.save("policy", store.build("policy", run.config), run.config, path)
     out = tmp_path / "outcomes.json"
-    done = call("evaluate", "--run-dir", str(run.dir), "--starts", "0", "1", "--out", str(out))
+    words = ["--run-dir", str(run.dir), "--starts", "0", "1", "--out", str(out)]
+    done = call("evaluate", *words)
+    assert done.returncode == 2
+    assert "posttrain-1 in" in done.stderr
+    assert "has not run" in done.stderr
+    done = call("evaluate", *words, "--policy", str(path))
     assert done.returncode == 0, done.stderr
     assert "success 0/1 = 0.0% (95% interval 0.0% to 79.3%)" in done.stdout
     episodes = json.loads(out.read_text())["episodes"]
     assert [(e["start"], e["success"]) for e in episodes] == [(0, False)]
 
 
-def test_eval_and_imagine_refuse_a_policy_of_another_chunk_or_image_size(run):
+def test_eval_refuses_a_policy_of_another_chunk_or_image_size(run):
     path = run.dir / "checkpoints" / "policy-1.safetensors"
     store.save("policy", store.build("policy", run.config), run.config, path)
     config = json.loads((run.dir / "config.json").read_text())
     for name, value in (("chunk", 4), ("image_size", 32)):
         env = {**config["env"], name: value}
         (run.dir / "config.json").write_text(json.dumps({**config, "env": env}))
-        done = call("evaluate", "--run-dir", str(run.dir))
+        done = call("evaluate", "--run-dir", str(run.dir), "--policy", str(path))
         assert done.returncode == 2, done.stderr
         assert f"this policy was trained with env.{name} {config['env'][name]}" in done.stderr
         assert "Traceback" not in done.stderr

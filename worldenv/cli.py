@@ -217,13 +217,13 @@ def _list_of_numbers(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | 
 @_WORDS.primitive_rule
 def _path(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
     """A path. An empty word is none, though Python takes it for the folder one is in."""
-    if info.type is not Path:
+    if info.type is not Path and set(get_args(info.type)) != {Path, type(None)}:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
         instance_from_str=lambda words: _named_path(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
+        is_instance=lambda value: value is None or isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
     )
 
@@ -238,7 +238,7 @@ def _list_of_paths(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | No
         metavar="PATH [PATH ...]",
         instance_from_str=lambda words: tuple(map(_named_path, words or [""])),
         is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(path) for path in value],
+        str_from_instance=lambda value: [str(path) for path in value] or ["none"],
     )
 
 
