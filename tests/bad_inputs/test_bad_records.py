@@ -49,7 +49,7 @@ def test_a_damaged_record_is_named(name, run):
 
 def test_a_folder_where_a_record_belongs_is_named(run):
     run.path("stages", "sft.json").mkdir()
-    with pytest.raises(UserError, match="sft"):
+    with pytest.raises(UserError, match=r"sft\.json is a folder where a file belongs"):
         run.record("sft")
 
 

@@ -74,7 +74,7 @@ def load(
             "checkpoint that worldenv wrote; PyTorch's own files are pickles, which are not opened."
         ) from error
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.") from error
+        raise read_error(path, error) from error
 
 
 def _metadata(header: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -291,6 +291,13 @@ def check_training(
     """UserError where `load_training` would raise it."""
     check_fit(module.state_dict(), selected("model/", tensors), source, type(module).__name__)
     _optimizer_state(optimizer, module, tensors)
+
+
+def read_error(path: Path | str, error: OSError) -> UserError:
+    """The UserError for a failed read of the file `path`."""
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path} is a folder where a file belongs. Move it away, or rename it.")
+    return UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.")
 
 
 def write_error(path: Path | str, error: Exception) -> UserError:

@@ -16,8 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.logging import read_metrics
 from worldenv.stages.run import Run, Step, read_record, write_record
 
@@ -140,7 +139,7 @@ def sha256(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.") from error
+        raise read_error(path, error) from error
 
 
 # ---------------------------------------------------------------- what lies where

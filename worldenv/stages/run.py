@@ -17,7 +17,7 @@ from typing import Any
 from worldenv.config import Config, fingerprint, load, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
-from worldenv.runtime.checkpoint import write_error
+from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
@@ -178,7 +178,7 @@ def read_record(path: Path) -> dict | None:
     except (ValueError, RecursionError):
         record = None
     except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.") from error
+        raise read_error(path, error) from error
     # Sealed under its name: cut short, edited or another's, it is not taken for this one.
     if isinstance(record, dict) and record.pop("seal", None) == fingerprint(path.name, record):
         return record
