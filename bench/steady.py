@@ -5,7 +5,8 @@
 
 Each kind of work of a run is repeated for a few seconds on every core: quiet, then beside a process
 that does nothing but count. Before that its gradients are computed on one, two and four threads and
-compared bit for bit. The machine must be quiet otherwise.
+compared bit for bit (of imagined and real episodes the tests do that). The machine must be quiet
+otherwise.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 
 from bench.__main__ import RESULTS, machine, machine_file
 from worldenv.config import Config
+from worldenv.envs.start import Start
 from worldenv.models.policy import Critic
 from worldenv.runtime import parallel
 from worldenv.runtime.revision import commit
 from worldenv.stages import estimate, store
+from worldenv.stages.reality import Reality, Watcher
 from worldenv.stages.run import write_json
 
 LIMIT = 2.0
@@ -83,13 +86,35 @@ def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
     }
 
 
-def same_bits(step: Callable[[], list[Tensor]]) -> bool:
-    """Whether 1, 2 and 4 threads give the same gradients."""
+def episodes(reality: Reality) -> Callable[[], list[Tensor]]:
+    """One real episode for every worker, of an untrained policy."""
+    config = reality.config
+    policy = store.build("policy", config).eval()
+    starts = [Start(config.env.tasks[0], index, 0) for index in range(config.env.workers)]
+
+    def step() -> list[Tensor]:
+        reality.roll_out(
+            policy,
+            starts,
+            lambda env: Watcher(),
+            seeds=[0] * len(starts),
+            noise=None,
+            terminate="never",
+        )
+        return []
+
+    return step
+
+
+def same_bits(step: Callable[[], list[Tensor]]) -> bool | None:
+    """Whether 1, 2 and 4 threads give the same gradients; None of work that has none."""
     results = []
     for count in (1, 2, 4):
         parallel.use_threads(count)
         results.append([g.clone() for g in step()])
     parallel.use_threads()
+    if not results[0]:
+        return None
     return all(all(map(torch.equal, results[0], other)) for other in results[1:])
 
 
@@ -110,8 +135,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help=f"fail beyond {LIMIT} times")
     arguments = parser.parse_args()
     parallel.use_threads()
-    rows = []
-    for name, step in work(Config()).items():
+    config = Config()
+    reality, rows = Reality(config), []
+    for name, step in {**work(config), "real episodes": episodes(reality)}.items():
         bits = same_bits(step)
         quiet = milliseconds(step)
         neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
@@ -121,14 +147,16 @@ def main() -> int:
             neighbour.kill()
             neighbour.wait()
         rows.append({"work": name, "quiet_ms": quiet, "ratio": busy / quiet, "same_bits": bits})
+        compared = {True: ", same bits on 1, 2 and 4 threads", False: ", OTHER BITS", None: ""}
         print(
-            f"{name:22} {quiet:7.1f} ms quiet, {busy / quiet:.2f} times that beside a neighbour, "
-            f"{'same bits' if bits else 'OTHER BITS'} on 1, 2 and 4 threads"
+            f"{name:22} {quiet:7.1f} ms quiet, {busy / quiet:.2f} times that beside a neighbour"
+            f"{compared[bits]}"
         )
+    reality.close()
     about = {**machine(), "threads": parallel.threads()}
     report = {"command": "python -m bench.steady", "commit": commit(), "machine": about}
     write_json(RESULTS / f"steady-{machine_file(about)}", {**report, "work": rows})
-    bad = [r["work"] for r in rows if r["ratio"] > LIMIT or not r["same_bits"]]
+    bad = [r["work"] for r in rows if r["ratio"] > LIMIT or r["same_bits"] is False]
     if arguments.check and bad:
         print(f"more than {LIMIT} times, or other bits: {', '.join(bad)}", file=sys.stderr)
         return 1
