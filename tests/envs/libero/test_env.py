@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 from worldenv.data.episode import check_episode
@@ -21,6 +23,7 @@ from worldenv.runtime.errors import UserError
 pytest.importorskip("robosuite", reason="robosuite is not installed")
 pytest.importorskip("libero", reason="hf-libero is not installed")
 
+from worldenv.envs.libero import worker
 from worldenv.envs.libero.env import LiberoEnv, LiberoVectorEnv
 from worldenv.envs.libero.pool import WorkerError
 from worldenv.envs.libero.worker import (
@@ -419,3 +422,18 @@ def test_no_process_outlives_its_parent(how):
             break
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{worker}")
+
+
+def test_init_states_are_read_by_several_threads_at_once(monkeypatch):
+    """torch's list of what may be unpickled is the process's: one reader emptied it for another."""
+    load = torch.load
+
+    def slow(path, **arguments):
+        time.sleep(0.02 * int(path.name.startswith("pick_up_the_black_bowl_from")))
+        return load(path, **arguments)
+
+    monkeypatch.setattr(torch, "load", slow)
+    worker._init_states.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda task: read_init_state(SUITE, Start(task, 0, 0)), range(10)))
+    assert [state.ndim for state in found] == [1] * 10

@@ -18,6 +18,7 @@ Liberties against LIBERO's own wrapper:
 """
 
 import atexit
+import threading
 import weakref
 from functools import cache
 from pathlib import Path
@@ -284,6 +285,9 @@ def read_init_state(suite: str, start: Start) -> np.ndarray | None:
     return states[start.index]
 
 
+_READING = threading.Lock()
+
+
 @cache
 def _init_states(suite: str, task: int) -> np.ndarray:
     """All init states [50, 1 + nq + nv] of a task, read without running pickled code."""
@@ -298,7 +302,8 @@ def _init_states(suite: str, task: int) -> np.ndarray:
         np.dtypes.Float64DType,
     ]
     try:
-        with torch.serialization.safe_globals(allowed):
+        # What is allowed is the process's, not the thread's: another's end would end ours.
+        with _READING, torch.serialization.safe_globals(allowed):
             return np.asarray(torch.load(path, weights_only=True))
     except FileNotFoundError as error:
         raise UserError(
