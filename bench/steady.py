@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -129,6 +130,24 @@ def milliseconds(step: Callable[[], object]) -> float:
     return 1000 * statistics.fmean(spent)
 
 
+def measured(name: str, step: Callable[[], list[Tensor]]) -> dict[str, object]:
+    """A row of the table, which is printed."""
+    bits = same_bits(step)
+    quiet = milliseconds(step)
+    neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        busy = milliseconds(step)
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    compared = {True: ", same bits on 1, 2 and 4 threads", False: ", OTHER BITS", None: ""}
+    print(
+        f"{name:22} {quiet:7.1f} ms quiet, {busy / quiet:.2f} times that beside a neighbour"
+        f"{compared[bits]}"
+    )
+    return {"work": name, "quiet_ms": quiet, "ratio": busy / quiet, "same_bits": bits}
+
+
 def main() -> int:
     """Parses the command line, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -136,23 +155,9 @@ def main() -> int:
     arguments = parser.parse_args()
     parallel.use_threads()
     config = Config()
-    reality, rows = Reality(config), []
-    for name, step in {**work(config), "real episodes": episodes(reality)}.items():
-        bits = same_bits(step)
-        quiet = milliseconds(step)
-        neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        try:
-            busy = milliseconds(step)
-        finally:
-            neighbour.kill()
-            neighbour.wait()
-        rows.append({"work": name, "quiet_ms": quiet, "ratio": busy / quiet, "same_bits": bits})
-        compared = {True: ", same bits on 1, 2 and 4 threads", False: ", OTHER BITS", None: ""}
-        print(
-            f"{name:22} {quiet:7.1f} ms quiet, {busy / quiet:.2f} times that beside a neighbour"
-            f"{compared[bits]}"
-        )
-    reality.close()
+    with closing(Reality(config)) as reality:
+        works = {**work(config), "real episodes": episodes(reality)}
+        rows = [measured(name, step) for name, step in works.items()]
     about = {**machine(), "threads": parallel.threads()}
     report = {"command": "python -m bench.steady", "commit": commit(), "machine": about}
     write_json(RESULTS / f"steady-{machine_file(about)}", {**report, "work": rows})

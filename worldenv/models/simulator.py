@@ -85,12 +85,9 @@ class Simulator(nn.Module):
         self.action_in = nn.Sequential(
             nn.Linear(3 * proprio + 2 * commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
         )
+        known, h = 2 * (proprio + commands), 256
         self.dynamics = nn.Sequential(
-            nn.Linear(2 * (proprio + commands), 256),
-            nn.SiLU(),
-            nn.Linear(256, 256),
-            nn.SiLU(),
-            nn.Linear(256, proprio),
+            nn.Linear(known, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, proprio)
         )
         self.blocks = nn.ModuleList(
             DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
