@@ -6,6 +6,12 @@ queries visits only the keys between its first visible and last visible frame, p
 so masked blocks are skipped rather than computed. Online softmax in base 2; the backward pass
 recomputes probabilities from the saved log-sum-exp.
 
+Teacher forcing (HALVES 1: queries of the noisy frames; 2: of the clean frames, then of the noisy
+ones) has keys of clean frames, `k`, and of as many noisy ones, `own_k`. A tile lies in one half.
+Noisy frame f sees the clean frames that clean frame f would see under a window of one less, and of
+the noisy ones itself alone: window 1, no sinks. So everything below knows one rule; programs apply
+it once or twice.
+
 Liberties taken: fixed tile sizes per head dim (nothing is tuned at run time, so the interpreter and
 ahead-of-time compilation see the same code); float32 inputs multiply in full precision; q/k norm
 and rotary stay outside.
@@ -19,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = 1.4426950408889634
+History = tuple[Tensor, Tensor] | None
 
 
 @triton.jit
@@ -37,6 +44,17 @@ def _load_rows(
     if not WHOLE:
         return tl.load(to, inside, other=0.0)
     return tl.load(to)
+
+
+@triton.jit
+def _half(n, HALVES: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the queries of this program: the first within its half, whether that half is noisy, and
+    how many stand before the half and in all."""
+    if HALVES == 0:
+        return tl.program_id(0) * BLOCK, 0, 0, n
+    tiles = tl.cdiv(n, BLOCK)
+    noisy = tl.program_id(0) // tiles + (2 - HALVES)
+    return tl.program_id(0) % tiles * BLOCK, noisy, noisy * (HALVES - 1) * n, HALVES * n
 
 
 @triton.jit
@@ -98,42 +116,48 @@ def _softmax_tile(
 
 @triton.jit
 def attention_fwd_kernel(
-    q, k, v, out, lse, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
-    heads, groups, frames, tokens, dim, window, sinks, scale,
+    q, k, v, own_k, own_v, out, lse, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
+    heads, groups, frames, tokens, dim, window, sinks, scale, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_M
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     n = frames * tokens
+    first, noisy, before, length = _half(n, HALVES, BLOCK_M)
     lane = tl.arange(0, BLOCK_M)
     rows = first + lane
     columns = tl.arange(0, BLOCK_D)
-    k_base = k + b * k_batch + (h // groups) * k_head
-    v_base = v + b * v_batch + (h // groups) * v_head
-    q_base = q + b * q_batch + h * q_head
+    k_at = b * k_batch + (h // groups) * k_head
+    v_at = b * v_batch + (h // groups) * v_head
+    q_base = q + b * q_batch + h * q_head + before * q_row
     queries = _load_rows(q_base, first, lane, q_row, columns, n, dim, True, WHOLE)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(first + BLOCK_M, n) - 1
-    a, begin, end, lead, full, edges = _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N)
-    for i in range(lead, lead + full):
-        acc, top, total = _softmax_tile(
-            begin + i * BLOCK_N, end, acc, top, total, queries, k_base, v_base, k_row, v_row, rows,
-            columns, dim, tokens, window, sinks, scale, False, WHOLE, BLOCK_N, PRECISION,
-        )  # fmt: skip
-    for t in range(edges):
-        at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
-        acc, top, total = _softmax_tile(
-            at, stop, acc, top, total, queries, k_base, v_base, k_row, v_row, rows,
-            columns, dim, tokens, window, sinks, scale, True, WHOLE, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    for part in range(1 + noisy):
+        own = part == 1
+        k_base, v_base = tl.where(own, own_k, k) + k_at, tl.where(own, own_v, v) + v_at
+        reach, kept = tl.where(own, 1, window - noisy), tl.where(own, 0, sinks)
+        a, begin, end, lead, full, edges = _seen_by_queries(
+            first, last, tokens, reach, kept, BLOCK_N
+        )
+        for i in range(lead, lead + full):
+            acc, top, total = _softmax_tile(
+                begin + i * BLOCK_N, end, acc, top, total, queries, k_base, v_base, k_row, v_row,
+                rows, columns, dim, tokens, reach, kept, scale, False, WHOLE, BLOCK_N, PRECISION,
+            )  # fmt: skip
+        for t in range(edges):
+            at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
+            acc, top, total = _softmax_tile(
+                at, stop, acc, top, total, queries, k_base, v_base, k_row, v_row, rows,
+                columns, dim, tokens, reach, kept, scale, True, WHOLE, BLOCK_N, PRECISION,
+            )  # fmt: skip
     inside = (rows[:, None] < n) & (columns[None, :] < dim)
-    to = out + ((b * n + rows[:, None]) * heads + h) * dim + columns[None, :]
+    to = out + ((b * length + before + rows[:, None]) * heads + h) * dim + columns[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), inside)
-    tl.store(lse + pair * n + rows, top + tl.log2(total), rows < n)
+    tl.store(lse + pair * length + before + rows, top + tl.log2(total), rows < n)
 
 
 @triton.jit
@@ -172,42 +196,47 @@ def _grad_query_tile(
 
 @triton.jit
 def attention_bwd_query_kernel(
-    q, k, v, grad, lse, delta, grad_q, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch,
-    v_row, v_head, heads, groups, frames, tokens, dim, window, sinks, scale, plain_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, own_k, own_v, grad, lse, delta, grad_q, q_batch, q_row, q_head, k_batch, k_row, k_head,
+    v_batch, v_row, v_head, heads, groups, frames, tokens, dim, window, sinks, scale, plain_scale,
+    HALVES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0) * BLOCK_M
     pair = tl.program_id(1).to(tl.int64)
     b, h = pair // heads, pair % heads
     n = frames * tokens
+    first, noisy, before, length = _half(n, HALVES, BLOCK_M)
     lane = tl.arange(0, BLOCK_M)
     rows = first + lane
     columns = tl.arange(0, BLOCK_D)
-    k_base = k + b * k_batch + (h // groups) * k_head
-    v_base = v + b * v_batch + (h // groups) * v_head
-    q_base = q + b * q_batch + h * q_head
+    k_at = b * k_batch + (h // groups) * k_head
+    v_at = b * v_batch + (h // groups) * v_head
+    q_base = q + b * q_batch + h * q_head + before * q_row
     queries = _load_rows(q_base, first, lane, q_row, columns, n, dim, True, WHOLE)
-    base = (b * n * heads + h) * dim
+    base = ((b * length + before) * heads + h) * dim
     g = _load_rows(grad + base, first, lane, heads * dim, columns, n, dim, True, WHOLE)
-    row_lse = tl.load(lse + pair * n + rows, rows < n, other=0.0)
-    row_delta = tl.load(delta + pair * n + rows, rows < n, other=0.0)
+    row_lse = tl.load(lse + pair * length + before + rows, rows < n, other=0.0)
+    row_delta = tl.load(delta + pair * length + before + rows, rows < n, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last = tl.minimum(first + BLOCK_M, n) - 1
-    a, begin, end, lead, full, edges = _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N)
-    for i in range(lead, lead + full):
-        acc = _grad_query_tile(
-            begin + i * BLOCK_N, end, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row,
-            v_row, rows, columns, dim, tokens, window, sinks, scale, False, WHOLE, BLOCK_N,
-            PRECISION,
-        )  # fmt: skip
-    for t in range(edges):
-        at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
-        acc = _grad_query_tile(
-            at, stop, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row,
-            v_row, rows, columns, dim, tokens, window, sinks, scale, True, WHOLE, BLOCK_N,
-            PRECISION,
-        )  # fmt: skip
+    for part in range(1 + noisy):
+        own = part == 1
+        k_base, v_base = tl.where(own, own_k, k) + k_at, tl.where(own, own_v, v) + v_at
+        reach, kept = tl.where(own, 1, window - noisy), tl.where(own, 0, sinks)
+        a, begin, end, lead, full, edges = _seen_by_queries(
+            first, last, tokens, reach, kept, BLOCK_N
+        )
+        for i in range(lead, lead + full):
+            acc = _grad_query_tile(
+                begin + i * BLOCK_N, end, acc, queries, g, row_lse, row_delta, k_base, v_base,
+                k_row, v_row, rows, columns, dim, tokens, reach, kept, scale, False, WHOLE, BLOCK_N,
+                PRECISION,
+            )  # fmt: skip
+        for t in range(edges):
+            at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
+            acc = _grad_query_tile(
+                at, stop, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row, v_row, rows,
+                columns, dim, tokens, reach, kept, scale, True, WHOLE, BLOCK_N, PRECISION,
+            )  # fmt: skip
     inside = (rows[:, None] < n) & (columns[None, :] < dim)
     to = grad_q + base + rows[:, None].to(tl.int64) * heads * dim + columns[None, :]
     tl.store(to, (acc * plain_scale).to(grad_q.dtype.element_ty), inside)
@@ -244,18 +273,27 @@ def _grad_key_tile(
 
 @triton.jit
 def attention_bwd_key_kernel(
-    q, k, v, grad, lse, delta, grad_k, grad_v, q_batch, q_row, q_head, k_batch, k_row, k_head,
-    v_batch, v_row, v_head, heads, groups, frames, tokens, dim, window, sinks, scale, plain_scale,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, k, v, own_k, own_v, grad, lse, delta, grad_k, grad_v, grad_own_k, grad_own_v, q_batch, q_row,
+    q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, groups, frames, tokens, dim,
+    window, sinks, scale, plain_scale, HALVES: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values; visits the queries of every head in its group that can see
-    it."""
-    first = tl.program_id(0) * BLOCK_N
+    """One tile of keys and values, of noisy frames first; visits the queries of every head in its
+    group that can see it, of clean frames first."""
     kv_heads = heads // groups
     pair = tl.program_id(1).to(tl.int64)
     b, kv = pair // kv_heads, pair % kv_heads
     n = frames * tokens
+    if HALVES == 0:
+        first, past, length = tl.program_id(0) * BLOCK_N, 1, n
+        visits = groups
+    else:
+        first = tl.program_id(0) % tl.cdiv(n, BLOCK_N) * BLOCK_N
+        past, length = tl.program_id(0) // tl.cdiv(n, BLOCK_N), HALVES * n
+        visits = groups * (1 + past * (HALVES - 1))
+        k, v = tl.where(past == 1, k, own_k), tl.where(past == 1, v, own_v)
+        grad_k = tl.where(past == 1, grad_k, grad_own_k)
+        grad_v = tl.where(past == 1, grad_v, grad_own_v)
     lane = tl.arange(0, BLOCK_N)
     keys = first + lane
     columns = tl.arange(0, BLOCK_D)
@@ -267,19 +305,24 @@ def attention_bwd_key_kernel(
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     frame = keys // tokens
     after = frame * tokens
-    before = tl.where(frame < sinks, frames, tl.minimum(frame + window, frames)) * tokens
     early, late = first // tokens, (tl.minimum(first + BLOCK_N, n) - 1) // tokens
     begin = early * tokens
-    end = tl.where(early < sinks, frames, tl.minimum(late + window, frames)) * tokens
-    everyone = tl.where(late < sinks, frames, tl.minimum(early + window, frames)) * tokens
     lead = tl.cdiv((late - early) * tokens, BLOCK_M)
-    full = tl.maximum((everyone - begin) // BLOCK_M - lead, 0)
-    edges = tl.cdiv(end - begin, BLOCK_M) - full
     g_row = heads * dim
-    for h in range(kv * groups, kv * groups + groups):
-        q_base = q + b * q_batch + h * q_head
-        g_base = grad + (b * n * heads + h) * dim
-        head = (b * heads + h) * n
+    for visit in range(visits):
+        h, rows, reach, kept = kv * groups + visit, 0, window, sinks
+        if HALVES != 0:
+            noisy = tl.where((past == 1) & (HALVES == 2), visit // groups, 1)
+            h, rows = kv * groups + visit % groups, noisy * (HALVES - 1) * n
+            reach, kept = tl.where(past == 1, window - noisy, 1), tl.where(past == 1, sinks, 0)
+        before = tl.where(frame < kept, frames, tl.minimum(frame + reach, frames)) * tokens
+        end = tl.where(early < kept, frames, tl.minimum(late + reach, frames)) * tokens
+        everyone = tl.where(late < kept, frames, tl.minimum(early + reach, frames)) * tokens
+        full = tl.maximum((everyone - begin) // BLOCK_M - lead, 0)
+        edges = tl.cdiv(end - begin, BLOCK_M) - full
+        q_base = q + b * q_batch + h * q_head + rows * q_row
+        g_base = grad + ((b * length + rows) * heads + h) * dim
+        head = (b * heads + h) * length + rows
         for i in range(lead, lead + full):
             acc_k, acc_v = _grad_key_tile(
                 begin + i * BLOCK_M, end, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head,
@@ -319,14 +362,15 @@ def tiles(dim: int, dtype: torch.dtype, kernel: str, groups: int = 1) -> dict[st
 
 
 def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causal: bool
+    q: Tensor, k: Tensor, v: Tensor, past: bool, window: int | None, sinks: int, causal: bool
 ) -> tuple:
     """Without causality all tokens are one frame, whose tokens see each other."""
-    frames, tokens, heads, dim = q.shape[1:]
+    frames, tokens, heads, dim = k.shape[1], *q.shape[2:]
     if not causal:
         frames, tokens = 1, frames * tokens
     strides = [x.stride(axis) for x in (q, k, v) for axis in (0, 2, 3)]
-    reach = frames if window is None else min(window, frames)
+    most = frames + past
+    reach = most if window is None else min(window, most)
     sizes = (heads, heads // k.shape[3], frames, tokens, dim, reach, sinks)
     return *strides, *sizes, dim**-0.5 * LOG2E
 
@@ -341,41 +385,62 @@ def _one_row_stride(x: Tensor) -> Tensor:
     return x if regular else x.contiguous()
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causal: bool
-) -> tuple[Tensor, Tensor]:
-    """q [B,F,S,H,D], k, v [B,F,S,Hk,D] -> out like q, log-sum-exp [B,H,F*S] (base 2, float32)."""
+def _operands(q: Tensor, k: Tensor, v: Tensor, history: History) -> tuple[list[Tensor], int]:
+    """q, then k and v of history and of the frames themselves, alike in strides; and HALVES."""
     q, k, v = (_one_row_stride(x) for x in (q, k, v))
+    if history is None:
+        return [q, k, v, k, v], 0
+    pairs = []
+    for pair in zip(history, (k, v), strict=True):
+        alike = [_one_row_stride(x) for x in pair]
+        if len({tuple(x.stride(axis) for axis in (0, 2, 3)) for x in alike}) > 1:
+            alike = [x.contiguous() for x in alike]
+        pairs.append(alike)
+    (past_k, k), (past_v, v) = pairs
+    return [q, past_k, past_v, k, v], q.shape[1] // k.shape[1]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, history: History, window: int | None, sinks: int, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """q [B,F,S,H,D], k, v [B,F,S,Hk,D] -> out like q, log-sum-exp [B,H,F*S] (base 2, float32).
+    With a history (keys and values like k and v), q may have 2 F frames."""
+    operands, halves = _operands(q, k, v, history)
     batch, frames, tokens, heads, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, frames * tokens, dtype=torch.float32, device=q.device)
     sizes = tiles(dim, q.dtype, "forward")
-    arguments = _arguments(q, k, v, window, sinks, causal)
-    grid = (triton.cdiv(frames * tokens, sizes["BLOCK_M"]), batch * heads)
-    attention_fwd_kernel[grid](q, k, v, out, lse, *arguments, PRECISION=_precision(q), **sizes)
+    arguments = _arguments(*operands[:3], halves > 0, window, sinks, causal)
+    flags = {"HALVES": halves, "PRECISION": _precision(q)}
+    count = triton.cdiv(k.shape[1] * tokens, sizes["BLOCK_M"]) * max(halves, 1)
+    attention_fwd_kernel[count, batch * heads](*operands, out, lse, *arguments, **flags, **sizes)
     return out, lse
 
 
 def backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    window: int | None, sinks: int, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, contiguous, in their dtypes."""
-    q, k, v = (_one_row_stride(x) for x in (q, k, v))
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, history: History, out: Tensor, lse: Tensor,
+    window: int | None, sinks: int, causal: bool, into_history: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of q, k, v, then of the history (empty unless `into_history`: that costs nothing
+    then), contiguous, in their dtypes."""
+    operands, halves = _operands(q, k, v, history)
     grad = grad.contiguous()
     batch, frames, tokens, heads, dim = q.shape
-    n = frames * tokens
+    n, per_half = frames * tokens, k.shape[1] * tokens
     delta = torch.empty_like(lse)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    grad_k, grad_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+    own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v)]
+    past = [x.new_empty(x.shape if into_history else 0) for x in (k, v)]
     sizes = tiles(dim, q.dtype, "query")
     rows = {name: sizes[name] for name in ("BLOCK_M", "BLOCK_D", "WHOLE")}
     grid = (triton.cdiv(n, sizes["BLOCK_M"]), batch * heads)
     attention_bwd_delta_kernel[grid](out, grad, delta, heads, n, dim, **rows)
-    arguments = (*_arguments(q, k, v, window, sinks, causal), dim**-0.5)
-    saved, flags = (q, k, v, grad, lse, delta), {"PRECISION": _precision(q)}
+    arguments = (*_arguments(*operands[:3], halves > 0, window, sinks, causal), dim**-0.5)
+    saved, flags = (*operands, grad, lse, delta), {"HALVES": halves, "PRECISION": _precision(q)}
+    grid = (triton.cdiv(per_half, sizes["BLOCK_M"]) * max(halves, 1), batch * heads)
     attention_bwd_query_kernel[grid](*saved, grad_q, *arguments, **flags, **sizes)
     sizes = tiles(dim, q.dtype, "key", heads // k.shape[3])
-    grid = (triton.cdiv(n, sizes["BLOCK_N"]), batch * k.shape[3])
-    attention_bwd_key_kernel[grid](*saved, grad_k, grad_v, *arguments, **flags, **sizes)
-    return grad_q, grad_k, grad_v
+    grid = (triton.cdiv(per_half, sizes["BLOCK_N"]) * (1 + into_history), batch * k.shape[3])
+    of_keys = (*past, *own) if halves else (*own, *own)
+    attention_bwd_key_kernel[grid](*saved, *of_keys, *arguments, **flags, **sizes)
+    return grad_q, *own, *past
