@@ -115,6 +115,28 @@ def _softmax_tile(
 
 
 @triton.jit
+def _softmax_tiles(
+    times, acc, top, total, q, k_base, v_base, k_row, v_row, first, last, rows, columns, dim,
+    tokens, window, sinks, scale, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All keys that queries [first, last] see added to their running softmax, once or not."""
+    a, begin, end, lead, full, edges = _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N)
+    for i in range(lead, lead + full * times):
+        acc, top, total = _softmax_tile(
+            begin + i * BLOCK_N, end, acc, top, total, q, k_base, v_base, k_row, v_row, rows,
+            columns, dim, tokens, window, sinks, scale, False, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for t in range(edges * times):
+        at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
+        acc, top, total = _softmax_tile(
+            at, stop, acc, top, total, q, k_base, v_base, k_row, v_row, rows,
+            columns, dim, tokens, window, sinks, scale, True, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    return acc, top, total
+
+
+@triton.jit
 def attention_fwd_kernel(
     q, k, v, own_k, own_v, out, lse, q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     heads, groups, frames, tokens, dim, window, sinks, scale, HALVES: tl.constexpr,
@@ -136,24 +158,15 @@ def attention_fwd_kernel(
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     last = tl.minimum(first + BLOCK_M, n) - 1
-    for part in range(1 + noisy):
-        own = part == 1
-        k_base, v_base = tl.where(own, own_k, k) + k_at, tl.where(own, own_v, v) + v_at
-        reach, kept = tl.where(own, 1, window - noisy), tl.where(own, 0, sinks)
-        a, begin, end, lead, full, edges = _seen_by_queries(
-            first, last, tokens, reach, kept, BLOCK_N
-        )
-        for i in range(lead, lead + full):
-            acc, top, total = _softmax_tile(
-                begin + i * BLOCK_N, end, acc, top, total, queries, k_base, v_base, k_row, v_row,
-                rows, columns, dim, tokens, reach, kept, scale, False, WHOLE, BLOCK_N, PRECISION,
-            )  # fmt: skip
-        for t in range(edges):
-            at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
-            acc, top, total = _softmax_tile(
-                at, stop, acc, top, total, queries, k_base, v_base, k_row, v_row, rows,
-                columns, dim, tokens, reach, kept, scale, True, WHOLE, BLOCK_N, PRECISION,
-            )  # fmt: skip
+    acc, top, total = _softmax_tiles(
+        1, acc, top, total, queries, k + k_at, v + v_at, k_row, v_row, first, last, rows, columns,
+        dim, tokens, window - noisy, sinks, scale, WHOLE, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    if HALVES != 0:
+        acc, top, total = _softmax_tiles(
+            noisy, acc, top, total, queries, own_k + k_at, own_v + v_at, k_row, v_row, first, last,
+            rows, columns, dim, tokens, 1, 0, scale, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
     inside = (rows[:, None] < n) & (columns[None, :] < dim)
     to = out + ((b * length + before + rows[:, None]) * heads + h) * dim + columns[None, :]
     tl.store(to, (acc / total[:, None]).to(out.dtype.element_ty), inside)
@@ -195,6 +208,27 @@ def _grad_query_tile(
 
 
 @triton.jit
+def _grad_query_tiles(
+    times, acc, q, g, lse, delta, k_base, v_base, k_row, v_row, first, last, rows, columns, dim,
+    tokens, window, sinks, scale, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    a, begin, end, lead, full, edges = _seen_by_queries(first, last, tokens, window, sinks, BLOCK_N)
+    for i in range(lead, lead + full * times):
+        acc = _grad_query_tile(
+            begin + i * BLOCK_N, end, acc, q, g, lse, delta, k_base, v_base, k_row, v_row, rows,
+            columns, dim, tokens, window, sinks, scale, False, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    for t in range(edges * times):
+        at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
+        acc = _grad_query_tile(
+            at, stop, acc, q, g, lse, delta, k_base, v_base, k_row, v_row, rows, columns, dim,
+            tokens, window, sinks, scale, True, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
 def attention_bwd_query_kernel(
     q, k, v, own_k, own_v, grad, lse, delta, grad_q, q_batch, q_row, q_head, k_batch, k_row, k_head,
     v_batch, v_row, v_head, heads, groups, frames, tokens, dim, window, sinks, scale, plain_scale,
@@ -218,25 +252,15 @@ def attention_bwd_query_kernel(
     row_delta = tl.load(delta + pair * length + before + rows, rows < n, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     last = tl.minimum(first + BLOCK_M, n) - 1
-    for part in range(1 + noisy):
-        own = part == 1
-        k_base, v_base = tl.where(own, own_k, k) + k_at, tl.where(own, own_v, v) + v_at
-        reach, kept = tl.where(own, 1, window - noisy), tl.where(own, 0, sinks)
-        a, begin, end, lead, full, edges = _seen_by_queries(
-            first, last, tokens, reach, kept, BLOCK_N
-        )
-        for i in range(lead, lead + full):
-            acc = _grad_query_tile(
-                begin + i * BLOCK_N, end, acc, queries, g, row_lse, row_delta, k_base, v_base,
-                k_row, v_row, rows, columns, dim, tokens, reach, kept, scale, False, WHOLE, BLOCK_N,
-                PRECISION,
-            )  # fmt: skip
-        for t in range(edges):
-            at, stop = _edge(t, a, begin, end, lead, full, BLOCK_N)
-            acc = _grad_query_tile(
-                at, stop, acc, queries, g, row_lse, row_delta, k_base, v_base, k_row, v_row, rows,
-                columns, dim, tokens, reach, kept, scale, True, WHOLE, BLOCK_N, PRECISION,
-            )  # fmt: skip
+    acc = _grad_query_tiles(
+        1, acc, queries, g, row_lse, row_delta, k + k_at, v + v_at, k_row, v_row, first, last, rows,
+        columns, dim, tokens, window - noisy, sinks, scale, WHOLE, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    if HALVES != 0:
+        acc = _grad_query_tiles(
+            noisy, acc, queries, g, row_lse, row_delta, own_k + k_at, own_v + v_at, k_row, v_row,
+            first, last, rows, columns, dim, tokens, 1, 0, scale, WHOLE, BLOCK_N, PRECISION,
+        )  # fmt: skip
     inside = (rows[:, None] < n) & (columns[None, :] < dim)
     to = grad_q + base + rows[:, None].to(tl.int64) * heads * dim + columns[None, :]
     tl.store(to, (acc * plain_scale).to(grad_q.dtype.element_ty), inside)
