@@ -296,28 +296,56 @@ def _grad_key_tile(
 
 
 @triton.jit
+def _grad_key_tiles(
+    times, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse, delta, q_row, g_row, first, last,
+    keys, columns, dim, frames, tokens, window, sinks, scale, WHOLE: tl.constexpr,
+    BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All queries of one head that see keys [first, last], once or not."""
+    frame, early, late = keys // tokens, first // tokens, last // tokens
+    after, begin = frame * tokens, early * tokens
+    before = tl.where(frame < sinks, frames, tl.minimum(frame + window, frames)) * tokens
+    end = tl.where(early < sinks, frames, tl.minimum(late + window, frames)) * tokens
+    everyone = tl.where(late < sinks, frames, tl.minimum(early + window, frames)) * tokens
+    lead = tl.cdiv((late - early) * tokens, BLOCK_M)
+    full = tl.maximum((everyone - begin) // BLOCK_M - lead, 0)
+    edges = tl.cdiv(end - begin, BLOCK_M) - full
+    for i in range(lead, lead + full * times):
+        acc_k, acc_v = _grad_key_tile(
+            begin + i * BLOCK_M, end, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse, delta,
+            q_row, g_row, columns, dim, after, before, scale, False, WHOLE, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    for i in range(edges * times):
+        acc_k, acc_v = _grad_key_tile(
+            begin + tl.where(i < lead, i, i + full) * BLOCK_M, end, acc_k, acc_v, k_tile, v_tile,
+            q_base, g_base, lse, delta, q_row, g_row, columns, dim, after, before, scale, True,
+            WHOLE, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    return acc_k, acc_v
+
+
+@triton.jit
 def attention_bwd_key_kernel(
     q, k, v, own_k, own_v, grad, lse, delta, grad_k, grad_v, grad_own_k, grad_own_v, q_batch, q_row,
     q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, heads, groups, frames, tokens, dim,
     window, sinks, scale, plain_scale, HALVES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys and values, of noisy frames first; visits the queries of every head in its
-    group that can see it, of clean frames first."""
+    """One tile of keys and values, those of noisy frames first; visits the queries of every head in
+    its group that can see it."""
     kv_heads = heads // groups
     pair = tl.program_id(1).to(tl.int64)
     b, kv = pair // kv_heads, pair % kv_heads
     n = frames * tokens
-    if HALVES == 0:
-        first, past, length = tl.program_id(0) * BLOCK_N, 1, n
-        visits = groups
-    else:
-        first = tl.program_id(0) % tl.cdiv(n, BLOCK_N) * BLOCK_N
-        past, length = tl.program_id(0) // tl.cdiv(n, BLOCK_N), HALVES * n
-        visits = groups * (1 + past * (HALVES - 1))
+    first, reach, kept, length = tl.program_id(0) * BLOCK_N, window, sinks, n
+    if HALVES != 0:
+        past = tl.program_id(0) // tl.cdiv(n, BLOCK_N)
+        first, length = tl.program_id(0) % tl.cdiv(n, BLOCK_N) * BLOCK_N, HALVES * n
+        reach, kept = tl.where(past == 1, window - 1, 1), past * sinks
         k, v = tl.where(past == 1, k, own_k), tl.where(past == 1, v, own_v)
         grad_k = tl.where(past == 1, grad_k, grad_own_k)
         grad_v = tl.where(past == 1, grad_v, grad_own_v)
+    last = tl.minimum(first + BLOCK_N, n) - 1
     lane = tl.arange(0, BLOCK_N)
     keys = first + lane
     columns = tl.arange(0, BLOCK_D)
@@ -327,38 +355,23 @@ def attention_bwd_key_kernel(
     v_tile = _load_rows(v_base, first, lane, v_row, columns, n, dim, True, WHOLE)
     acc_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     acc_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    frame = keys // tokens
-    after = frame * tokens
-    early, late = first // tokens, (tl.minimum(first + BLOCK_N, n) - 1) // tokens
-    begin = early * tokens
-    lead = tl.cdiv((late - early) * tokens, BLOCK_M)
     g_row = heads * dim
-    for visit in range(visits):
-        h, rows, reach, kept = kv * groups + visit, 0, window, sinks
-        if HALVES != 0:
-            noisy = tl.where((past == 1) & (HALVES == 2), visit // groups, 1)
-            h, rows = kv * groups + visit % groups, noisy * (HALVES - 1) * n
-            reach, kept = tl.where(past == 1, window - noisy, 1), tl.where(past == 1, sinks, 0)
-        before = tl.where(frame < kept, frames, tl.minimum(frame + reach, frames)) * tokens
-        end = tl.where(early < kept, frames, tl.minimum(late + reach, frames)) * tokens
-        everyone = tl.where(late < kept, frames, tl.minimum(early + reach, frames)) * tokens
-        full = tl.maximum((everyone - begin) // BLOCK_M - lead, 0)
-        edges = tl.cdiv(end - begin, BLOCK_M) - full
-        q_base = q + b * q_batch + h * q_head + rows * q_row
-        g_base = grad + ((b * length + rows) * heads + h) * dim
-        head = (b * heads + h) * length + rows
-        for i in range(lead, lead + full):
-            acc_k, acc_v = _grad_key_tile(
-                begin + i * BLOCK_M, end, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head,
-                delta + head, q_row, g_row, columns, dim, after, before, scale, False, WHOLE,
+    for h in range(kv * groups, kv * groups + groups):
+        q_base = q + b * q_batch + h * q_head
+        g_base = grad + (b * length * heads + h) * dim
+        head = (b * heads + h) * length
+        if HALVES == 2:
+            acc_k, acc_v = _grad_key_tiles(
+                past, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head, delta + head, q_row,
+                g_row, first, last, keys, columns, dim, frames, tokens, window, sinks, scale, WHOLE,
                 BLOCK_M, PRECISION,
             )  # fmt: skip
-        for i in range(edges):
-            acc_k, acc_v = _grad_key_tile(
-                begin + tl.where(i < lead, i, i + full) * BLOCK_M, end, acc_k, acc_v, k_tile,
-                v_tile, q_base, g_base, lse + head, delta + head, q_row, g_row, columns, dim, after,
-                before, scale, True, WHOLE, BLOCK_M, PRECISION,
-            )  # fmt: skip
+            q_base, g_base, head = q_base + n * q_row, g_base + n * g_row, head + n
+        acc_k, acc_v = _grad_key_tiles(
+            1, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head, delta + head, q_row, g_row,
+            first, last, keys, columns, dim, frames, tokens, reach, kept, scale, WHOLE, BLOCK_M,
+            PRECISION,
+        )  # fmt: skip
     inside = (keys[:, None] < n) & (columns[None, :] < dim)
     to = ((b * n + keys[:, None].to(tl.int64)) * kv_heads + kv) * dim + columns[None, :]
     tl.store(grad_k + to, (acc_k * plain_scale).to(grad_k.dtype.element_ty), inside)
