@@ -23,6 +23,7 @@ from worldenv.kernels import (
     action_loss,
     adaln,
     attention,
+    attention_backward,
     frame_attention,
     norm_rotary,
     token_loss,
@@ -103,7 +104,7 @@ def _attention(
     if halves == 2:
         q = _empty(4, 18, 256, 24, dim, dtype=dtype)
     out, lse = attention.forward(q, k, v, past, *reach)
-    attention.backward(out, q, k, v, past, out, lse, *reach, into_history=halves == 2)
+    attention_backward.backward(out, q, k, v, past, out, lse, *reach, into_history=halves == 2)
 
 
 def _frame_attention(tokens: int, dim: int, dtype: torch.dtype) -> None:

@@ -173,6 +173,8 @@ class SimulatorConfig:
     window: Annotated[int, Range(0, 1000)] = 0
     """Past frames attended to through the cache, besides the last one on the channels. On two CPU
     cores a window of 2 makes the default simulator learn 1.7 times slower."""
+    history_gradient: bool = False
+    """Train what past frames leave in the cache too, not only the use of it. Needs a window."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the transformer computes in when it generates; it trains in float32. bfloat16 is for
     processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
@@ -208,6 +210,8 @@ class SimulatorConfig:
         yield self.width % (2 * self.heads) == 0, "heads", heads
         halved = self.tokenizer == "patch" or self.patch.bit_count() == 1
         yield halved, "patch", "a power of two for the autoencoder, which halves"
+        needless = self.history_gradient and not self.window
+        yield not needless, "history_gradient", "False without a window: nothing is remembered"
 
 
 @dataclass(frozen=True)
