@@ -49,11 +49,11 @@ def _load_rows(
 def _half(n, HALVES: tl.constexpr, BLOCK: tl.constexpr):
     """Of the queries of this program: the first within its half, whether that half is noisy, and
     how many stand before the half and in all."""
-    if HALVES < 2:
-        return tl.program_id(0) * BLOCK, HALVES, 0, n
-    tiles = tl.cdiv(n, BLOCK)
-    noisy = tl.program_id(0) // tiles
-    return tl.program_id(0) % tiles * BLOCK, noisy, tl.full((), noisy * n, tl.int64), 2 * n
+    tile, noisy, before, length = tl.program_id(0), HALVES, 0, n
+    if HALVES == 2:
+        noisy = tile // tl.cdiv(n, BLOCK)
+        tile, before, length = tile % tl.cdiv(n, BLOCK), noisy.to(tl.int64) * n, 2 * n
+    return tile * BLOCK, noisy, before, length
 
 
 @triton.jit
