@@ -135,6 +135,8 @@ def _check(
 ) -> None:
     given = {"q": q, "k": k, "v": v}
     if history is not None:
+        if len(history) != 2:
+            raise ValueError(f"{_OP}: history must be keys and values, got {len(history)} tensors")
         given |= dict(zip(("k of history", "v of history"), history, strict=True))
     check_floating(_OP, **given)
     check_same(_OP, **given)
