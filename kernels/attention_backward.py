@@ -145,16 +145,17 @@ def _grad_key_tile(
 
 @triton.jit
 def _grad_key_tiles(
-    times, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse, delta, q_row, g_row, first, last,
-    keys, columns, dim, frames, tokens, window, sinks, scale, WHOLE: tl.constexpr,
+    times, ahead, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse, delta, q_row, g_row, first,
+    last, keys, columns, dim, frames, tokens, window, sinks, scale, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All queries of one head that see keys [first, last], once or not."""
+    """All queries of one head that see keys [first, last], once or not; `ahead` of their first
+    frame are others."""
     frame, early, late = keys // tokens, first // tokens, last // tokens
-    after, begin = frame * tokens, early * tokens
-    before = tl.where(frame < sinks, frames, tl.minimum(frame + window, frames)) * tokens
-    end = tl.where(early < sinks, frames, tl.minimum(late + window, frames)) * tokens
-    everyone = tl.where(late < sinks, frames, tl.minimum(early + window, frames)) * tokens
+    after, begin = ahead + frame * tokens, ahead + early * tokens
+    before = tl.where(frame < sinks, frames, tl.minimum(frame + window, frames)) * tokens + ahead
+    end = tl.where(early < sinks, frames, tl.minimum(late + window, frames)) * tokens + ahead
+    everyone = tl.where(late < sinks, frames, tl.minimum(early + window, frames)) * tokens + ahead
     lead = tl.cdiv((late - early) * tokens, BLOCK_M)
     full = tl.maximum((everyone - begin) // BLOCK_M - lead, 0)
     edges = tl.cdiv(end - begin, BLOCK_M) - full
@@ -209,17 +210,15 @@ def attention_bwd_key_kernel(
         g_base = grad + (b * length * heads + h) * dim
         head = (b * heads + h) * length
         if HALVES == 2:
-            noisy = tl.full((), n, tl.int64)
             acc_k, acc_v = _grad_key_tiles(
-                past, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head, delta + head, q_row,
-                g_row, first, last, keys, columns, dim, frames, tokens, window, sinks, scale, WHOLE,
-                BLOCK_M, PRECISION,
+                past, 0, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head, delta + head,
+                q_row, g_row, first, last, keys, columns, dim, frames, tokens, window, sinks, scale,
+                WHOLE, BLOCK_M, PRECISION,
             )  # fmt: skip
-            q_base, g_base, head = q_base + noisy * q_row, g_base + noisy * g_row, head + n
         acc_k, acc_v = _grad_key_tiles(
-            1, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head, delta + head, q_row, g_row,
-            first, last, keys, columns, dim, frames, tokens, reach, kept, scale, WHOLE, BLOCK_M,
-            PRECISION,
+            1, length - n, acc_k, acc_v, k_tile, v_tile, q_base, g_base, lse + head, delta + head,
+            q_row, g_row, first, last, keys, columns, dim, frames, tokens, reach, kept, scale,
+            WHOLE, BLOCK_M, PRECISION,
         )  # fmt: skip
     inside = (keys[:, None] < n) & (columns[None, :] < dim)
     to = ((b * n + keys[:, None].to(tl.int64)) * kv_heads + kv) * dim + columns[None, :]
