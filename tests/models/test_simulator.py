@@ -1,13 +1,16 @@
 """The simulator's generation against recomputation, its noise, and its training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.heads import FrameHead, zeroed
-from worldenv.models.simulator import Conditioning, Simulator, executed
+from worldenv.models.simulator import Simulator
 from worldenv.ops import spatiotemporal_attention
 from worldenv.runtime.seeds import generator
 
@@ -18,7 +21,7 @@ ALL = np.ones(3, bool)
 def simulator(**changes) -> Simulator:
     torch.manual_seed(0)
     config = SimulatorConfig(**{**TINY.__dict__, **changes})
-    model = Simulator(config, image_size=16, views=2).eval()
+    model = Simulator(config, embodiment(16)).eval()
     with torch.no_grad():  # zero-initialised layers would hide mistakes
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -238,8 +241,9 @@ def test_gradients_into_history_are_those_of_one_pass_over_clean_and_noisy_frame
     model._targets(*targets(model))
     (noisy, last, reference, sigma, condition, rotary, _), now = passes[-2:]
     both = [torch.cat(pair, 1) for pair in ((noisy, now[0]), (last, now[1]), (sigma, now[3]))]
-    led = (condition.action, now[4].action), (condition.proprio, now[4].proprio)
-    condition = Conditioning(*(torch.cat(pair, 1) for pair in led))
+    action = torch.cat((condition.action, now[4].action), 1)
+    proprio = torch.cat((condition.proprio, now[4].proprio), 1)
+    condition = replace(condition, action=action, proprio=proprio)
     rotary = torch.cat((rotary, now[5]), 1)
     joint = denoise(*both[:2], reference, both[2], condition, rotary, [attend] * 2)[0][:, 4:]
     torch.testing.assert_close(joint, frames, rtol=1e-4, atol=1e-5)
@@ -248,7 +252,7 @@ def test_gradients_into_history_are_those_of_one_pass_over_clean_and_noisy_frame
 
 def test_executed_actions_are_clipped_and_the_gripper_is_binary():
     command = torch.tensor([[2.0, -3.0, 0.5, 0.0, 0.0, 0.0, 0.1]])
-    assert executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
+    assert simulator()._executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_the_head_keeps_recalls_or_redraws_each_block():
