@@ -2,7 +2,7 @@
 
 write(folder)                     a tiny OpenVLA-OFT
 write(folder, heads=False)        a tiny token policy
-write(folder, layout=FULL)        7.54 billion parameters in four shards
+write(folder, FULL)               7.54 billion parameters in four shards
 """
 
 import json
@@ -113,22 +113,23 @@ def random(name: str, shape: list[int], generator: torch.Generator, count: int) 
 def write_shards(
     folder: Path,
     sizes: Mapping[str, list[int]],
-    count: int = 4,
+    limit: float,
     stem: str = "model",
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Random tensors in `count` safetensors files and their index, streamed."""
+    """Random tensors in files of at most `limit` bytes and their index, streamed."""
     code = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4)}[dtype]
     total = code[1] * sum(map(math.prod, sizes.values()))
     files: list[dict[str, list[int]]] = [{}]
     filled = 0
     for name, shape in sizes.items():
-        if filled > total / (count - 0.9 if count > 1 else 1) and len(files) < count:
+        more = code[1] * math.prod(shape)
+        if files[-1] and filled + more > limit:
             files.append({})
             filled = 0
         files[-1][name] = shape
-        filled += code[1] * math.prod(shape)
+        filled += more
     generator = torch.Generator().manual_seed(seed)
     table = {}
     for number, held in enumerate(files, 1):
@@ -260,7 +261,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(model)
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
@@ -313,7 +316,7 @@ def write_adapter(folder: Path, layout: Layout = TINY, rank: int = 4, alpha: int
     }
     (folder / "lora_adapter").mkdir()
     sizes = adapter_shapes(layers, rank)
-    write_shards(folder / "lora_adapter", sizes, 1, "adapter_model", 3, torch.float32)
+    write_shards(folder / "lora_adapter", sizes, math.inf, "adapter_model", 3, torch.float32)
     (folder / "lora_adapter/adapter_model.safetensors.index.json").unlink()
     only = folder / "lora_adapter/adapter_model-00001-of-00001.safetensors"
     only.rename(folder / "lora_adapter/adapter_model.safetensors")
@@ -344,7 +347,10 @@ def write(
 ) -> Path:
     """The whole folder; heads: OpenVLA-OFT's .pt files, which token policies lack."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, shapes(layout), dtype=dtype)
+    sizes = shapes(layout)
+    # As published where the size is; always four files.
+    limit = 5e9 if layout == FULL else 0.3 * dtype.itemsize * sum(map(math.prod, sizes.values()))
+    write_shards(folder, sizes, limit, dtype=dtype)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config(layout), indent=2))
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))

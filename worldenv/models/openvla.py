@@ -12,6 +12,7 @@ changes nothing else. No scale head is published: ours is one linear map, which 
 backbone.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from worldenv.config import PolicyConfig
 from worldenv.models.openvla_inputs import BINS, Pixels, Units, Words
@@ -31,6 +32,10 @@ from worldenv.runtime.errors import UserError
 
 TOWERS = ("vision_backbone.featurizer", "vision_backbone.fused_featurizer")
 HEADS = ("action_head", "proprio_projector", "scale_head")
+# Named otherwise before transformers 5.24.
+_CACHE = "cache"
+if _CACHE not in inspect.signature(LlamaModel.forward).parameters:
+    _CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -147,12 +152,13 @@ class OpenVLA(nn.Module):
                 f"The policy of {self.config.folder} sees {self.images} cameras, got "
                 f"{images.shape[1]}. Give it as many, or set policy.images."
             )
-        rows = len(images)
-        seen = self._seen(images[:, : self.images]).reshape(rows, -1, self.sizes.width)
-        ids, keep = (x.to(seen.device) for x in self.words.batch(observation["instruction"]))
+        rows, device = len(images), self.units.edges.device
+        seen = self._seen(images[:, : self.images].to(device)).reshape(rows, -1, self.sizes.width)
+        ids, keep = (x.to(device) for x in self.words.batch(observation["instruction"]))
         parts = [self._embedded(self.words.first).expand(rows, 1, -1), seen]
         if self.distribution == "laplace" and self.config.proprio:
-            state = self.units.state(observation["proprio"]).to(self.proprio_projector.fc1.weight)
+            state = self.units.state(observation["proprio"].to(device))
+            state = state.to(self.proprio_projector.fc1.weight.dtype)
             parts.append(self.proprio_projector(state)[:, None].to(seen.dtype))
         parts.append(self.language_model.model.embed_tokens(ids))
         x = torch.cat(parts, 1)
@@ -176,23 +182,20 @@ class OpenVLA(nn.Module):
 
     def _one_by_one(self, x: Tensor, keep: Tensor) -> Tensor:
         """As `slots`, causally: each slot after the likeliest token of the slot before it."""
-        said, cache, steps = [], None, self.chunk * self.actions
+        said, cache, steps = [], DynamicCache(), self.chunk * self.actions
         positions = _positions(keep)
         for step in range(steps):
             out = self.language_model.model(
                 inputs_embeds=x,
                 attention_mask=keep,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{_CACHE: cache},
             )
             said.append(out.last_hidden_state[:, -1])
             if step + 1 < steps:
                 token = self._logits(said[-1]).argmax(-1) + self.sizes.tokens - BINS
-                x, cache = (
-                    self.language_model.model.embed_tokens(token)[:, None],
-                    out.past_key_values,
-                )
+                x = self.language_model.model.embed_tokens(token)[:, None]
                 keep, positions = F.pad(keep, (0, 1), value=True), positions[:, -1:] + 1
         return torch.stack(said, 1)
 
@@ -239,7 +242,7 @@ class OpenVLA(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The backbone as it was published, heads as they are."""
-        layers = [m for m in self.modules() if hasattr(m, "enable_adapters")]
+        layers = [m for m in self.modules() if hasattr(m, "lora_A")]
         for layer in layers:
             layer.enable_adapters(False)
         try:

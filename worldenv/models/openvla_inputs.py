@@ -77,7 +77,8 @@ class Units(nn.Module):
         """
         x = action.double()
         span = self.action_high - self.action_low + _TINY
-        out = torch.where(self.action_mask, 0.5 * (x + 1) * span + self.action_low, x)
+        unit = 0.5 * (action + 1)  # in its own precision, as published
+        out = torch.where(self.action_mask, unit * span + self.action_low, x)
         g = self.gripper
         share = (x[..., g.dims] - g.trained_closed) / (g.trained_open - g.trained_closed)
         sign = (2 * share - 1).sign()
