@@ -22,7 +22,7 @@ PIECE = 1 << 24  # numbers written at once
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of what the published names leave open; those of the towers' depths are fixed."""
+    """Sizes. The towers' depths follow from their timm names: others need those changed too."""
 
     image: int = 28
     dino: int = 32
@@ -35,6 +35,7 @@ class Layout:
     vocabulary: int = 32064
     proprio: int = 8
     actions: int = 7
+    depths: tuple[int, int] = (24, 27)
 
 
 TINY = Layout()
@@ -46,8 +47,8 @@ def shapes(layout: Layout = TINY) -> dict[str, list[int]]:
     side, e = (layout.image // 14) ** 2, layout.width
     out: dict[str, list[int]] = {}
     for tower, d, hidden, depth, dino in (
-        ("featurizer", layout.dino, 4 * layout.dino, 24, True),
-        ("fused_featurizer", layout.siglip, layout.siglip_hidden, 27, False),
+        ("featurizer", layout.dino, 4 * layout.dino, layout.depths[0], True),
+        ("fused_featurizer", layout.siglip, layout.siglip_hidden, layout.depths[1], False),
     ):
         own: dict[str, list[int]] = {"cls_token": [1, 1, d], "reg_token": [1, 4, d]} if dino else {}
         own |= {"pos_embed": [1, side, d], **_layer("patch_embed.proj", d, 3, 14, 14)}

@@ -1,11 +1,11 @@
 """Adapters: the published one applied exactly, our own written as peft writes them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import PeftModel
-from published import openvla as published
 from published.openvla_policy import copied, look, policy
 from safetensors.torch import load_file, save_file
 
@@ -13,22 +13,14 @@ from worldenv.models.openvla_adapter import save_adapter, save_heads
 from worldenv.runtime.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def adapted(oft, tmp_path_factory):
-    """A base with an adapter beside it that is not merged."""
-    folder = copied(oft, tmp_path_factory.mktemp("adapted") / "adapted")
-    published.write_adapter(folder)
-    return folder
-
-
 @torch.no_grad()
-def test_a_published_adapter_is_applied_exactly(adapted, oft):
-    base, model = policy(oft), policy(adapted, adapter="apply")
+def test_a_published_adapter_is_applied_exactly(shallow):
+    base, model = policy(shallow), policy(shallow, adapter="apply")
     assert model.trainable_groups()["adapter"] == []  # of rank 0: applied, not trained
-    delta = load_file(adapted / "lora_adapter/adapter_model.safetensors")
+    delta = load_file(shallow / "lora_adapter/adapter_model.safetensors")
     names = [
-        "vision_backbone.featurizer.blocks.3.attn.qkv",
-        "vision_backbone.fused_featurizer.blocks.25.mlp.fc2",
+        "vision_backbone.featurizer.blocks.1.attn.qkv",
+        "vision_backbone.fused_featurizer.blocks.2.mlp.fc2",
         "projector.fc2",
         "language_model.model.layers.1.mlp.down_proj",
     ]
@@ -42,7 +34,7 @@ def test_a_published_adapter_is_applied_exactly(adapted, oft):
             layer.weight += 0.5 * delta[key.replace("lora_A", "lora_B")] @ delta[key]
     merged, live = base(look())[0], model(look())[0]
     assert (merged - live).abs().max() < 1e-5 * live.abs().max()
-    plain = policy(oft)(look())[0]
+    plain = policy(shallow)(look())[0]
     assert (plain - live).abs().max() > 1e-2
     with model.without_adapter():
         assert torch.equal(model(look())[0], plain)
@@ -54,20 +46,27 @@ def test_a_published_adapter_is_applied_exactly(adapted, oft):
     assert (model(look())[0] - live).abs().max() < 1e-5 * live.abs().max()
 
 
-@torch.no_grad()
-def test_merged_shards_are_not_adapted_again(adapted, oft):
-    assert torch.equal(policy(adapted)(look(1))[0], policy(oft)(look(1))[0])
+def bare(folder, to):
+    """A copy without the adapter."""
+    shutil.rmtree(copied(folder, to) / "lora_adapter")
+    return to
 
 
 @torch.no_grad()
-def test_a_new_adapter_changes_nothing_and_is_read_back(oft, tmp_path):
+def test_merged_shards_are_not_adapted_again(shallow, tmp_path):
+    without = policy(bare(shallow, tmp_path / "bare"))
+    assert torch.equal(policy(shallow)(look(1))[0], without(look(1))[0])
+
+
+@torch.no_grad()
+def test_a_new_adapter_changes_nothing_and_is_read_back(shallow, tmp_path):
     torch.manual_seed(0)
-    model = policy(oft, lora_rank=20)
-    assert torch.equal(model(look())[0], policy(oft)(look())[0])
+    model = policy(shallow, lora_rank=20)
+    assert torch.equal(model(look())[0], policy(shallow)(look())[0])
     for parameter in model.trainable_groups()["adapter"]:
         parameter.add_(0.05 * torch.randn_like(parameter))
     trained = model(look())[0]
-    folder = copied(oft, tmp_path / "own")
+    folder = bare(shallow, tmp_path / "own")
     save_adapter(model, folder / "lora_adapter")
     described = json.loads((folder / "lora_adapter/adapter_config.json").read_text())
     assert (described["r"], described["lora_alpha"], described["peft_type"]) == (20, 16, "LORA")
@@ -75,7 +74,7 @@ def test_a_new_adapter_changes_nothing_and_is_read_back(oft, tmp_path):
     assert torch.equal(again(look())[0], trained)
     assert len(again.trainable_groups()["adapter"]) == len(model.trainable_groups()["adapter"])
     # peft itself reads it onto a bare model, and writes the same.
-    wrapped = PeftModel.from_pretrained(policy(oft), folder / "lora_adapter")
+    wrapped = PeftModel.from_pretrained(policy(shallow), folder / "lora_adapter")
     assert torch.equal(wrapped(look())[0], trained)
     wrapped.save_pretrained(tmp_path / "theirs")
     ours, theirs = (
@@ -86,8 +85,8 @@ def test_a_new_adapter_changes_nothing_and_is_read_back(oft, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_adapters_are_float32_beside_a_backbone_in_bfloat16(oft):
-    model = policy(oft, lora_rank=2, precision="bfloat16")
+def test_adapters_are_float32_beside_a_backbone_in_bfloat16(shallow):
+    model = policy(shallow, lora_rank=2, precision="bfloat16")
     groups = model.trainable_groups()
     assert {p.dtype for p in [*groups["adapter"], *groups["heads"]]} == {torch.float32}
     model(look(1))[0].square().sum().backward()
@@ -95,11 +94,11 @@ def test_adapters_are_float32_beside_a_backbone_in_bfloat16(oft):
 
 
 @torch.no_grad()
-def test_heads_are_written_as_the_published_loader_finds_them(oft, tmp_path):
-    model = policy(oft)
+def test_heads_are_written_as_the_published_loader_finds_them(shallow, tmp_path):
+    model = policy(shallow)
     for head in model.trainable_groups()["heads"]:
         head.add_(0.1)
-    folder = copied(oft, tmp_path / "own")
+    folder = copied(shallow, tmp_path / "own")
     for path in folder.glob("*.pt"):
         path.unlink()
     save_heads(model, folder, 7)
@@ -122,8 +121,8 @@ def test_heads_are_written_as_the_published_loader_finds_them(oft, tmp_path):
         ({"rank_pattern": {"a": 2}}, "one rank for all layers"),
     ],
 )
-def test_other_adapters_are_refused(adapted, tmp_path, change, message):
-    folder = copied(adapted, tmp_path / "copy")
+def test_other_adapters_are_refused(shallow, tmp_path, change, message):
+    folder = copied(shallow, tmp_path / "copy")
     path = folder / "lora_adapter/adapter_config.json"
     described = json.loads(path.read_text())
     path.unlink()
@@ -132,14 +131,14 @@ def test_other_adapters_are_refused(adapted, tmp_path, change, message):
         policy(folder, adapter="apply")
 
 
-def test_an_adapter_of_another_model_or_rank_is_refused(adapted, oft, tmp_path):
+def test_an_adapter_of_another_model_or_rank_is_refused(shallow, tmp_path):
     with pytest.raises(UserError, match=r"expected the adapter's rank 4 .*got 8"):
-        policy(adapted, adapter="apply", lora_rank=8)
+        policy(shallow, adapter="apply", lora_rank=8)
     with pytest.raises(UserError, match=r"expected an adapter in .*lora_adapter, got none"):
-        policy(oft, adapter="apply")
+        policy(bare(shallow, tmp_path / "bare"), adapter="apply")
     with pytest.raises(UserError, match=r"no adapter: .*lora_rank 0"):
-        save_adapter(policy(oft), tmp_path)
-    folder = copied(adapted, tmp_path / "copy")
+        save_adapter(policy(shallow), tmp_path)
+    folder = copied(shallow, tmp_path / "copy")
     path = folder / "lora_adapter/adapter_model.safetensors"
     tensors = load_file(path)
     path.unlink()

@@ -107,10 +107,10 @@ def test_weights_stay_in_the_files_memory(oft, tokens):
 
 
 @torch.no_grad()
-def test_both_namings_of_the_heads_load(oft, tmp_path):
-    want = policy(oft)(look(1))[0]
+def test_both_namings_of_the_heads_load(shallow, tmp_path):
+    want = policy(shallow)(look(1))[0]
     for number, start in enumerate(("", "module._orig_mod.", "_orig_mod.")):
-        folder = copied(oft, tmp_path / str(number))
+        folder = copied(shallow, tmp_path / str(number))
         for name in (HEAD, PROPRIO):
             tensors = torch.load(folder / name, weights_only=True)
             named = {start + k.removeprefix("module."): v for k, v in tensors.items()}
@@ -119,10 +119,10 @@ def test_both_namings_of_the_heads_load(oft, tmp_path):
 
 
 @torch.no_grad()
-def test_other_writers_folders_load(oft, tmp_path):
+def test_other_writers_folders_load(shallow, tmp_path):
     """One file in place of shards, timm's own name of a layer scale, --latest, statistics in
     config.json."""
-    folder = copied(oft, tmp_path / "single")
+    folder = copied(shallow, tmp_path / "single")
     tensors = {}
     for path in folder.glob("model-*"):
         tensors |= {re.sub("scale_factor$", "gamma", n): t for n, t in load_file(path).items()}
@@ -132,35 +132,35 @@ def test_other_writers_folders_load(oft, tmp_path):
     (folder / HEAD).rename(folder / "action_head--latest_checkpoint.pt")
     (folder / "dataset_statistics.json").unlink()
     model = policy(folder, unnorm_key="bridge_orig")
-    assert torch.equal(model(look(1))[0], policy(oft)(look(1))[0])
+    assert torch.equal(model(look(1))[0], policy(shallow)(look(1))[0])
 
 
 @torch.no_grad()
-def test_the_tensors_that_are_never_used_may_be_absent(oft, tmp_path):
-    folder = copied(oft, tmp_path / "less")
+def test_the_tensors_that_are_never_used_may_be_absent(shallow, tmp_path):
+    folder = copied(shallow, tmp_path / "less")
     name = "vision_backbone.fused_featurizer.attn_pool.latent"
     retensor(folder, name, lambda t: None)
     edit(
         folder / "model.safetensors.index.json",
         lambda v: {**v, "weight_map": {n: f for n, f in v["weight_map"].items() if n != name}},
     )
-    assert torch.equal(policy(folder)(look(1))[0], policy(oft)(look(1))[0])
+    assert torch.equal(policy(folder)(look(1))[0], policy(shallow)(look(1))[0])
 
 
 @torch.no_grad()
-def test_without_proprio_there_is_one_token_less(oft, tmp_path):
-    folder = copied(oft, tmp_path / "blind")
+def test_without_proprio_there_is_one_token_less(shallow, tmp_path):
+    folder = copied(shallow, tmp_path / "blind")
     (folder / PROPRIO).unlink()
     model = policy(folder, proprio=False)
     before, _ = model.prefix(look(1))
-    assert before.shape[1] + 1 == policy(oft).prefix(look(1))[0].shape[1]
-    one = policy(oft, images=1)
-    assert one.prefix(look(1))[0].shape[1] + 4 == policy(oft).prefix(look(1))[0].shape[1]
+    assert before.shape[1] + 1 == policy(shallow).prefix(look(1))[0].shape[1]
+    one = policy(shallow, images=1)
+    assert one.prefix(look(1))[0].shape[1] + 4 == policy(shallow).prefix(look(1))[0].shape[1]
 
 
-def test_the_key_is_the_suite_without_or_with_its_suffix(oft):
+def test_the_key_is_the_suite_without_or_with_its_suffix(shallow):
     for key in (None, "libero_spatial", "libero_spatial_no_noops"):
-        assert policy(oft, unnorm_key=key).units.action_low[0] == -0.7
+        assert policy(shallow, unnorm_key=key).units.action_low[0] == -0.7
 
 
 NORM = "language_model.model.norm.weight"
@@ -357,9 +357,9 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_bad_folder_is_named(name, oft, tmp_path):
+def test_a_bad_folder_is_named(name, shallow, tmp_path):
     act, message = ROWS[name]
-    folder = copied(oft, tmp_path / "copy")
+    folder = copied(shallow, tmp_path / "copy")
     act(folder)
     with pytest.raises(UserError) as caught:
         policy(folder)
@@ -382,13 +382,13 @@ def test_a_bad_folder_is_named(name, oft, tmp_path):
         ({"actions": 14}, r"model.fc2.weight: expected \[14, 16\], got \[7, 16\]"),
     ],
 )
-def test_a_folder_at_odds_with_what_is_asked_is_named(oft, fields, message):
+def test_a_folder_at_odds_with_what_is_asked_is_named(shallow, fields, message):
     with pytest.raises(UserError, match=message):
-        policy(oft, **fields)
+        policy(shallow, **fields)
 
 
-def test_more_statistics_than_one_want_a_key(oft, tmp_path):
-    folder = copied(oft, tmp_path / "copy")
+def test_more_statistics_than_one_want_a_key(shallow, tmp_path):
+    folder = copied(shallow, tmp_path / "copy")
     (folder / "dataset_statistics.json").unlink()
     with pytest.raises(UserError, match=r"policy.unnorm_key to say whose. It has: bridge_"):
         policy(folder)

@@ -140,10 +140,10 @@ def test_a_row_of_a_padded_batch_equals_itself_alone(oft, tokens, kind):
 def test_everything_that_is_seen_matters(oft):
     model, observation = policy(oft), look(1)
     mu = model(observation)[0]
-    for change in ("image", "image", "proprio", "instruction"):
+    for change in (0, 1, "proprio", "instruction"):
         other = copy.deepcopy(observation)
-        if change == "image":
-            other["image"][:, int(change == "image")] = 0
+        if change in (0, 1):
+            other["image"][:, change] = 0
         elif change == "proprio":
             other["proprio"] += 0.2
         else:
@@ -194,13 +194,13 @@ def test_the_scale_is_clamped(oft):
     assert (model(look(1))[1] == -1.5).all()
 
 
-def test_activations_made_again_change_no_gradient(oft):
+def test_activations_made_again_change_no_gradient(shallow):
     def gradients(model) -> dict:
         mu = model(look(1))[0]
         mu.square().sum().backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
-    usual, again = policy(oft), policy(oft, checkpointing=True)
+    usual, again = policy(shallow), policy(shallow, checkpointing=True)
     calls = []
     for model in (usual, again):
         model.vision_backbone.requires_grad_(True)
