@@ -7,11 +7,24 @@ from pathlib import Path
 import torch
 
 from worldenv.config import PolicyConfig
+from worldenv.data.embodiment import Embodiment, Entry
 from worldenv.models.openvla import OpenVLA
 from worldenv.models.openvla_folder import load
-from worldenv.models.openvla_inputs import Gripper
 
-GRIPPER = Gripper((6,), opened=-1.0, closed=1.0)
+ROBOT = Embodiment(
+    name="robot",
+    views=("front", "wrist"),
+    proprio=tuple(Entry(f"q{i}", "joint") for i in range(8)),
+    action=("translate",) * 3 + ("turn",) * 3 + ("grip",),
+    image_size=28,
+    render_size=28,
+    rotation=0,
+    chunk=2,
+    control_hz=20.0,
+    gripper_closes=1,
+    gripper_open=0.06,
+    normalisation="q99",
+)
 PROMPTS = ("pick up the black bowl", "Open the drawer", "go")
 
 
@@ -19,17 +32,13 @@ def policy(
     folder: Path,
     kind: str = "openvla-oft",
     *,
-    chunk: int = 2,
-    actions: int = 7,
+    robot: Embodiment = ROBOT,
     train: bool = True,
     **fields,
 ) -> OpenVLA:
-    """The folder's policy of two views; without adapters, unless asked for."""
-    config = PolicyConfig(
-        kind=kind, folder=folder, **{"lora_rank": 0, "precision": "float32", **fields}
-    )
-    sizes = {"views": 2, "proprio": 8, "chunk": chunk, "actions": actions}
-    return load(config, **sizes, gripper=GRIPPER, train=train)
+    """The folder's policy; without adapters, unless asked for."""
+    usual = {"lora_rank": 0, "precision": "float32"}
+    return load(PolicyConfig(kind=kind, folder=folder, **{**usual, **fields}), robot, train)
 
 
 def look(rows: int = 3, size: int = 28, seed: int = 0) -> dict:

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from worldenv.config import PolicyConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.openvla_inputs import BINS, Pixels, Units, Words
 from worldenv.models.vit import Vit, VitKind
 from worldenv.runtime.errors import UserError
@@ -63,19 +64,11 @@ class OpenVLA(nn.Module):
     pixels: Pixels
     words: Words
 
-    def __init__(
-        self,
-        config: PolicyConfig,
-        sizes: Sizes,
-        *,
-        images: int,
-        proprio: int,
-        chunk: int,
-        actions: int,
-    ) -> None:
+    def __init__(self, config: PolicyConfig, embodiment: Embodiment, sizes: Sizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
-        self.images, self.chunk, self.actions = images, chunk, actions
+        self.config, self.embodiment, self.sizes = config, embodiment, sizes
+        self.chunk, self.actions = embodiment.chunk, embodiment.A
+        self.images = config.images or (embodiment.V if config.kind == "openvla-oft" else 1)
         self.distribution = "laplace" if config.kind == "openvla-oft" else "categorical"
         self.vision_backbone = nn.Module()
         first, second = (Vit(*tower) for tower in sizes.towers)
@@ -87,10 +80,10 @@ class OpenVLA(nn.Module):
             vocabulary = sizes.llama.vocab_size
             self.language_model.lm_head = nn.Linear(sizes.width, vocabulary, bias=False)
         else:
-            self.action_head = ActionHead(actions, sizes.width)
-            self.scale_head = nn.Linear(actions * sizes.width, actions)
+            self.action_head = ActionHead(self.actions, sizes.width)
+            self.scale_head = nn.Linear(self.actions * sizes.width, self.actions)
             if config.proprio:
-                self.proprio_projector = ProprioProjector(proprio, sizes.width)
+                self.proprio_projector = ProprioProjector(embodiment.P, sizes.width)
         blocks = [*first.blocks, *second.blocks, *self.language_model.model.layers]
         for block in blocks if config.checkpointing else ():
             block.forward = partial(_recomputed, block)

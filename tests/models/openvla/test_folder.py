@@ -3,12 +3,13 @@
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from published import openvla as published
-from published.openvla_policy import copied, look, policy
+from published.openvla_policy import ROBOT, copied, look, policy
 from safetensors.torch import load_file, save_file
 
 from worldenv.config import PolicyConfig
@@ -72,14 +73,7 @@ def test_full_size_has_the_published_shapes(oft):
     described = published.config(published.FULL)
     sizes = openvla_folder._sizes(oft, described, Named)
     with torch.device("meta"):
-        model = OpenVLA(
-            PolicyConfig(kind="openvla-oft", folder=oft),
-            sizes,
-            images=2,
-            proprio=8,
-            chunk=8,
-            actions=7,
-        )
+        model = OpenVLA(PolicyConfig(kind="openvla-oft", folder=oft), ROBOT, sizes)
     assert len(openvla_folder._backbone(model, Named, oft / "config.json")) == 982 - 44
     assert sum(p.numel() for p in model.action_head.parameters()) == 151_117_831
     assert model.sizes.llama.rms_norm_eps == 1e-6
@@ -156,6 +150,13 @@ def test_without_proprio_there_is_one_token_less(shallow, tmp_path):
     assert before.shape[1] + 1 == policy(shallow).prefix(look(1))[0].shape[1]
     one = policy(shallow, images=1)
     assert one.prefix(look(1))[0].shape[1] + 4 == policy(shallow).prefix(look(1))[0].shape[1]
+
+
+def test_the_gripper_is_the_robots(shallow):
+    other = policy(shallow, robot=replace(ROBOT, gripper_closes=-1))
+    opened = torch.tensor([[0.0] * 6 + [1.0]])
+    assert policy(shallow).command(opened)[0, 6] == -1
+    assert other.command(opened)[0, 6] == 1
 
 
 def test_the_key_is_the_suite_without_or_with_its_suffix(shallow):
@@ -376,10 +377,13 @@ def test_a_bad_folder_is_named(name, shallow, tmp_path):
             {"unnorm_key": "libero_spacial"},
             "Did you mean 'libero_spatial_no_noops'.* It has: libero_s",
         ),
-        ({"images": 3}, "policy.images: expected at most the 2 cameras there are"),
+        ({"images": 3}, "policy.images: expected at most the 2 cameras of robot, got 3"),
         ({"kind": "openvla-token"}, "which policy.kind openvla-token .* does not use"),
         ({"proprio": False}, "proprio_projector--150000_checkpoint.pt, which policy.kind"),
-        ({"actions": 14}, r"model.fc2.weight: expected \[14, 16\], got \[7, 16\]"),
+        (
+            {"robot": replace(ROBOT, action=ROBOT.action * 2)},
+            r"model.fc2.weight: expected \[14, 16\], got \[7, 16\]",
+        ),
     ],
 )
 def test_a_folder_at_odds_with_what_is_asked_is_named(shallow, fields, message):

@@ -2,12 +2,13 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from published import openvla as published
 from published import openvla_plain as plain
-from published.openvla_policy import look, policy, row
+from published.openvla_policy import ROBOT, look, policy, row
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
@@ -86,7 +87,7 @@ def test_token_policies_leave_the_end_out_and_see_one_image(tokens):
 
 @torch.no_grad()
 def test_the_first_openvla_writes_token_after_token(tokens):
-    model = policy(tokens, "openvla-token", decode="autoregressive", chunk=1)
+    model = policy(tokens, "openvla-token", decode="autoregressive", robot=replace(ROBOT, chunk=1))
     observation = look()
     logits, _ = model(observation)
     tensors = tensors_of(tokens)
