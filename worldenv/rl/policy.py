@@ -20,7 +20,8 @@ class Policy(Protocol):
     """A `torch.nn.Module` from an observation to a distribution over chunks of actions.
 
     laplace: mu and log_scale `[B, C, A]` in the policy's own units. categorical: mu holds the
-    logits `[B, C, A, K]` of K tokens, log_scale is None. Both float32, as is everything trainable.
+    logits `[B, C, A, K]` of K tokens, log_scale is None. Both float32, as is everything trainable,
+    and on the policy's device, to which it moves what it is shown.
     """
 
     distribution: Literal["laplace", "categorical"]
@@ -29,7 +30,7 @@ class Policy(Protocol):
     def __call__(self, observation: Observation) -> tuple[Tensor, Tensor | None]:
         """(mu, log_scale)."""
 
-    def decide(self, observation: Observation) -> tuple[Tensor, Tensor | None, Tensor]:
+    def both(self, observation: Observation) -> tuple[Tensor, Tensor | None, Tensor]:
         """(mu, log_scale, features `[B, feature_width]`) of one forward pass."""
 
     def augmented(
@@ -39,6 +40,9 @@ class Policy(Protocol):
 
         shift: of images, in pixels; noise `[P]`: standard deviations to add to proprio.
         """
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """The demonstrations' proprio `[P]`; a published policy keeps the ones it came with."""
 
     def normalise(self, action: Tensor) -> Tensor:
         """Actions `[B, C, A]` of the environment in own units, or as token ids: what to imitate."""

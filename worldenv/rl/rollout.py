@@ -85,7 +85,7 @@ def rollout(
     while (rows >= 0).any():
         view = _as_tensors(observation)
         with torch.no_grad():
-            mu, log_scale, seen = policy.decide(view) if features else (*policy(view), None)
+            mu, log_scale, seen = policy.both(view) if features else (*policy(view), None)
             log_scale = how.log_scale(log_scale)
             if noise is None:
                 action = how.greedy(mu)
@@ -218,7 +218,7 @@ class _Recorder:
         values = {"proprio": view["proprio"], **decision, "reward": reward.float()}
         if self.images:
             values["image"] = view["image"]
-        step = {name: value[at] for name, value in values.items() if value is not None}
+        step = {name: x.to(device)[at] for name, x in values.items() if x is not None}
         step["episode"] = torch.as_tensor(rows[index]).to(device)
         step["step"] = torch.as_tensor(count[index]).to(device)
         self.steps.append(step)

@@ -2,8 +2,8 @@
 
 The guard compares clip fraction and the mean change of mu with their limits; beyond them, or where
 anything is not finite, the policy before the update is restored and the learning rate halved (a
-rate ten times too high was seen to destroy a policy in one iteration). Memory is a few times what is
-trained: of the rest of the policy there is one, whatever its size.
+rate ten times too high was seen to destroy a policy in one iteration). An update needs memory for a
+few times what is trained; of the rest of the policy there is one.
 """
 
 import copy

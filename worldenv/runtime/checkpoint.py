@@ -274,8 +274,7 @@ def _optimizer_state(
 def training_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, frozen: bool = True
 ) -> dict[str, Tensor]:
-    """All that a training stage needs to go on: `weights`, as "model/<name>", and optimizer state.
-    """
+    """What a training stage needs to go on: `weights`, as "model/<name>", and optimizer state."""
     return prefixed("model/", weights(module, frozen)) | optimizer_tensors(optimizer, module)
 
 

@@ -113,16 +113,15 @@ def gradients(
     weights = weights or [1 / len(losses)] * len(losses)
 
     def piece(share: slice) -> tuple[Sequence[Tensor | None], list[tuple[Tensor, T]]]:
-        total: list[Tensor | None] = []
+        alone = share.stop - share.start == 1
+        total: Sequence[Tensor | None] = [None] * len(parameters)
         made = []
         for loss_of, weight in zip(losses[share], weights[share], strict=True):
             loss, rest = loss_of()
             scaled = loss * weight
             made.append((scaled.detach(), rest))
             grads = torch.autograd.grad(scaled, parameters, allow_unused=True)
-            if share.stop - share.start == 1:
-                return grads, made
-            total = _added(total or [None] * len(grads), grads)
+            total = grads if alone else _added(total, grads)
         return total, made
 
     shared = shares(len(losses), shards(parameters[0].device))
@@ -159,9 +158,7 @@ def gradients(
     return sum(loss for loss, _ in done), [rest for _, rest in done], norm
 
 
-def _added(
-    total: Sequence[Tensor | None], grads: Sequence[Tensor | None]
-) -> list[Tensor | None]:
+def _added(total: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Gradients added to own ones, never to what autograd gave."""
     return [
         mine if given is None else given.clone() if mine is None else mine.add_(given)
