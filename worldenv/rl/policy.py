@@ -6,7 +6,7 @@ a round holds, `twin` is a second policy that shares all the rest.
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ Observation = Mapping[str, Any]
 HEADS = "heads"  # the trainable group with a learning rate of its own
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A `torch.nn.Module` from an observation to a distribution over chunks of actions.
 

@@ -192,8 +192,8 @@ def _mu_change(learner: Learner, trajectories: Trajectories, rows: Tensor) -> fl
         moved = _change(learner, trajectories, own, mu)
         return moved.sum(), moved.numel()
 
-    owns = _pieces(rows, learner.config.micro_batch)
-    totals, counts = zip(*parallel.run([partial(change, own) for own in owns]), strict=True)
+    pieces = [partial(change, own) for own in _pieces(rows, learner.config.micro_batch)]
+    totals, counts = zip(*parallel.spread(pieces, rows.device), strict=True)
     return float(sum(totals)) / sum(counts)
 
 

@@ -96,6 +96,13 @@ def run(pieces: Iterable[Callable[[], T]]) -> list[T]:
         raise
 
 
+def spread(pieces: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """As `run`, with no more at a time than a batch on `device` has pieces."""
+    stretches = shares(len(pieces), shards(device))
+    done = run([lambda s=s: [piece() for piece in pieces[s]] for s in stretches])
+    return [result for stretch in done for result in stretch]
+
+
 def gradients(
     parameters: Sequence[Tensor],
     losses: Sequence[Callable[[], tuple[Tensor, T]]],
