@@ -84,29 +84,17 @@ def rollout(
     count = np.zeros(env.num_envs, np.int64)
     while (rows >= 0).any():
         view = _as_tensors(observation)
-        with torch.no_grad():
-            mu, log_scale, seen = policy.both(view) if features else (*policy(view), None)
-            log_scale = how.log_scale(log_scale)
-            if noise is None:
-                action = how.greedy(mu)
-            else:
-                drawn = noise_seeds[np.maximum(rows, 0)].to(mu.device)
-                action = how.sample(mu, log_scale, drawn, torch.as_tensor(count).to(mu.device))
-            logprob = how.logprob(mu, log_scale, action)
-            executed = action if command is None else command(action)
+        own = noise_seeds[np.maximum(rows, 0)]
+        draw = None if noise is None else (own, torch.as_tensor(count))
+        decision = _decide(policy, view, how, draw, features)
+        action = decision["action"]
+        executed = action if command is None else command(action)
         given = executed if isinstance(observation["image"], Tensor) else executed.cpu().numpy()
         after, reward, terminated, truncated, info = env.step(given)
         live = rows >= 0
         reward, terminated, truncated = (
-            torch.as_tensor(x).to(mu.device) for x in (reward, terminated, truncated)
+            torch.as_tensor(x).to(action.device) for x in (reward, terminated, truncated)
         )
-        decision = {
-            "action": action,
-            "mu": None if how.distribution == "categorical" else mu,
-            "log_scale": log_scale,
-            "logprob": logprob,
-            "features": seen,
-        }
         recorder.add(rows, count, view, decision, reward)
         if on_step is not None:
             on_step(rows, view, executed, _as_tensors(after), info)
@@ -187,6 +175,30 @@ def _how(policy: Actor, noise: Noise | Literal["own"] | None) -> Noise:
             f"rollout: expected noise for a {distribution} policy, got {how} ({how.distribution})"
         )
     return how
+
+
+@torch.no_grad()
+def _decide(
+    policy: Actor,
+    view: Mapping[str, Any],
+    how: Noise,
+    draw: tuple[Tensor, Tensor] | None,
+    features: bool,
+) -> dict[str, Tensor | None]:
+    """What is recorded of a decision; draw: seeds and steps `[B]` of its noise, if there is any."""
+    mu, log_scale, seen = policy.both(view) if features else (*policy(view), None)
+    log_scale = how.log_scale(log_scale)
+    if draw is None:
+        action = how.greedy(mu)
+    else:
+        action = how.sample(mu, log_scale, *(x.to(mu.device) for x in draw))
+    return {
+        "action": action,
+        "mu": None if how.distribution == "categorical" else mu,
+        "log_scale": log_scale,
+        "logprob": how.logprob(mu, log_scale, action),
+        "features": seen,
+    }
 
 
 def _as_tensors(observation: Mapping[str, Any]) -> dict[str, Any]:
