@@ -3,6 +3,7 @@
 import torch
 
 from worldenv.config import PolicyConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.policy import Critic, Policy, ValueHead, augment, random_shift
 from worldenv.rl.policy import Policy as Protocol
 from worldenv.rl.policy import parameter_groups
@@ -19,14 +20,14 @@ def observation(n: int = 3) -> dict:
 
 def test_a_chunk_comes_out_and_the_scale_stays_in_its_range():
     torch.manual_seed(0)
-    mu, log_scale = Policy(SMALL, 32)(observation())
+    mu, log_scale = Policy(SMALL, embodiment(32))(observation())
     assert mu.shape == log_scale.shape == (3, 8, 7)
     assert log_scale.min() >= SMALL.min_log_scale
     assert log_scale.max() <= 0
 
 
 def test_the_scale_head_never_trains_the_trunk():
-    policy = Policy(SMALL, 32)
+    policy = Policy(SMALL, embodiment(32))
     policy(observation())[1].sum().backward()
     touched = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"log_scale.weight", "log_scale.bias"}
@@ -34,7 +35,7 @@ def test_the_scale_head_never_trains_the_trunk():
 
 def test_the_instruction_and_each_view_matter():
     torch.manual_seed(0)
-    policy, view = Policy(SMALL, 32).eval(), observation()
+    policy, view = Policy(SMALL, embodiment(32)).eval(), observation()
     mu, _ = policy(view)
     other = {**view, "instruction": ("open the drawer",) * 3}
     assert not torch.allclose(policy(other)[0][0], mu[0])
@@ -47,7 +48,7 @@ def test_the_instruction_and_each_view_matter():
 
 def test_it_is_a_policy_as_rollouts_updates_and_imitation_know_them():
     torch.manual_seed(0)
-    policy, view = Policy(SMALL, 32).eval(), observation()
+    policy, view = Policy(SMALL, embodiment(32)).eval(), observation()
     assert isinstance(policy, Protocol)
     mu, log_scale, features = policy.both(view)
     assert all(map(torch.equal, (mu, log_scale), policy(view)))
@@ -59,7 +60,7 @@ def test_it_is_a_policy_as_rollouts_updates_and_imitation_know_them():
 
 def test_imitation_sees_images_and_proprio_disturbed_by_its_generator():
     torch.manual_seed(0)
-    policy, view, still = Policy(SMALL, 32).eval(), observation(), torch.zeros(8)
+    policy, view, still = Policy(SMALL, embodiment(32)).eval(), observation(), torch.zeros(8)
     seen = [policy.augmented(view, generator(k), 1, still)[0] for k in "aab"]
     assert torch.equal(seen[0], seen[1])
     assert not torch.equal(seen[0], seen[2])
@@ -73,8 +74,8 @@ def test_imitation_sees_images_and_proprio_disturbed_by_its_generator():
 
 
 def test_critics_give_one_value_per_row():
-    assert Critic(SMALL, 32)(observation()).shape == (3,)
-    features = Policy(SMALL, 32).both(observation())[2]
+    assert Critic(SMALL, embodiment(32))(observation()).shape == (3,)
+    features = Policy(SMALL, embodiment(32)).both(observation())[2]
     assert ValueHead(32)(features.bfloat16()).shape == (3,)
 
 

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from toy_world import ToyEnv, seeds, starts
 
 from worldenv.config import PolicyConfig, PosttrainConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.policy import ValueHead
 from worldenv.presets import preset
 from worldenv.rl.noise import Laplace
@@ -29,7 +30,8 @@ WIDTH, RANK = 1024, 32
 class Large(nn.Module):
     """A frozen trunk with a trained low-rank addition, and a trained head."""
 
-    distribution, feature_width, config = "laplace", WIDTH, PolicyConfig()
+    distribution, feature_width = "laplace", WIDTH
+    config, embodiment = PolicyConfig(), embodiment(64)
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,8 +209,7 @@ def test_no_frozen_tensor_is_written(tmp_path, monkeypatch):
     totals = {"frames": 0, "imagination_seconds": 0.0, "check_episodes": 0}
     totals |= {"kept_iteration": 1, "kept_success": 0.5}
     posttrain._save(partial, "mark", agent, 1, totals)
-    config = replace(preset("smoke"), run_dir=tmp_path)
-    store.save("policy", agent.policy, config, best)
+    store.save("policy", agent.policy, best)
     for path in (partial, best):
         written = {name.removeprefix("model/") for name in names(path)}
         assert not written & frozen
@@ -220,7 +221,7 @@ def test_no_frozen_tensor_is_written(tmp_path, monkeypatch):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
     # A finished policy, built again about its folder.
-    monkeypatch.setattr(store, "build", lambda kind, config: learner().policy)
+    monkeypatch.setattr(store, "_build", lambda kind, part, robot: learner().policy)
     loaded = store.load("policy", best).state_dict()
     assert all(torch.equal(loaded[n], t) for n, t in agent.policy.state_dict().items())
 

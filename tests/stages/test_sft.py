@@ -8,6 +8,7 @@ import torch
 
 from worldenv.config import Config, EnvConfig, PolicyConfig, SFTConfig, SimulatorConfig
 from worldenv.data.episode import Episode
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.policy import Policy
 from worldenv.rl.policy import Policy as Protocol
 from worldenv.runtime.errors import UserError
@@ -24,7 +25,9 @@ class TokenPolicy(Policy):
     distribution = "categorical"
 
     def __init__(self) -> None:
-        super().__init__(SMALL, 16, chunk=2, actions=7 * K)
+        robot = embodiment(16, 2)
+        super().__init__(SMALL, replace(robot, action=robot.action * K))
+        self.embodiment = robot
 
     def both(self, observation):
         return self._tokens(*super().both(observation))
@@ -74,7 +77,7 @@ def run(tmp_path, monkeypatch):
         policy=SMALL,
         sft=SFTConfig(steps=60, batch=16, shift=0, lr=3e-3),
     )
-    monkeypatch.setattr(sft, "read_episodes", lambda *a: [episode(k) for k in range(6)])
+    monkeypatch.setattr(sft, "recorded", lambda *a: [episode(k) for k in range(6)])
     run = Run(config)
     yield run
     run.close()
@@ -82,7 +85,7 @@ def run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("micro", [0, 2])
 def test_a_policy_of_tokens_learns_what_was_demonstrated(run, monkeypatch, micro):
-    monkeypatch.setattr(store, "build", lambda kind, config: TokenPolicy())
+    monkeypatch.setattr(store, "_build", lambda *a: TokenPolicy())
     assert isinstance(TokenPolicy(), Protocol)
     run.config = replace(run.config, sft=replace(run.config.sft, micro_batch=micro))
     sizes = []

@@ -34,7 +34,7 @@ from worldenv.runtime import checkpoint, progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
-from worldenv.stages.collect import TRANSLATION, TUNING_STARTS, load_round
+from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, Stage, data_up_to, stage_before
 
@@ -63,7 +63,7 @@ def run(run: Run, mark: str, number: int) -> dict:
             totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
         if not rl.keep_best or totals["kept_success"] is None or real > totals["kept_success"]:
             totals.update(kept_iteration=step, kept_success=real)
-            store.save("policy", policy, config, best)
+            store.save("policy", policy, best)
 
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
@@ -87,7 +87,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     if rl.real_check_every:
         check(iterations)
     else:
-        store.save("policy", policy, config, best)
+        store.save("policy", policy, best)
     os.replace(best, checkpoints / f"policy-{number}.safetensors")
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
@@ -118,7 +118,7 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     """The imagined environments of a round, with the indices of its first-frame and its
     middle-of-episode contexts.
     """
-    config = run.config
+    config, robot = run.config, run.embodiment
     demonstrations, explored, _ = load_round(run, number)
     own = chunk_sequences(explored, config.env.chunk)
     shown = chunk_sequences(demonstrations, config.env.chunk)
@@ -126,7 +126,8 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     middles = [
         c
         for c in middle_frames(own, config.env.chunk)
-        if c.gripper_open and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
+        if robot.opening(c.proprio[-1].tolist()) > robot.gripper_open
+        and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
     checkpoints = run.path("checkpoints")
     simulator = store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device)
@@ -146,7 +147,8 @@ def _learner(run: Run, policy: Policy, number: int) -> Learner:
     config, rl = run.config, run.config.posttrain
     groups = parameter_groups(policy, rl.lr, rl.head_lr)
     optimizer = torch.optim.AdamW(groups, rl.lr, betas=(0.9, 0.95), weight_decay=0)
-    learner = Learner(policy, optimizer, rl, exploration(policy.distribution, rl, TRANSLATION))
+    noise = exploration(policy.distribution, rl, run.embodiment.actions("translate"))
+    learner = Learner(policy, optimizer, rl, noise)
     if rl.kl_weight:
         imitated = run.path("checkpoints") / "policy-sft.safetensors"
         learner.reference = twin(policy, store.read("policy", imitated, run.device)[0])
@@ -155,7 +157,7 @@ def _learner(run: Run, policy: Policy, number: int) -> Learner:
         if rl.value == "head":
             critic = ValueHead(policy.feature_width)
         else:
-            critic = Critic(config.policy, config.env.image_size)
+            critic = Critic(config.policy, run.embodiment)
             critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
         learner.critic = critic.to(run.device)
         learner.critic_optimizer = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)

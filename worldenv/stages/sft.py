@@ -7,28 +7,25 @@ OpenVLA's, their cross-entropy.
 import torch
 from torch import Tensor
 
-from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import ActionWindows
 from worldenv.rl.loss import imitation_loss
 from worldenv.rl.policy import Policy, parameter_groups
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
-from worldenv.stages.collect import statistics
+from worldenv.stages.collect import recorded, statistics
 from worldenv.stages.run import Run, Stage
-
-PROPRIO_NOISE = (0.01, 0.01, 0.01, 0.03, 0.03, 0.03, 0.001, 0.001)  # m, rad, m
 
 
 def run(run: Run, mark: str) -> dict:
     """Stage `sft`: writes checkpoints/policy-sft.safetensors."""
     config, sft = run.config, run.config.sft
-    episodes = read_episodes(run.dir / "data" / "demonstrations", config.env.image_size)
+    episodes = recorded(run, "demonstrations")
     windows = ActionWindows(episodes, config.env.chunk).to(run.device)
     torch.manual_seed(derive(config.seed, "sft weights"))
     policy: Policy = store.build("policy", config)
     policy.set_statistics(*statistics(episodes))
     policy.to(run.device)
-    noise = torch.tensor(PROPRIO_NOISE, device=run.device)
+    noise = torch.tensor([e.noise for e in run.embodiment.proprio], device=run.device)
 
     pieces = training.pieces(run, sft.batch, sft.micro_batch)
 
@@ -53,7 +50,7 @@ def run(run: Run, mark: str) -> dict:
         frozen=store.holds_all("policy"),
     )
     path = run.path("checkpoints", "policy-sft.safetensors")
-    store.save("policy", policy, config, path)
+    store.save("policy", policy, path)
     training.finish(run, "sft")
     return {"samples": len(windows), **tail}
 
