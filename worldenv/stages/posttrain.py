@@ -312,7 +312,7 @@ def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, d
         if totals.keys() != fresh.keys():
             raise UserError(f"{path}: totals: expected {[*fresh]}, got {[*totals]}")
         if totals["kept_iteration"] is not None:
-            saved, _ = store.read("policy", best)
+            saved, *_ = store.read("policy", best)
             own = checkpoint.weights(learner.policy, store.holds_all("policy"))
             checkpoint.check_fit(own, saved, best, "the policy")
         restored = _restored(learner, tensors)
