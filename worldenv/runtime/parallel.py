@@ -119,20 +119,8 @@ def gradients(
     """
     weights = weights or [1 / len(losses)] * len(losses)
 
-    def piece(share: slice) -> tuple[Sequence[Tensor | None], list[tuple[Tensor, T]]]:
-        alone = share.stop - share.start == 1
-        total: Sequence[Tensor | None] = [None] * len(parameters)
-        made = []
-        for loss_of, weight in zip(losses[share], weights[share], strict=True):
-            loss, rest = loss_of()
-            scaled = loss * weight
-            made.append((scaled.detach(), rest))
-            grads = torch.autograd.grad(scaled, parameters, allow_unused=True)
-            total = grads if alone else _added(total, grads)
-        return total, made
-
     shared = shares(len(losses), shards(parameters[0].device))
-    pieces = run([lambda s=s: piece(s) for s in shared])
+    pieces = run([lambda s=s: _gradient(parameters, losses[s], weights[s]) for s in shared])
     done = [part for _, made in pieces for part in made]
     parts = _parts(parameters)
 
@@ -165,12 +153,25 @@ def gradients(
     return sum(loss for loss, _ in done), [rest for _, rest in done], norm
 
 
-def _added(total: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Gradients added to own ones, never to what autograd gave."""
-    return [
-        mine if given is None else given.clone() if mine is None else mine.add_(given)
-        for mine, given in zip(total, grads, strict=True)
-    ]
+def _gradient(
+    parameters: Sequence[Tensor],
+    losses: Sequence[Callable[[], tuple[Tensor, T]]],
+    weights: Sequence[float],
+) -> tuple[Sequence[Tensor | None], list[tuple[Tensor, T]]]:
+    """Gradient of the weighted sum of losses, made one after the other, and what they returned."""
+    total: list[Tensor | None] = [None] * len(parameters)
+    made = []
+    for loss_of, weight in zip(losses, weights, strict=True):
+        loss, rest = loss_of()
+        scaled = loss * weight
+        made.append((scaled.detach(), rest))
+        grads = torch.autograd.grad(scaled, parameters, allow_unused=True)
+        if len(losses) == 1:
+            return grads, made
+        for i, grad in enumerate(grads):  # never into what autograd gave
+            if grad is not None:
+                total[i] = grad.clone() if total[i] is None else total[i].add_(grad)
+    return total, made
 
 
 def _parts(parameters: Sequence[Tensor]) -> list[slice]:
