@@ -124,6 +124,8 @@ class CollectArguments:
     """Policy: Laplace scale of a push, the same for all actions of a chunk."""
     scale: Factor = 1.5
     """Policy, without a push: multiple of its Laplace scale."""
+    temperature: Factor = 1.0
+    """Policy of tokens: what its logits are divided by."""
     assets: Path | None = None
     """Folder with LIBERO's asset files."""
     seed: Seed = 0
@@ -329,6 +331,7 @@ def _collect() -> None:
             demonstration_noise=arguments.noise,
             push=arguments.push,
             scale=arguments.scale,
+            temperature=arguments.temperature,
         ),
     )
     if arguments.source == "expert":
@@ -384,4 +387,4 @@ def _policy(run: Run, named: Path | None) -> Policy:
     if named is None:
         pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
     path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
-    return store.load("policy", path, fits=run.config)
+    return store.load("policy", path, run.acting, fits=run.config)

@@ -89,6 +89,8 @@ class CollectConfig:
     one (0), noise in every action by itself."""
     scale: Factor = 1.5
     """Without a push: multiple of the policy's Laplace scale."""
+    temperature: Factor = 1.0
+    """Of tokens: what their logits are divided by."""
     fresh: Fraction = 1.0
     """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19. With
     half from those twenty starts the policy improved less on others."""
@@ -130,6 +132,17 @@ class PolicyConfig(PublishedPolicy):
     min_log_scale: Annotated[float, Range(-20, 0)] = -4.5
     """Lower clamp of the Laplace log-scale (units: log of normalised action)."""
 
+    @property
+    def distribution(self) -> Literal["laplace", "categorical"]:
+        """Of its actions."""
+        return "laplace"
+
+    @property
+    def large(self) -> bool:
+        """Whether memory suffices for one of it alone, and only the run's device is fast enough for
+        it to act."""
+        return False
+
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
         yield from super().rules()
@@ -146,10 +159,20 @@ class SFTConfig:
     """Samples per step."""
     lr: Rate = 1e-3
     """Peak learning rate (one-cycle)."""
+    head_lr: Rate | None = None
+    """Peak learning rate of the heads, where a policy trains these apart; unset: lr."""
+    micro_batch: FromZero = 0
+    """Samples per forward and backward pass, a divisor of batch; gradients add up. 0: as many as
+    there are to a thread, on a GPU the whole batch."""
     shift: Annotated[int, Range(0, 128)] = 1
     """Random image shift in pixels; large shifts cost grasp precision."""
     scale_weight: Weight = 0.05
     """Weight of the Laplace likelihood that trains the scale head on detached means."""
+
+    def rules(self) -> Iterator[Rule]:
+        """What its fields require of each other."""
+        whole = not self.micro_batch or self.batch % self.micro_batch == 0
+        yield whole, "micro_batch", f"0 or a divisor of batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -271,10 +294,15 @@ class PosttrainConfig:
     lr: Rate = 2e-5
     """Learning rate. With noise in every action by itself 1e-4 was seen to collapse within one
     iteration."""
+    head_lr: Rate | None = None
+    """Learning rate of the heads, where a policy trains these apart; unset: lr."""
     epochs: Passes = 1
     """Passes over the rollouts per iteration."""
     minibatch: Batch = 256
     """Chunks per optimiser step."""
+    micro_batch: FromZero = 0
+    """Chunks per forward and backward pass of the policy at most; gradients add up. 0: as many as
+    there are to a thread, on a GPU the whole minibatch."""
     clip_low: Fraction = 0.2
     """Lower clip of the ratio: 1 - clip_low."""
     clip_high: Weight = 0.2
@@ -282,12 +310,15 @@ class PosttrainConfig:
     kl_weight: Weight = 0.0
     """Weight of the KL to the SFT policy."""
     entropy_weight: Weight = 0.0
-    """Weight of the entropy bonus (only with a trainable scale)."""
+    """Weight of the entropy bonus (only with tokens or a trainable scale)."""
     push: Noise = 0.053
     """Behaviour: Laplace scale of a push, the same for all actions of a chunk, and the only thing
     that is scored. 0: noise in every action by itself, as in the paper."""
     scale: Factor = 2.0
     """Without a push: multiple of the policy's Laplace scale, whose head is not trained here."""
+    temperature: Factor = 1.0
+    """Of tokens: what their logits are divided by, where they are drawn and where they are scored.
+    """
     sampling_steps: Passes = 1
     """Denoising steps per imagined frame in the first round."""
     refresh_sampling_steps: Passes = 1
@@ -302,7 +333,8 @@ class PosttrainConfig:
     max_clip_fraction: Fraction = 0.5
     """Guard: an update beyond this is undone and the learning rate halved."""
     max_mu_change: Rate = 0.1
-    """Guard: mean absolute change of mu per iteration beyond which the update is undone."""
+    """Guard: mean absolute change of mu per iteration (of tokens: of the log-probability of one)
+    beyond which the update is undone."""
     real_check_every: FromZero = 4
     """Iterations between checks in the real benchmark on tuning starts (0: never)."""
     real_check_episodes: Episodes = 60
@@ -314,6 +346,9 @@ class PosttrainConfig:
     """Refuse to train inside a simulator that predicts no better than a still picture."""
     rows: Batch = 32
     """B, imagined environments running side by side."""
+    value: Literal["network", "head"] = "network"
+    """The critic: a network as large as the small policy, or for a large policy a head on its
+    features, which costs no forward pass."""
     gamma: Fraction = 1.0
     """Discount (with a critic)."""
     gae_lambda: Fraction = 0.9
@@ -379,6 +414,12 @@ class Config:
         )
         divisor = f"a divisor of env.chunk {env.chunk}"
         yield env.chunk % collect.record_every == 0, "collect.record_every", divisor
+        tokens = self.policy.distribution == "categorical"
+        for name, part in (("collect", collect), ("posttrain", self.posttrain)):
+            wish = "0 for a policy whose actions are tokens, which explore by temperature"
+            yield not (tokens and part.push), f"{name}.push", wish
+        head = "head for a policy this large: a network would be a second one in memory"
+        yield not self.policy.large or self.posttrain.value == "head", "posttrain.value", head
         first = collect.episodes * len(env.tasks)
         enough = f"enough to hold out one of the first round's {first} episodes"
         yield round(1 / collect.held_out) <= first, "collect.held_out", enough

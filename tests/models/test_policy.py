@@ -4,7 +4,9 @@ import torch
 
 from worldenv.config import PolicyConfig
 from worldenv.envs.libero.robot import embodiment
-from worldenv.models.policy import Critic, Policy, augment, random_shift
+from worldenv.models.policy import Critic, Policy, ValueHead, augment, random_shift
+from worldenv.rl.policy import Policy as Protocol
+from worldenv.rl.policy import parameter_groups
 from worldenv.runtime.seeds import generator
 
 SMALL = PolicyConfig(width=32, layers=1, heads=2, encoder_channels=8)
@@ -44,8 +46,37 @@ def test_the_instruction_and_each_view_matter():
         assert not torch.allclose(policy({**view, "image": image})[0], mu)
 
 
-def test_critic_gives_one_value_per_row():
+def test_it_is_a_policy_as_rollouts_updates_and_imitation_know_them():
+    torch.manual_seed(0)
+    policy, view = Policy(SMALL, embodiment(32)).eval(), observation()
+    assert isinstance(policy, Protocol)
+    mu, log_scale, features = policy.both(view)
+    assert all(map(torch.equal, (mu, log_scale), policy(view)))
+    assert features.shape == (3, policy.feature_width)
+    assert policy.command(mu) is policy.normalise(mu) is mu
+    (group,) = parameter_groups(policy, 1e-3)
+    assert [*map(id, group["params"])] == [*map(id, policy.parameters())]
+
+
+def test_imitation_sees_images_and_proprio_disturbed_by_its_generator():
+    torch.manual_seed(0)
+    policy, view, still = Policy(SMALL, embodiment(32)).eval(), observation(), torch.zeros(8)
+    seen = [policy.augmented(view, generator(k), 1, still)[0] for k in "aab"]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    moved = policy.augmented(view, generator("a"), 1, torch.eye(8)[2])[0]
+    assert not torch.equal(moved, seen[0])
+    policy.proprio_std[2] = 1e9  # now only what was disturbed does not matter
+    torch.testing.assert_close(
+        policy.augmented(view, generator("a"), 1, torch.eye(8)[2])[0],
+        policy.augmented(view, generator("a"), 1, still)[0],
+    )
+
+
+def test_critics_give_one_value_per_row():
     assert Critic(SMALL, embodiment(32))(observation()).shape == (3,)
+    features = Policy(SMALL, embodiment(32)).both(observation())[2]
+    assert ValueHead(32)(features.bfloat16()).shape == (3,)
 
 
 def test_shift_moves_pixels_by_at_most_pad_and_is_reproducible():

@@ -4,69 +4,15 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import nn
+from toy_world import ToyEnv, ToyPolicy, seeds, starts
 
 from worldenv.config import PosttrainConfig
-from worldenv.envs.start import Start
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages
-from worldenv.rl.noise import Noise, sample_laplace
+from worldenv.rl.noise import Laplace, sample_laplace
 from worldenv.rl.rollout import join, rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime.errors import UserError
-from worldenv.runtime.seeds import derive
-
-
-class ToyEnv(VectorEnv):
-    """Success when the first action dimension exceeds the start's index / 10; three chunks."""
-
-    metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
-
-    def __init__(self, rows: int) -> None:
-        self.num_envs = rows
-        self.limit, self.count = np.zeros(rows), np.zeros(rows, int)
-        self.over, self.won = np.ones(rows, bool), np.zeros(rows, bool)
-
-    def reset(self, *, seed=None, options=None):
-        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
-        for row in np.flatnonzero(mask):
-            self.limit[row] = options["starts"][row].index / 10
-            self.count[row], self.over[row], self.won[row] = 0, False, False
-        return self.observe(), {}
-
-    def observe(self):
-        proprio = np.stack([self.limit, self.count], 1).astype(np.float32)
-        image = np.zeros((self.num_envs, 1, 2, 2, 3), np.uint8)
-        return {"image": image, "proprio": proprio, "instruction": ("go",) * self.num_envs}
-
-    def step(self, actions):
-        live = ~self.over
-        self.count += live
-        self.won |= live & (actions[:, 0, 0] > self.limit)
-        self.over |= self.won | (self.count >= 3)
-        truncated = self.over & ~self.won
-        info = {"success": self.won.copy(), "steps": self.count.copy()}
-        return self.observe(), self.won * live * 1.0, self.won.copy(), truncated, info
-
-
-class ToyPolicy(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(2, 4)
-        nn.init.zeros_(self.net.weight)
-        nn.init.zeros_(self.net.bias)
-
-    def forward(self, observation):
-        mu = self.net(observation["proprio"]).view(-1, 2, 2)
-        return mu, torch.full_like(mu, -1.0)
-
-
-def seeds(n: int, salt: int = 0) -> list[int]:
-    return [derive("toy", salt, k) for k in range(n)]
-
-
-def starts(n: int, index: int = 3) -> list[Start]:
-    return [Start(0, index, k) for k in range(n)]
 
 
 def test_an_episode_is_the_same_in_any_row_and_company():
@@ -153,7 +99,7 @@ def test_samples_have_the_laplace_scale():
 
 
 def test_a_push_moves_the_whole_chunk_alike_and_is_all_that_is_scored():
-    noise, n = Noise(push=0.1), 4000
+    noise, n = Laplace(push=0.1, translation=(0, 1, 2)), 4000
     mu, log_scale = torch.randn(n, 8, 7), torch.full((n, 8, 7), -3.0)
     drawn = noise.log_scale(log_scale)
     zeros = torch.zeros(n, dtype=torch.int64)
@@ -202,12 +148,12 @@ def test_the_group_is_the_baseline_of_the_whole_episode():
 
 def learner(**changes) -> Learner:
     torch.manual_seed(0)
-    policy, reference = ToyPolicy(), ToyPolicy()
+    policy = ToyPolicy()
     changes = {"group": 4, "lr": 0.05, "max_mu_change": 10.0, "max_clip_fraction": 1.0, **changes}
     changes = {"push": 0.0, **changes}
     config = PosttrainConfig(scale=1.0, **changes)
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=0)
-    return Learner(policy, reference, optimizer, config)
+    return Learner(policy, optimizer, config, Laplace(config.scale, config.push, (0, 1)))
 
 
 @pytest.mark.parametrize(("advantage", "push"), [("loop", 0.0), ("grpo", 0.0), ("loop", 0.4)])

@@ -34,9 +34,12 @@ def policy_loss():
 
     def loss(shard: int) -> torch.Tensor:
         g = generator("policy", shard)
-        views = torch.randn(2, 3, 3, 64, 64, generator=g)
-        words = policy.words(["put the bowl on the plate"] * 3)
-        mu, log_scale = policy.decode(views, torch.randn(3, 8, generator=g), words)
+        seen = {
+            "image": torch.randint(256, (3, 2, 64, 64, 3), generator=g).byte(),
+            "proprio": torch.randn(3, 8, generator=g),
+            "instruction": ["put the bowl on the plate"] * 3,
+        }
+        mu, log_scale = policy(seen)
         return (mu - log_scale).square().mean()
 
     return policy, loss
@@ -85,6 +88,22 @@ def test_gradients_are_those_of_the_whole_batch():
     torch.testing.assert_close(norm, torch.cat([e.flatten() for e in expected]).norm())
 
 
+@pytest.mark.parametrize("count", [1, 4, 5, 16])
+def test_however_many_losses_there_are_their_gradients_add_up(count):
+    torch.manual_seed(0)
+    module, x, unused = nn.Linear(5, 1), torch.randn(16, 5), nn.Parameter(torch.ones(2))
+    parameters, shares = [*module.parameters(), unused], parallel.shares(16, count)
+    weights = [(s.stop - s.start) / 16 for s in shares]
+    pieces = [lambda s=s: (module(x[s]).square().mean(), s) for s in shares]
+    loss, rest, _ = parallel.gradients(parameters, pieces, weights)
+    whole = module(x).square().mean()
+    assert rest == shares
+    torch.testing.assert_close(loss, whole.detach())
+    for p, e in zip(parameters, torch.autograd.grad(whole, [*module.parameters()]), strict=False):
+        torch.testing.assert_close(p.grad, e)
+    assert unused.grad is None
+
+
 def test_parameters_that_share_a_gradient_get_their_own():
     """Autograd gives a + b one gradient tensor; summing shards into it would count each twice."""
     a, b, unused = (nn.Parameter(torch.ones(3)) for _ in range(3))
@@ -93,6 +112,9 @@ def test_parameters_that_share_a_gradient_get_their_own():
     assert norm == pytest.approx(6**0.5)
     assert a.grad.tolist() == b.grad.tolist() == pytest.approx([6**-0.5] * 3)
     assert unused.grad is None
+    pieces *= 2  # two losses to a piece
+    _, _, norm = parallel.gradients([a, b, unused], pieces)
+    assert norm == pytest.approx(6**0.5)
 
 
 def test_a_channels_last_parameter_gets_a_gradient_laid_out_like_it():

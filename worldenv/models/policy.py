@@ -27,12 +27,14 @@ from worldenv.models.layers import (
 
 
 class Policy(nn.Module):
-    """Observation to a Laplace distribution over a chunk of actions."""
+    """Observation to a Laplace distribution over a chunk of actions (`rl.policy.Policy`)."""
+
+    distribution = "laplace"
 
     def __init__(self, config: PolicyConfig, embodiment: Embodiment) -> None:
         super().__init__()
         self.config, self.embodiment, self.chunk = config, embodiment, embodiment.chunk
-        width = config.width
+        width = self.feature_width = config.width
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
         self.encoders = nn.ModuleList(
@@ -64,14 +66,48 @@ class Policy(nn.Module):
 
         Returns mu and log-scale, each `[B, C, A]`.
         """
-        return self.decode(
+        return self.both(observation)[:2]
+
+    def both(self, observation: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """As forward, and the features `[B, E]` of a value head."""
+        return self._decode(
             views_to_channels(observation["image"]),
             observation["proprio"],
             self.words(observation["instruction"]),
         )
 
-    def decode(self, views: Tensor, proprio: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-        """As forward, from float images `[V, B, 3, H, W]` and word tokens `[B, E]`."""
+    def augmented(
+        self,
+        observation: Mapping[str, Any],
+        generator: torch.Generator,
+        shift: int,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """As forward, with images shifted by up to `shift` pixels and recoloured, and proprio with
+        normal noise of standard deviations `[P]`."""
+        views = augment(views_to_channels(observation["image"]), shift, generator)
+        proprio = observation["proprio"]
+        jitter = torch.randn(proprio.shape, generator=generator).to(proprio.device) * noise
+        words = self.words(observation["instruction"])
+        return self._decode(views, proprio + jitter, words)[:2]
+
+    def normalise(self, action: Tensor) -> Tensor:
+        """Its units are the environment's."""
+        return action
+
+    def command(self, action: Tensor) -> Tensor:
+        """Its units are the environment's."""
+        return action
+
+    def trainable_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All of it."""
+        return {"all": list(self.parameters())}
+
+    def _decode(
+        self, views: Tensor, proprio: Tensor, words: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, log-scale and features, from float images `[V, B, 3, H, W]` and word tokens
+        `[B, E]`."""
         q = ((proprio - self.proprio_mean) / self.proprio_std).clamp(-4, 4)
         tokens = [encoder(view) for encoder, view in zip(self.encoders, views, strict=True)]
         tokens = torch.stack([*tokens, self.proprio_in(q), words], 1) + self.kind
@@ -81,7 +117,7 @@ class Policy(nn.Module):
             x = block(x)
         x = self.norm(x[:, -self.chunk :])
         low = self.config.min_log_scale
-        return self.mu(x), self.log_scale(x.detach()).clamp(low, 0.0)
+        return self.mu(x), self.log_scale(x.detach()).clamp(low, 0.0), x.mean(1)
 
 
 def random_shift(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
@@ -116,3 +152,19 @@ class Critic(nn.Module):
     def forward(self, observation: Mapping[str, Any]) -> Tensor:
         """Value `[B]`."""
         return self.trunk(observation)[0][:, 0, 0]
+
+
+class ValueHead(nn.Module):
+    """Value of an observation from the features that a policy has made of it anyway: the critic of
+    a policy too large to have a second one beside it."""
+
+    def __init__(self, width: int, hidden: int = 512) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, 1)
+        )
+        nn.init.zeros_(self.net[-1].weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Value `[B]` of features `[B, E]`."""
+        return self.net(features.float())[:, 0]

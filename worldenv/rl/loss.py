@@ -1,4 +1,5 @@
-"""The post-training objective: advantages of whole episodes, and the clipped loss of a minibatch.
+"""The objectives: of post-training (advantages of whole episodes, the clipped loss of a minibatch),
+and of imitation.
 
 LOOP (World-Env section 3.5): A_n = R_n - mean of the other rollouts of the context, the same for
 all steps of episode n; ratio per chunk step over the action's dimensions (of a push: per chunk).
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from worldenv.config import PosttrainConfig
-from worldenv.ops import action_loss, gae, group_normalized, leave_one_out
+from worldenv.ops import action_logprob, action_loss, gae, group_normalized, leave_one_out
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Trajectories
 
@@ -91,20 +92,46 @@ def policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Clipped loss of a minibatch of decisions: (loss, metrics of `action_loss`, mu).
 
-    Scored as it was drawn: by the same noise, with the same scale b, which is not trained here.
+    Scored as it was drawn: by the same noise, with the same scale b, which is not trained here, or
+    the same temperature.
     """
     mu, _ = policy(batch["observation"])
     loss, metrics = action_loss(
-        noise.drawn(mu),
+        noise.centre(mu),
         batch["log_scale"],
         noise.drawn(batch["action"]),
         batch["logprob"],
         batch["advantage"],
         torch.ones_like(batch["logprob"]),
+        distribution=noise.distribution,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
-        reference_mu=noise.drawn(batch["reference_mu"]) if config.kl_weight else None,
+        reference_mu=noise.centre(batch["reference_mu"]) if config.kl_weight else None,
         kl_weight=config.kl_weight,
         entropy_weight=config.entropy_weight,
     )
     return loss, metrics, mu
+
+
+def imitation_loss(
+    mu: Tensor, log_scale: Tensor | None, target: Tensor, scale_weight: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of imitating `target` `[B, C, A]`, as `Policy.normalise` gives it, and what to log.
+
+    Continuous: L1, and the Laplace likelihood of the scale about detached means, so that the spread
+    never trades against accuracy. Tokens: cross-entropy.
+    """
+    if log_scale is None:
+        loss = -action_logprob(mu, None, target, distribution="categorical").mean()
+        loss = loss / target.shape[-1]
+        right = (mu.argmax(-1) == target).float().mean()
+        return loss, {"loss": loss.detach(), "accuracy": right}
+    l1 = (mu - target).abs().mean()
+    likelihood = action_logprob(mu.detach(), log_scale, target).mean()
+    likelihood = likelihood / mu.shape[-1]
+    loss = l1 - scale_weight * likelihood
+    return loss, {
+        "loss": loss.detach(),
+        "l1": l1.detach(),
+        "scale": log_scale.detach().exp().mean(),
+    }

@@ -2,7 +2,8 @@
 
 The guard compares clip fraction and the mean change of mu with their limits; beyond them, or where
 anything is not finite, the policy before the update is restored and the learning rate halved (a
-rate ten times too high was seen to destroy a policy in one iteration).
+rate ten times too high was seen to destroy a policy in one iteration). An update needs memory for a
+few times what is trained; of the rest of the policy there is one.
 """
 
 import copy
@@ -23,6 +24,7 @@ from worldenv.rl.loss import (
     policy_loss,
 )
 from worldenv.rl.noise import Noise
+from worldenv.rl.policy import trainable
 from worldenv.rl.rollout import Trajectories
 from worldenv.runtime import parallel
 from worldenv.runtime.logging import check_finite
@@ -31,19 +33,25 @@ from worldenv.runtime.seeds import generator
 
 @dataclass
 class Learner:
-    """A policy, the frozen reference it started from, and what trains it."""
+    """A policy and what trains it.
+
+    noise: how rollouts explore, and what updates score. reference: a frozen policy (see
+    `rl.policy.twin`), where the KL has a weight. critic: from observations to values `[n]`, or with
+    `config.value` "head" from the features that rollouts then record.
+    """
 
     policy: nn.Module
-    reference: nn.Module
     optimizer: torch.optim.Optimizer
     config: PosttrainConfig
+    noise: Noise
+    reference: nn.Module | None = None
     critic: nn.Module | None = None
     critic_optimizer: torch.optim.Optimizer | None = None
 
     @property
-    def noise(self) -> Noise:
-        """How rollouts explore, and what updates score."""
-        return Noise(self.config.scale, self.config.push)
+    def features(self) -> bool:
+        """Whether rollouts must record the policy's features."""
+        return self.critic is not None and self.config.value == "head"
 
 
 def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -> dict[str, float]:
@@ -66,8 +74,8 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
     }
     rows = keep.nonzero()[:, 0]
     if not len(rows):
-        return {**metrics, "skipped": 1, "lr": _lr(learner.optimizer)}
-    before = {k: v.clone() for k, v in policy.state_dict().items()}
+        return {**metrics, "skipped": 1, **_rates(learner.optimizer)}
+    before = {name: p.detach().clone() for name, p in trainable(policy).items()}
     optimizer_before = copy.deepcopy(learner.optimizer.state_dict())
     logged = _descend(learner, trajectories, rows, advantage, seed, step)
     metrics |= {name: sum(x[name] for x in logged) / len(logged) for name in logged[0]}
@@ -80,12 +88,14 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         and metrics["mu_change"] <= config.max_mu_change
     )
     if not within:
-        policy.load_state_dict(before)
+        with torch.no_grad():
+            for name, parameter in trainable(policy).items():
+                parameter.copy_(before[name])
         learner.optimizer.load_state_dict(optimizer_before)
         for group in learner.optimizer.param_groups:
             group["lr"] /= 2
         metrics = {k: v for k, v in metrics.items() if math.isfinite(v)}
-    return {**metrics, "undone": int(not within), "lr": _lr(learner.optimizer)}
+    return {**metrics, "undone": int(not within), **_rates(learner.optimizer)}
 
 
 def _descend(
@@ -98,7 +108,7 @@ def _descend(
 ) -> list[dict[str, float]]:
     """The optimiser's steps on decisions `rows`, and what to log of each. A loss or gradient that
     is not finite is the last and makes no step."""
-    config, parameters = learner.config, list(learner.policy.parameters())
+    config, parameters = learner.config, list(trainable(learner.policy).values())
     logged: list[dict[str, float]] = []
     for epoch in range(config.epochs):
         order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
@@ -107,9 +117,9 @@ def _descend(
             def shard(own: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
                 batch = _minibatch(learner, trajectories, own, advantage)
                 loss, values, mu = policy_loss(learner.policy, batch, learner.noise, config)
-                return loss, (values, (mu.detach() - trajectories.mu[own]).abs().mean())
+                return loss, (values, _change(learner, trajectories, own, mu.detach()).mean())
 
-            owns = [part[s] for s in _shares(part)]
+            owns = _pieces(part, config.micro_batch)
             weights = [len(own) / len(part) for own in owns]
             losses = [partial(shard, own) for own in owns]
             loss, rest, norm = parallel.gradients(parameters, losses, weights, max_norm=1.0)
@@ -136,8 +146,10 @@ def _merged(parts: list[Tensor], weights: list[float]) -> dict[str, float]:
     return numbers
 
 
-def _shares(rows: Tensor) -> list[slice]:
-    return parallel.shares(len(rows), parallel.shards(rows.device))
+def _pieces(rows: Tensor, most: int = 0) -> list[Tensor]:
+    """Rows of a minibatch by piece, of at most so many each (0: as many as a shard has)."""
+    shares = parallel.shares(len(rows), parallel.shards(rows.device))
+    return [piece for share in shares for piece in rows[share].split(most or len(rows))]
 
 
 def _observation(trajectories: Trajectories, rows: Tensor) -> dict:
@@ -154,7 +166,7 @@ def _minibatch(
     batch = {
         "observation": _observation(trajectories, rows),
         "action": trajectories.action[rows],
-        "log_scale": trajectories.log_scale[rows],
+        "log_scale": None if trajectories.log_scale is None else trajectories.log_scale[rows],
         "logprob": trajectories.logprob[rows],
         "advantage": advantage[rows],
     }
@@ -164,14 +176,25 @@ def _minibatch(
     return batch
 
 
+def _change(learner: Learner, trajectories: Trajectories, rows: Tensor, mu: Tensor) -> Tensor:
+    """How far the policy has moved since the rollout: `[n, C, A]` of its means, or `[n, C]` of a
+    token's log-probability, where logits would move for nothing."""
+    if trajectories.mu is not None:
+        return (mu - trajectories.mu[rows]).abs()
+    logprob = learner.noise.logprob(mu, None, trajectories.action[rows])
+    return (logprob - trajectories.logprob[rows]).abs() / mu.shape[2]
+
+
 @torch.no_grad()
 def _mu_change(learner: Learner, trajectories: Trajectories, rows: Tensor) -> float:
-    def change(own: Tensor) -> Tensor:
+    def change(own: Tensor) -> tuple[Tensor, int]:
         mu, _ = learner.policy(_observation(trajectories, own))
-        return (mu - trajectories.mu[own]).abs().sum()
+        moved = _change(learner, trajectories, own, mu)
+        return moved.sum(), moved.numel()
 
-    total = sum(parallel.run([partial(change, rows[s]) for s in _shares(rows)]))
-    return float(total) / trajectories.mu[rows].numel()
+    pieces = [partial(change, own) for own in _pieces(rows, learner.config.micro_batch)]
+    totals, counts = zip(*parallel.spread(pieces, rows.device), strict=True)
+    return float(sum(totals)) / sum(counts)
 
 
 def _critic_update(
@@ -182,11 +205,13 @@ def _critic_update(
     everything = torch.arange(len(trajectories.episode), device=reward.device)
 
     def value_of(rows: Tensor) -> Tensor:
+        if learner.features:
+            return critic(trajectories.features[rows])
         return critic(_observation(trajectories, rows))
 
     batches = everything.split(config.minibatch)
     with torch.no_grad():
-        pieces = [partial(value_of, batch[s]) for batch in batches for s in _shares(batch)]
+        pieces = [partial(value_of, own) for batch in batches for own in _pieces(batch)]
         value = torch.cat(parallel.run(pieces))
     group = config.group if config.advantage == "loop-gae" else 1
     advantage, target, live = gae_advantages(
@@ -199,7 +224,7 @@ def _critic_update(
     parameters = [p for p in critic.parameters() if p.requires_grad]
     order = torch.randperm(len(everything), generator=generator(seed, "critic", step))
     for part in everything[order.to(everything.device)].split(config.minibatch):
-        owns = [part[s] for s in _shares(part)]
+        owns = _pieces(part)
         losses, weights = [partial(shard, own) for own in owns], [len(o) / len(part) for o in owns]
         loss, _, _ = parallel.gradients(parameters, losses, weights)
         check_finite("critic loss", loss, step)
@@ -207,5 +232,6 @@ def _critic_update(
     return advantage, live
 
 
-def _lr(optimizer: torch.optim.Optimizer) -> float:
-    return optimizer.param_groups[0]["lr"]
+def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    first, *others = (group["lr"] for group in optimizer.param_groups)
+    return {"lr": first} | {f"lr_{k}": rate for k, rate in enumerate(others, 1)}

@@ -139,14 +139,23 @@ def selected(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy `tensors` into `module`, by name. Raises UserError naming the differences; nothing is
-    copied then.
+def weights(module: nn.Module, frozen: bool = True) -> dict[str, Tensor]:
+    """A module's state; with `frozen` False, without the parameters that require no gradient: they
+    come from elsewhere."""
+    held = {n for n, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {n: t for n, t in module.state_dict().items() if frozen or n not in held}
+
+
+def load_module(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, frozen: bool = True
+) -> None:
+    """Copy `tensors` into `module`, by name: all of it, or with `frozen` False what `weights` then
+    names. Raises UserError naming the differences; nothing is copied then.
 
     source: where the tensors came from, for the message.
     """
-    check_fit(module.state_dict(), tensors, source, type(module).__name__)
-    module.load_state_dict(dict(tensors))
+    check_fit(weights(module, frozen), tensors, source, type(module).__name__)
+    module.load_state_dict(dict(tensors), strict=frozen)
 
 
 def check_fit(
@@ -262,9 +271,11 @@ def _optimizer_state(
     return state, groups
 
 
-def training_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that a training stage needs to go on: weights, as "model/<name>", and optimizer state."""
-    return prefixed("model/", module.state_dict()) | optimizer_tensors(optimizer, module)
+def training_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, frozen: bool = True
+) -> dict[str, Tensor]:
+    """What a training stage needs to go on: `weights`, as "model/<name>", and optimizer state."""
+    return prefixed("model/", weights(module, frozen)) | optimizer_tensors(optimizer, module)
 
 
 def load_training(
@@ -272,13 +283,14 @@ def load_training(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     source: Path | str,
+    frozen: bool = True,
 ) -> None:
     """Restore what `training_tensors` took; `source` is where it came from, for messages.
 
     Raises UserError where it does not fit; nothing is changed then.
     """
-    check_training(module, optimizer, tensors, source)
-    load_module(module, selected("model/", tensors), source)
+    check_training(module, optimizer, tensors, source, frozen)
+    load_module(module, selected("model/", tensors), source, frozen)
     load_optimizer(optimizer, module, tensors)
 
 
@@ -287,9 +299,10 @@ def check_training(
     optimizer: torch.optim.Optimizer,
     tensors: Mapping[str, Tensor],
     source: Path | str,
+    frozen: bool = True,
 ) -> None:
     """UserError where `load_training` would raise it."""
-    check_fit(module.state_dict(), selected("model/", tensors), source, type(module).__name__)
+    check_fit(weights(module, frozen), selected("model/", tensors), source, type(module).__name__)
     _optimizer_state(optimizer, module, tensors)
 
 

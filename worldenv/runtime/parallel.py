@@ -96,6 +96,13 @@ def run(pieces: Iterable[Callable[[], T]]) -> list[T]:
         raise
 
 
+def spread(pieces: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
+    """As `run`, with no more at a time than a batch on `device` has pieces."""
+    stretches = shares(len(pieces), shards(device))
+    done = run([lambda s=s: [piece() for piece in pieces[s]] for s in stretches])
+    return [result for stretch in done for result in stretch]
+
+
 def gradients(
     parameters: Sequence[Tensor],
     losses: Sequence[Callable[[], tuple[Tensor, T]]],
@@ -104,25 +111,24 @@ def gradients(
 ) -> tuple[Tensor, list[T], Tensor]:
     """Set `.grad` of parameters to that of the losses' weighted sum (default: their mean).
 
-    losses: each returns a scalar and anything; they are the pieces. max_norm: the gradient is
-    scaled down to it. Returns the weighted loss, what else the losses returned, and the norm before
-    scaling. Parameters that no loss depends on get no gradient.
+    losses: each returns a scalar and anything; they are the pieces. Where there are more than the
+    device has pieces, a piece is several, one after the other: memory for the activations of one,
+    and for one gradient. max_norm: the gradient is scaled down to it. Returns the weighted loss,
+    what else the losses returned, and the norm before scaling. Parameters that no loss depends on
+    get no gradient.
     """
     weights = weights or [1 / len(losses)] * len(losses)
 
-    def piece(loss_of: Callable[[], tuple[Tensor, T]], weight: float):
-        loss, rest = loss_of()
-        scaled = loss * weight
-        return torch.autograd.grad(scaled, parameters, allow_unused=True), scaled.detach(), rest
-
-    done = run([lambda f=f, w=w: piece(f, w) for f, w in zip(losses, weights, strict=True)])
+    shared = shares(len(losses), shards(parameters[0].device))
+    pieces = run([lambda s=s: _gradient(parameters, losses[s], weights[s]) for s in shared])
+    done = [part for _, made in pieces for part in made]
     parts = _parts(parameters)
 
     def add(rows: slice) -> Tensor:
         """Sum the pieces' gradients in order, for some of the parameters; their norm."""
         totals: list[Tensor] = []
         for i in range(rows.start, rows.stop):
-            given = [grads[i] for grads, _, _ in done if grads[i] is not None]
+            given = [grads[i] for grads, _ in pieces if grads[i] is not None]
             parameters[i].grad = None
             if given:
                 # Never into what autograd gave, which may be one tensor for two parameters; and
@@ -144,7 +150,28 @@ def gradients(
                     parameter.grad.mul_(scale)
 
         run([lambda p=p: shrink(p) for p in parts])
-    return sum(loss for _, loss, _ in done), [rest for _, _, rest in done], norm
+    return sum(loss for loss, _ in done), [rest for _, rest in done], norm
+
+
+def _gradient(
+    parameters: Sequence[Tensor],
+    losses: Sequence[Callable[[], tuple[Tensor, T]]],
+    weights: Sequence[float],
+) -> tuple[Sequence[Tensor | None], list[tuple[Tensor, T]]]:
+    """Gradient of the weighted sum of losses, made one after the other, and what they returned."""
+    total: list[Tensor | None] = [None] * len(parameters)
+    made = []
+    for loss_of, weight in zip(losses, weights, strict=True):
+        loss, rest = loss_of()
+        scaled = loss * weight
+        made.append((scaled.detach(), rest))
+        grads = torch.autograd.grad(scaled, parameters, allow_unused=True)
+        if len(losses) == 1:
+            return grads, made
+        for i, grad in enumerate(grads):  # never into what autograd gave
+            if grad is not None:
+                total[i] = grad.clone() if total[i] is None else total[i].add_(grad)
+    return total, made
 
 
 def _parts(parameters: Sequence[Tensor]) -> list[slice]:

@@ -20,7 +20,7 @@ from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
-from worldenv.rl.noise import Noise
+from worldenv.rl.noise import Noise, exploration
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -52,7 +52,8 @@ def explore(run: Run, mark: str, number: int) -> dict:
     collect = run.config.collect
     count = collect.refresh_episodes if number else collect.episodes
     folder = run.path("data", f"explore-{number}")
-    policy = store.load("policy", run.path("checkpoints", f"{policy_before(number)}.safetensors"))
+    path = run.path("checkpoints", f"{policy_before(number)}.safetensors")
+    policy = store.load("policy", path, run.acting)
     return record_policy(run.reality, policy, count, folder, mark, number)
 
 
@@ -159,21 +160,23 @@ def _roll_out(
             starts,
             lambda env: EpisodeRecorder(config, starts, keep, hold),
             seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
-            noise=exploration_noise(config),
+            noise=exploration_noise(config, policy),
             terminate="never",
             record_every=config.collect.record_every,
         )
 
 
-def exploration_noise(config: Config) -> Noise:
+def exploration_noise(config: Config, policy: Policy) -> Noise:
     """How the policy explores the real benchmark."""
-    return Noise(config.collect.scale, config.collect.push)
+    moves = policy.embodiment.actions("translate")
+    return exploration(policy.distribution, config.collect, moves)
 
 
 def _recording(config: Config) -> tuple:
     """How a policy's episodes are made: its noise, which frames are kept, when they end."""
     part = config.collect
-    return (part.push, 0 if part.push else part.scale, part.record_every, part.hold_chunks)
+    noise = (part.push, 0 if part.push else part.scale, part.temperature)
+    return (*noise, part.record_every, part.hold_chunks)
 
 
 def _counts(folder: Path, mark: str) -> dict:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
-from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.models.simulator import Simulator
@@ -66,7 +65,8 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
     workers = min(config.env.workers, parallel.threads())
     real = REAL_CHUNK * cost.sample * threads * chunks / workers
     decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
-    iteration = decisions * (cost.frame + (2 if rl.critic else 1) * cost.sample)  # it is as large
+    networks = 2 if rl.critic and rl.value == "network" else 1  # as large as each other
+    iteration = decisions * (cost.frame + networks * cost.sample)
     held_out = (config.evaluate.starts[1] - config.evaluate.starts[0]) * tasks
     scripted = 0 if config.data.paths else config.collect.demonstrations
     stages = {
@@ -138,9 +138,9 @@ def _pictures(robot: Embodiment, *shape: int) -> Tensor:
 def policy_loss(policy: Policy, batch: int) -> Tensor:
     """Of imitation, on B random samples."""
     robot = policy.embodiment
-    views = views_to_channels(_pictures(robot, batch))
-    mu, scale = policy.decode(views, torch.zeros(batch, robot.P), policy.words(["go"] * batch))
-    return (mu + scale).square().mean()
+    seen = {"image": _pictures(robot, batch), "proprio": torch.zeros(batch, robot.P)}
+    outputs = policy({**seen, "instruction": ["go"] * batch})
+    return sum(x.square().mean() for x in outputs if x is not None)
 
 
 def simulator_loss(simulator: Simulator, batch: int) -> Tensor:

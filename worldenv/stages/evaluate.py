@@ -32,7 +32,7 @@ def run(run: Run, mark: str, number: int = 0) -> dict:
     reflector = store.load("reflector", run.path("checkpoints", f"reflector-{last}.safetensors"))
     outcomes = {}
     for label, name in policies.items():
-        policy = store.load("policy", run.path("checkpoints", f"{name}.safetensors"))
+        policy = store.load("policy", run.path("checkpoints", f"{name}.safetensors"), run.acting)
         path = run.path("evaluation", f"{label}.json")
         stored = read_record(path) or {}
         done = stored["episodes"] if stored.get("mark") == mark else []
@@ -87,8 +87,8 @@ def evaluate_policy(
     """
     if not starts:
         return []
-    device = policy.proprio_mean.device
-    policy = policy.cpu().eval()
+    device = next(policy.parameters()).device
+    policy = policy.to(run.acting).eval()
     outcomes: list[dict] = []
     with progress.bar(len(starts), label) as bar:
 

@@ -24,8 +24,10 @@ from worldenv.envs.imagined import (
     middle_frames,
 )
 from worldenv.envs.start import Start
-from worldenv.models.policy import Critic, Policy
+from worldenv.models.policy import Critic, Policy, ValueHead
 from worldenv.rl.loss import episode_rewards, group_advantages
+from worldenv.rl.noise import exploration
+from worldenv.rl.policy import parameter_groups, twin
 from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, progress
@@ -41,10 +43,9 @@ def run(run: Run, mark: str, number: int) -> dict:
     """Stage `posttrain-N`: writes checkpoints/policy-N.safetensors."""
     config, rl = run.config, run.config.posttrain
     checkpoints = run.path("checkpoints")
-    reference: Policy = store.load("policy", checkpoints / "policy-sft.safetensors", run.device)
     start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
     policy: Policy = store.load("policy", start, run.device)
-    learner = _learner(run, policy, reference, number)
+    learner = _learner(run, policy, number)
     envs, firsts, middles = make_world(run, number)
     iterations = rl.refresh_iterations if number else rl.iterations
     name = f"posttrain-{number}"
@@ -142,17 +143,25 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     return envs, list(range(split)), list(range(split, split + len(middles)))
 
 
-def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learner:
+def _learner(run: Run, policy: Policy, number: int) -> Learner:
     config, rl = run.config, run.config.posttrain
-    reference.requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), rl.lr, betas=(0.9, 0.95), weight_decay=0)
-    if not rl.critic:
-        return Learner(policy, reference, optimizer, rl)
-    torch.manual_seed(derive(config.seed, "critic weights", number))
-    critic = Critic(config.policy, run.embodiment).to(run.device)
-    critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
-    values = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)
-    return Learner(policy, reference, optimizer, rl, critic, values)
+    groups = parameter_groups(policy, rl.lr, rl.head_lr)
+    optimizer = torch.optim.AdamW(groups, rl.lr, betas=(0.9, 0.95), weight_decay=0)
+    noise = exploration(policy.distribution, rl, run.embodiment.actions("translate"))
+    learner = Learner(policy, optimizer, rl, noise)
+    if rl.kl_weight:
+        imitated = run.path("checkpoints") / "policy-sft.safetensors"
+        learner.reference = twin(policy, store.read("policy", imitated, run.device)[0])
+    if rl.critic:
+        torch.manual_seed(derive(config.seed, "critic weights", number))
+        if rl.value == "head":
+            critic = ValueHead(policy.feature_width)
+        else:
+            critic = Critic(config.policy, run.embodiment)
+            critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
+        learner.critic = critic.to(run.device)
+        learner.critic_optimizer = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)
+    return learner
 
 
 def _imagine(
@@ -197,7 +206,14 @@ def _imagine_contexts(
     # alone, and the baseline takes the world's luck away.
     starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c)) for c, _ in pairs]
     seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
-    return rollout_shards(envs, learner.policy, starts, seeds=seeds, noise=learner.noise)
+    return rollout_shards(
+        envs,
+        learner.policy,
+        starts,
+        seeds=seeds,
+        noise=learner.noise,
+        features=learner.features,
+    )
 
 
 def choose_contexts(
@@ -270,7 +286,8 @@ def _real_success(run: Run, policy: Policy, label: str) -> float:
 
 
 def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
-    tensors = checkpoint.training_tensors(learner.policy, learner.optimizer)
+    held = store.holds_all("policy")
+    tensors = checkpoint.training_tensors(learner.policy, learner.optimizer, held)
     if learner.critic is not None:
         critic = checkpoint.training_tensors(learner.critic, learner.critic_optimizer)
         tensors |= checkpoint.prefixed("critic/", critic)
@@ -295,23 +312,26 @@ def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, d
         if totals.keys() != fresh.keys():
             raise UserError(f"{path}: totals: expected {[*fresh]}, got {[*totals]}")
         if totals["kept_iteration"] is not None:
-            store.load("policy", best)
+            saved, *_ = store.read("policy", best)
+            own = checkpoint.weights(learner.policy, store.holds_all("policy"))
+            checkpoint.check_fit(own, saved, best, "the policy")
         restored = _restored(learner, tensors)
-        for part in restored:
-            checkpoint.check_training(*part, path)
+        for *part, whole in restored:
+            checkpoint.check_training(*part, path, whole)
     except UserError as error:
         print(f"the round begins anew: {error}")
         return 0, fresh
-    for part in restored:
-        checkpoint.load_training(*part, path)
+    for *part, whole in restored:
+        checkpoint.load_training(*part, path, whole)
     return metadata["step"], totals
 
 
 def _restored(learner: Learner, tensors: dict[str, Tensor]) -> list[tuple]:
-    """What a checkpoint of `_save` restores: modules, their optimizers, and the tensors of each."""
+    """What a checkpoint of `_save` restores: modules, their optimizers, the tensors of each, and
+    whether those are all of it."""
     own = {k: v for k, v in tensors.items() if not k.startswith("critic/")}
-    parts = [(learner.policy, learner.optimizer, own)]
+    parts = [(learner.policy, learner.optimizer, own, store.holds_all("policy"))]
     if learner.critic is not None:
         critic = checkpoint.selected("critic/", tensors)
-        parts.append((learner.critic, learner.critic_optimizer, critic))
+        parts.append((learner.critic, learner.critic_optimizer, critic, True))
     return parts

@@ -118,7 +118,7 @@ def _calibrated(
     keys = [(c, n) for c in range(len(contexts)) for n in range(CALIBRATION_EPISODES)]
     starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
     seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
-    noise = exploration_noise(config)
+    noise = exploration_noise(config, policy)
     imagined = rollout_shards(envs, policy.eval(), starts, seeds=seeds, noise=noise, images=False)
     top = torch.zeros(len(starts), device=imagined.reward.device)
     top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")

@@ -14,6 +14,8 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from worldenv.config import Config, fingerprint, load, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
@@ -38,6 +40,12 @@ class Run:
         parallel.use_threads(config.threads)
         self._lock = FolderLock(self.dir) if writes else None
         self.reality, self.embodiment = Reality(config), embodiment(config)
+
+    @property
+    def acting(self) -> torch.device:
+        """Where policies act in the real benchmark: on the CPU, on a thread for each episode, or
+        where they train if only that device is fast enough."""
+        return self.device if self.config.policy.large else torch.device("cpu")
 
     @cached_property
     def logger(self) -> RunLogger:

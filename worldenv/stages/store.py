@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from worldenv.config import (
     CollectConfig,
@@ -48,13 +48,29 @@ def save(kind: str, model: nn.Module, path: Path, **facts: object) -> None:
         "embodiment": to_dict(model.embodiment),
         **facts,
     }
-    checkpoint.save(path, model.state_dict(), metadata)
+    checkpoint.save(path, checkpoint.weights(model, holds_all(kind)), metadata)
+
+
+def holds_all(kind: str) -> bool:
+    """Whether a checkpoint of this kind holds frozen parameters too. A policy's come from the
+    folder it was built from, and may be a thousand times what was trained."""
+    return kind != "policy"
 
 
 def load(
     kind: str, path: Path, device: torch.device | str = "cpu", fits: Config | None = None
 ) -> nn.Module:
-    """Read a model written by `save`, ready for inference.
+    """Read a model written by `save`, ready for inference. See `read`."""
+    tensors, part, robot = read(kind, path, device, fits)
+    model = _build(kind, part, robot)
+    checkpoint.load_module(model, tensors, path, holds_all(kind))
+    return model.to(device).eval()
+
+
+def read(
+    kind: str, path: Path, device: torch.device | str = "cpu", fits: Config | None = None
+) -> tuple[dict[str, Tensor], object, Embodiment]:
+    """The tensors of a model written by `save`, and the configuration and robot it was built with.
 
     fits: the configuration it is to be used with, of the same robot, image size and chunk.
     UserError naming the file for anything else than a whole model of this kind with finite weights.
@@ -72,9 +88,7 @@ def load(
                 f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
                 f"infinite value(s). This {kind} is of no use: name another, or train it anew."
             )
-    model = _build(kind, part, robot)
-    checkpoint.load_module(model, tensors, path)
-    return model.to(device).eval()
+    return tensors, part, robot
 
 
 def check_fits(own: Embodiment, asked: Embodiment, what: str) -> None:

@@ -41,6 +41,11 @@ def shard_size(run: Run, batch: int) -> int:
     return batch // parallel.shards(run.device)
 
 
+def pieces(run: Run, batch: int, most: int = 0) -> int:
+    """How many losses make up a batch: one for each shard, or more, of at most `most` samples."""
+    return max(parallel.shards(run.device), batch // most if most else 0)
+
+
 def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Module:
     """What round `number` trains (kind: simulator, reflector): the round before's, or a new one
     that knows the proprio statistics of `episodes`.
@@ -66,29 +71,35 @@ def train(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.98),
     ema: bool = False,
+    groups: list[dict] | None = None,
+    pieces: int | None = None,
+    frozen: bool = True,
     log_every: int = 20,
 ) -> dict[str, float]:
     """Minimise the mean of `loss_at(step, shard)` over the shards of a batch; the module ends up
     trained.
 
-    ema: end with the exponential moving average of the weights. Returns the metrics averaged over
-    the last tenth of the steps. NonFiniteError (with step and name) if the loss is NaN; the last
-    checkpoint stays.
+    groups: of parameters with a peak learning rate each (default: all of them, at lr). pieces: how
+    many losses a batch has, if not one for each shard. frozen: whether checkpoints hold parameters
+    that are not trained. ema: end with the exponential moving average of the weights. Returns the
+    metrics averaged over the last tenth of the steps. NonFiniteError (with step and name) if the
+    loss is NaN; the last checkpoint stays.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    count = parallel.shards(run.device)
+    count = pieces or parallel.shards(run.device)
     optimizer = torch.optim.AdamW(
-        parameters, lr, betas=betas, weight_decay=weight_decay, fused=True
+        groups or parameters, lr, betas=betas, weight_decay=weight_decay, fused=True
     )
+    peaks = [group["lr"] for group in optimizer.param_groups]
     average = {k: v.clone() for k, v in module.state_dict().items()} if ema else {}
     path = run.path("checkpoints", f"{name}.partial.safetensors")
-    begin, tail = _resume(path, mark, module, optimizer, average)
+    begin, tail = _resume(path, mark, module, optimizer, average, frozen)
     run.logger.rewind(name, begin)
     saved = time.monotonic()
     done = begin
 
     def save() -> None:
-        tensors = checkpoint.training_tensors(module, optimizer)
+        tensors = checkpoint.training_tensors(module, optimizer, frozen)
         tensors |= checkpoint.prefixed("ema/", average)
         checkpoint.save(path, tensors, {"mark": mark, "step": done, "tail": tail})
 
@@ -96,10 +107,10 @@ def train(
     with progress.bar(steps, name) as bar, signals.between_steps() as stopping:
         bar.update(begin)
         for step in range(begin, steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, lr)
-            pieces = [partial(loss_at, step, shard) for shard in range(count)]
-            loss, logged, _ = parallel.gradients(parameters, pieces, max_norm=1.0)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = learning_rate(step, steps, peak)
+            losses = [partial(loss_at, step, shard) for shard in range(count)]
+            loss, logged, _ = parallel.gradients(parameters, losses, max_norm=1.0)
             check_finite(f"{name} loss", loss, step)
             optimizer.step()
             _track_average(average, module, step)
@@ -131,7 +142,12 @@ def _mean(logged: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _resume(
-    path, mark: str, module: nn.Module, optimizer: torch.optim.Optimizer, average: dict
+    path,
+    mark: str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: dict,
+    frozen: bool,
 ) -> tuple[int, dict]:
     """Continue from a partial checkpoint of the same stage and configuration, if there is one."""
     found = checkpoint.resume(path, mark, {"step": int, "tail": dict})
@@ -142,7 +158,7 @@ def _resume(
     training = {k: v for k, v in tensors.items() if not k.startswith("ema/")}
     try:
         checkpoint.check_fit(average, saved, path, "moving average")
-        checkpoint.load_training(module, optimizer, training, path)
+        checkpoint.load_training(module, optimizer, training, path, frozen)
     except UserError as error:
         print(f"nothing to go on from, so the stage begins anew: {error}")
         return 0, {}
