@@ -156,6 +156,18 @@ class SFTConfig:
 class SimulatorConfig:
     """Causal video denoiser over tokenizer latents, flow matching (paper section 3.3)."""
 
+    kind: Literal["small", "wan", "wovr"] = "small"
+    """Trained from nothing; a published Wan (2.1 T2V 1.3B, 2.2 TI2V 5B); or one of WoVR's
+    simulators of LIBERO (RLinf-Wan-LIBERO-*), which generates eight frames at a time."""
+    folder: Path | None = None
+    """Folder of the published model, as downloaded (unused by the small one)."""
+    text: Literal["constant", "words"] = "constant"
+    """What a Wan is told: nothing (an empty text costs one vector a layer), or `prompt`."""
+    prompt: Path | None = None
+    """Safetensors file with one tensor [n, 4096]: the text as Wan's text encoder embeds it."""
+    shift: Factor | None = None
+    """Of the sampling schedule: above 1, more passes at high noise. Unset: 1 for the small one, 5
+    for Wan (what TI2V 5B and WoVR use; 3 suits the 1.3B)."""
     tokenizer: Literal["patch", "autoencoder"] = "patch"
     """Pixel patches (no training) or a small convolutional autoencoder."""
     patch: Annotated[int, Range(1, 128)] = 16
@@ -206,6 +218,10 @@ class SimulatorConfig:
         """What its fields require of each other."""
         heads = f"a divisor of half the width {self.width}: positions turn pairs of numbers"
         yield self.width % (2 * self.heads) == 0, "heads", heads
+        published = self.kind != "small"
+        yield not published or self.folder is not None, "folder", f"that of a published {self.kind}"
+        prompt = "the file of the text, where text is words"
+        yield self.text != "words" or self.prompt is not None, "prompt", prompt
         halved = self.tokenizer == "patch" or self.patch.bit_count() == 1
         yield halved, "patch", "a power of two for the autoencoder, which halves"
 

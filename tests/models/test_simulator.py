@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
+from worldenv.models.denoiser import executed
 from worldenv.models.heads import FrameHead, zeroed
-from worldenv.models.simulator import Simulator, executed
+from worldenv.models.simulator import Simulator
 from worldenv.runtime.seeds import generator
 
 TINY = SimulatorConfig(width=48, layers=2, heads=2, patch=8, window=2, frames=2)
