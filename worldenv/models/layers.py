@@ -1,11 +1,11 @@
 """Building blocks shared by the models: Wan-shaped block, rotary positions, encoders.
 
-`Block` is a Wan transformer block (self-attention with RMS-normalised queries and keys and 3D rotary
-positions, cross-attention to text, MLP, modulation by a shared time projection plus a learned
-table). One thing is added: a zero-initialised linear map from the frame's action embedding to the
-block's modulation, the per-frame action conditioning. `DenoiserBlock` holds the weights as the small
-denoiser's checkpoints name them, `models.wan.WanBlock` as Wan's do. The text branch is optional:
-the small denoiser goes without, for the dynamics do not depend on the instruction.
+`Block` is a Wan transformer block (self-attention with RMS-normalised queries and keys and 3D
+rotary positions, cross-attention to text, MLP, modulation by a shared time projection plus a
+learned table). One thing is added: a zero-initialised linear map from the frame's action embedding
+to the block's modulation, the per-frame action conditioning. `DenoiserBlock` holds the weights as
+the small denoiser's checkpoints name them, `models.wan.WanBlock` as Wan's do. The text branch is
+optional: the small denoiser goes without, for the dynamics do not depend on the instruction.
 """
 
 import math
@@ -70,8 +70,8 @@ class Words(NamedTuple):
     bias: Tensor | None  # [N], added to the scores
 
 
-class CrossAttention(nn.Module):
-    """Tokens look words up: Wan's `attn2`, under its names. No gate, no positions."""
+class Attention(nn.Module):
+    """Weights of an attention as Wan names them; queries and keys normalised over all heads."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -79,6 +79,10 @@ class CrossAttention(nn.Module):
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
         self.norm_q, self.norm_k = nn.RMSNorm(width, eps=1e-6), nn.RMSNorm(width, eps=1e-6)
+
+
+class CrossAttention(Attention):
+    """Tokens look words up: Wan's `attn2`. No gate, no positions."""
 
     def words(self, context: Tensor, last: int = 1) -> Words:
         """Keys and values of embedded words `[B, N, E]`. last: how many equal words the last one
@@ -110,9 +114,9 @@ class CrossAttention(nn.Module):
 class ConstantText(nn.Module):
     """In the place of a `CrossAttention`: all that is left of it when the text is always empty."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, constant: Tensor) -> None:
         super().__init__()
-        self.constant = nn.Parameter(torch.zeros(width))
+        self.constant = nn.Parameter(constant)  # [E]
 
 
 class Block(nn.Module):
@@ -148,7 +152,7 @@ class Block(nn.Module):
     def _read(self, x: Tensor, words: Words | None) -> Tensor:
         """x with what the text says to it."""
         if isinstance(self.attn2, ConstantText):
-            return x + self.attn2.constant
+            return x + self.attn2.constant.to(x.dtype)
         if words is None:
             return x
         weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
