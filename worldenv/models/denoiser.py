@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
@@ -27,21 +28,27 @@ class Conditioning:
 
 
 class Network(nn.Module):
-    """What `World` asks of a network. A subclass sets the attributes, `action_in` and `dynamics`,
+    """What `World` asks of a network. A subclass sets these attributes, `action_in` and `dynamics`,
     and defines `denoise` and `dtype`. Shapes: S tokens = views * grid**2, Z latent channels.
     """
 
-    config: SimulatorConfig
-    tokenizer: nn.Module
     rotary: Rotary3D
     blocks: nn.ModuleList
-    views: int
-    chunk: tuple[int, int]  # C, A
-    tokens: int  # S
     heads: int
     head_dim: int
-    shift: float  # of the sampling schedule
-    bounded: bool  # whether latents lie in [-1, 1], as pixels do
+
+    def __init__(self, config: SimulatorConfig, embodiment: Embodiment, shift: float) -> None:
+        """shift: of the sampling schedule, where the config does not say."""
+        super().__init__()
+        self.config, self.embodiment, self.views = config, embodiment, embodiment.V
+        self.chunk, self.shift = (embodiment.chunk, embodiment.A), config.shift or shift
+        self.tokenizer = build_tokenizer(config, embodiment.image_size)
+        self.tokenizer.requires_grad_(False)
+        self.tokens = self.views * self.tokenizer.grid**2
+        self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
+        self.register_buffer("proprio_std", torch.ones(embodiment.P))
+        grips = torch.tensor([kind == "grip" for kind in embodiment.action])
+        self.register_buffer("grips", grips, persistent=False)  # [A] bool
 
     def denoise(
         self,
@@ -98,8 +105,13 @@ class Network(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What is known of a chunk (see `condition`), and the proprio it leads to; normalised."""
         q1, q0 = self._normalise(proprio), self._normalise(previous)
-        known = torch.cat([q1, q0, *(executed(a).flatten(-2) for a in (led, action))], -1)
+        known = torch.cat([q1, q0, *(self.executed(a).flatten(-2) for a in (led, action))], -1)
         return known, q1 + self.dynamics(known)
+
+    def executed(self, action: Tensor) -> Tensor:
+        """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
+        a = action.clamp(-1, 1)
+        return torch.where(self.grips, torch.where(a > 0, 1.0, -1.0), a)
 
     def _normalise(self, proprio: Tensor) -> Tensor:
         return (proprio - self.proprio_mean) / self.proprio_std
@@ -108,35 +120,17 @@ class Network(nn.Module):
 class Denoiser(Network):
     """The small one. A Wan-shaped transformer, trained from nothing."""
 
-    def __init__(
-        self,
-        config: SimulatorConfig,
-        image_size: int,
-        views: int = 2,
-        proprio: int = 8,
-        chunk: int = 8,
-        actions: int = 7,
-        columns: int = 0,
-    ) -> None:
-        """columns: M, of `Conditioning.columns`; their weights begin at zero."""
-        super().__init__()
-        self.config, self.views, self.shift = config, views, config.shift or 1.0
-        self.chunk, commands = (chunk, actions), chunk * actions
-        self.tokenizer = build_tokenizer(config, image_size)
-        self.tokenizer.requires_grad_(False)
-        self.bounded = True
-        e, z = config.width, self.tokenizer.channels
+    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
+        super().__init__(config, embodiment, shift=1.0)
+        e, z, proprio = config.width, self.tokenizer.channels, embodiment.P
         self.heads, self.head_dim = config.heads, e // config.heads
-        self.tokens = views * self.tokenizer.grid**2
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
         self.patch_in = nn.Linear(3 * z, e)
         self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
-        self.rotary = Rotary3D(self.head_dim, views, self.tokenizer.grid)
+        self.rotary = Rotary3D(self.head_dim, self.views, self.tokenizer.grid)
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.time_out = nn.Linear(e, 6 * e)
-        self.action_in = action_encoder(proprio, commands, e)
-        self.dynamics = dynamics(proprio, commands)
+        self.action_in = action_encoder(embodiment, e)
+        self.dynamics = dynamics(embodiment)
         self.blocks = nn.ModuleList(
             DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
         )
@@ -148,8 +142,6 @@ class Denoiser(Network):
         self.proprio_out = nn.Linear(e, proprio)
         for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
             zeroed(layer)
-        if columns:
-            self.columns_in = zeroed(nn.Linear(columns, e))
 
     def denoise(
         self,
@@ -186,22 +178,16 @@ class Denoiser(Network):
         return self.blocks[0].table.dtype
 
 
-def action_encoder(proprio: int, commands: int, out: int) -> nn.Sequential:
-    """Embeds what leads to a frame: P of three poses and two chunks of C A commands, to `[out]`."""
-    return nn.Sequential(
-        nn.Linear(3 * proprio + 2 * commands, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU()
-    )
+def action_encoder(embodiment: Embodiment, out: int) -> nn.Sequential:
+    """Embeds what leads to a frame, three poses and two chunks, to `[out]`."""
+    known = 3 * embodiment.P + 2 * embodiment.chunk * embodiment.A
+    return nn.Sequential(nn.Linear(known, out), nn.SiLU(), nn.Linear(out, out), nn.SiLU())
 
 
-def dynamics(proprio: int, commands: int) -> nn.Sequential:
+def dynamics(embodiment: Embodiment) -> nn.Sequential:
     """Predicts how the proprio changes over a chunk, of two poses and two chunks."""
-    known, h = 2 * (proprio + commands), 256
+    proprio, h = embodiment.P, 256
+    known = 2 * (proprio + embodiment.chunk * embodiment.A)
     return nn.Sequential(
         nn.Linear(known, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, proprio)
     )
-
-
-def executed(action: Tensor) -> Tensor:
-    """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
-    a = action.clamp(-1, 1)
-    return torch.cat([a[..., :-1], torch.where(a[..., -1:] > 0, 1.0, -1.0)], -1)

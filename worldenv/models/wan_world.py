@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models import wan_folder
 from worldenv.models.denoiser import Conditioning, Network, action_encoder, dynamics
 from worldenv.models.heads import zeroed
 from worldenv.models.layers import Attend, Rotary3D, Words
 from worldenv.models.simulator import SimulatorState, World
-from worldenv.models.tokenizer import build_tokenizer
 from worldenv.runtime.errors import UserError
 
 POSITIONS = 1024  # frames that its rotary positions reach
@@ -32,22 +32,10 @@ class WanNetwork(Network):
     """A published Wan as a simulator's network, with what a simulator needs beside it."""
 
     def __init__(
-        self,
-        config: SimulatorConfig,
-        image_size: int,
-        views: int = 2,
-        proprio: int = 8,
-        chunk: int = 8,
-        actions: int = 7,
-        columns: int = 0,
+        self, config: SimulatorConfig, embodiment: Embodiment, columns: int = 0
     ) -> None:
         """columns: M, of `Conditioning.columns`. UserError where the folder does not fit."""
-        super().__init__()
-        self.config, self.views, self.shift = config, views, config.shift or 5.0
-        self.chunk, commands = (chunk, actions), chunk * actions
-        self.tokenizer = build_tokenizer(config, image_size)
-        self.tokenizer.requires_grad_(False)
-        self.bounded = False
+        super().__init__(config, embodiment, shift=5.0)
         self.wan = wan_folder.load(
             config.folder, "wan", config.text == "constant", config.precision
         )
@@ -59,22 +47,20 @@ class WanNetwork(Network):
                 "Name the tokenizer that this Wan was trained with."
             )
         self.heads, self.head_dim = sizes.heads, sizes.head_dim
-        self.tokens, e = views * self.tokenizer.grid**2, sizes.width
-        self.rotary = Rotary3D(self.head_dim, views, self.tokenizer.grid, exact=True)
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
+        e = sizes.width
+        self.rotary = Rotary3D(self.head_dim, self.views, self.tokenizer.grid, exact=True)
         text = None
         if config.text == "words":
             text = wan_folder.read_prompt(config.prompt, sizes.text_dim)
         self.register_buffer("prompt", text)  # [n, 4096]
         self._said: list[Words] | None = None
-        self.action_in = action_encoder(proprio, commands, _ACTION_WIDTH)
-        self.dynamics = dynamics(proprio, commands)
+        self.action_in = action_encoder(embodiment, _ACTION_WIDTH)
+        self.dynamics = dynamics(embodiment)
         zeroed(self.dynamics[-1])
         # All that follows begins at zero, beside what is published.
         self.position = nn.Parameter(torch.zeros(self.tokens, e))
         self.columns_in = zeroed(nn.Linear(2 * z + columns, e))
-        self.proprio_out = zeroed(nn.Linear(e, proprio))
+        self.proprio_out = zeroed(nn.Linear(e, embodiment.P))
         for block in self.blocks:
             block.action = zeroed(nn.utils.skip_init(nn.Linear, _ACTION_WIDTH, 6 * e))
 
