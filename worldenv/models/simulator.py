@@ -175,7 +175,7 @@ class Simulator(nn.Module):
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
                 frames, states, _ = self._targets(z, ones, history, reference, q, action, before)
-                history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
+                history = torch.cat([clean[:, :1], self.tokenizer.clip(frames[:, :-1])], 1)
                 states = states * self.proprio_std + self.proprio_mean
                 q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
         amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
@@ -397,7 +397,7 @@ class Simulator(nn.Module):
             level = z.new_full(z.shape[:2], now)
             frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
             z = frame + (after / now) * (z - frame)
-        frame = frame.clamp(-1, 1)
+        frame = self.tokenizer.clip(frame)
         if cache is not None:
             attends = [_over_cache(cache, i, remember=True) for i in layers]
             clean = torch.zeros_like(level)
