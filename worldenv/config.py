@@ -168,10 +168,16 @@ class SimulatorConfig:
     shift: Factor | None = None
     """Of the sampling schedule: above 1, more passes at high noise. Unset: 1 for the small one, 5
     for Wan (what TI2V 5B and WoVR use; 3 suits the 1.3B)."""
-    tokenizer: Literal["patch", "autoencoder"] = "patch"
-    """Pixel patches (no training) or a small convolutional autoencoder."""
+    tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
+    """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
+    video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
+    tokenizer_folder: Path | None = None
+    """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
+    tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
+    """What a published tokenizer computes in."""
     patch: Annotated[int, Range(1, 128)] = 16
-    """Pixels per token side."""
+    """Pixels per token side: for a published tokenizer a multiple of the pixels of a latent. Wan's
+    denoisers take two latents a side: 16 with the VAE of 2.1, 32 with that of 2.2."""
     latent_channels: Annotated[int, Range(1, 4096)] = 16
     """Channels of the autoencoder's latents (unused by the patch tokenizer)."""
     width: Annotated[int, Range(2, 16384)] = 256
@@ -222,8 +228,13 @@ class SimulatorConfig:
         yield not published or self.folder is not None, "folder", f"that of a published {self.kind}"
         prompt = "the file of the text, where text is words"
         yield self.text != "words" or self.prompt is not None, "prompt", prompt
-        halved = self.tokenizer == "patch" or self.patch.bit_count() == 1
+        cached = self.kind != "wan" or self.window > 0
+        yield cached, "window", "at least 1 for a Wan, which sees the past through its cache alone"
+        halved = self.tokenizer != "autoencoder" or self.patch.bit_count() == 1
         yield halved, "patch", "a power of two for the autoencoder, which halves"
+        named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
+        expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
+        yield named, "tokenizer_folder", expected
 
 
 @dataclass(frozen=True)

@@ -79,10 +79,6 @@ class Network(nn.Module):
         even = torch.linspace(1, 0, steps + 1).tolist()
         return [self.shift * s / (1 + (self.shift - 1) * s) for s in even]
 
-    def settle(self, frame: Tensor) -> Tensor:
-        """A generated frame, kept to what latents can be."""
-        return frame.clamp(-1, 1) if self.bounded else frame
-
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Proprio normalisation `[P]`, from the training data."""
         self.proprio_mean.copy_(mean)

@@ -68,10 +68,10 @@ class World(Network):
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
                 frames, states, _ = self._targets(z, ones, history, reference, q, action, before)
-                history = torch.cat([clean[:, :1], self.settle(frames[:, :-1])], 1)
+                history = torch.cat([clean[:, :1], self.tokenizer.clip(frames[:, :-1])], 1)
                 states = states * self.proprio_std + self.proprio_mean
                 q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
-        if self.bounded:  # as much noise as pixels bear
+        if self.tokenizer.bounded:  # as much noise as pixels bear
             amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
             history = history + amount.to(clean.device) * self._noise(history, generator)
         target = clean[:, 1:]
@@ -80,7 +80,7 @@ class World(Network):
         z = (1 - s) * target + s * self._noise(target, generator)
         frames, states, predicted = self._targets(z, sigma, history, reference, q, action, before)
         error = frames - target
-        if self.bounded:
+        if self.tokenizer.bounded:
             # Pixels that move matter most and are few (prototype: five times the weight).
             moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
             weight = moved / s.clamp_min(0.25).square()
@@ -279,7 +279,7 @@ class World(Network):
             level = z.new_full(z.shape[:2], now)
             frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
             z = frame + (after / now) * (z - frame)
-        frame = self.settle(frame)
+        frame = self.tokenizer.clip(frame)
         if cache is not None:
             attends = [_over_cache(cache, i, remember=True) for i in layers]
             clean = torch.zeros_like(level)
