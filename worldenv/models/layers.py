@@ -122,12 +122,14 @@ class ConstantText(nn.Module):
 class Block(nn.Module):
     """One block over tokens `[B, F, S, E]`; how tokens attend is passed in as a function.
 
-    A subclass holds the weights: `heads`, `action`, and what the methods below `forward` read.
-    attn2: `CrossAttention` beside its affine norm `norm2`, a `ConstantText`, or None.
+    A subclass holds the weights: `action`, and what the methods below `forward` read. attn2:
+    `CrossAttention` beside its affine norm `norm2`, a `ConstantText`, or None.
     """
 
-    heads: int
-    attn2: nn.Module | None = None
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.register_module("attn2", None)
 
     def forward(
         self,
@@ -180,8 +182,7 @@ class DenoiserBlock(Block):
     """The small denoiser's. text: with cross-attention."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, text: bool = False) -> None:
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         # Shift, scale, gate of attention and of the MLP. Open gates train far faster from scratch
         # than Wan's small random ones.
         self.table = nn.Parameter(torch.tensor([0.0, 0, 1, 0, 0, 1])[:, None].repeat(1, width))

@@ -105,8 +105,8 @@ class WanBlock(Block):
     """A block under its published names."""
 
     def __init__(self, sizes: WanSizes) -> None:
-        super().__init__()
-        e, self.heads = sizes.width, sizes.heads
+        super().__init__(sizes.heads)
+        e = sizes.width
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, e) / e**0.5)
         self.attn1 = Attention(e, sizes.heads)
         self.norm2, self.attn2 = nn.LayerNorm(e, eps=1e-6), CrossAttention(e, sizes.heads)

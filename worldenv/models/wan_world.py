@@ -31,9 +31,7 @@ _ACTION_WIDTH = 128  # of the embedded commands that modulate each block
 class WanNetwork(Network):
     """A published Wan as a simulator's network, with what a simulator needs beside it."""
 
-    def __init__(
-        self, config: SimulatorConfig, embodiment: Embodiment, columns: int = 0
-    ) -> None:
+    def __init__(self, config: SimulatorConfig, embodiment: Embodiment, columns: int = 0) -> None:
         """columns: M, of `Conditioning.columns`. UserError where the folder does not fit."""
         super().__init__(config, embodiment, shift=5.0)
         self.wan = wan_folder.load(
