@@ -186,8 +186,7 @@ def _sizes(where: Path, shapes: Mapping[str, list[int]], config: Mapping[str, An
     patch, head, ffn, time = (shapes[name] for name in telling)
     width, channels = patch[0], patch[1]
     heads = config.get("num_attention_heads", config.get("num_heads", width // _HEAD_DIM))
-    numbered = (re.match(r"blocks\.(\d+)\.", name) for name in shapes)
-    layers = 1 + max(int(found[1]) for found in numbered if found)
+    layers = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     text = shapes.get("condition_embedder.text_embedder.linear_1.weight", [0, 0])[1]
     said = {
         "num_layers": layers,

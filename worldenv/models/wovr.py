@@ -3,8 +3,8 @@
 Wan 2.2 TI2V 5B, fine-tuned so that thirteen frames are thirteen actions: five of context (the first
 real frame, which stays, and the last four), eight to come. Four latent frames, two of them clean,
 all of which see each other. Each action is a word of the cross-attention, in the place of a text,
-and four of them are added to the time of their latent frame. Of the eight new frames the policy sees
-the last; the last four are the next context, encoded anew.
+and four of them are added to the time of their latent frame. Of the eight new frames the policy
+sees the last; the last four are the next context, encoded anew.
 
 Sources: RLinf (rlinf/envs/world_model/world_model_wan_env.py), its fork of DiffSynth-Studio.
 Liberties: noise is seeded per row, where RLinf draws the same for all; frames are rounded to bytes,
@@ -14,6 +14,7 @@ rest. There is no proprio: poses stay those of the context. Nothing is trained h
 
 import itertools
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ class WoVR(Network):
     def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
         """UserError where folder, tokenizer and robot do not fit each other."""
         super().__init__(config, embodiment, shift=5.0)
-        self.wan = wan_folder.load(config.folder, "wovr", False, config.precision)
+        wan = wan_folder.load(config.folder, "wovr", False, config.precision)
+        self._held = (wan.requires_grad_(False).eval(),)  # a tuple: no submodule
         sizes, z = self.wan.sizes, self.tokenizer.channels
         for what, expected, got in (
             ("tokenizer", "wan-vae", config.tokenizer),
@@ -69,11 +71,20 @@ class WoVR(Network):
         self.register_buffer("still", still, persistent=False)  # [A]
 
     @property
+    def wan(self) -> WanTransformer:
+        """The transformer. Frozen, it stays where it is published: it is in no checkpoint."""
+        return self._held[0]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        self.wan._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @property
     def dtype(self) -> torch.dtype:
         """What the transformer computes in."""
         return self.wan.dtype
 
-    def for_generation(self) -> "WoVR":
+    def for_generation(self) -> Self:
         """Itself."""
         return self
 
