@@ -6,7 +6,8 @@ from diffusers import WanTransformer3DModel
 from published import wan as fixture
 
 from worldenv.models import wan_folder
-from worldenv.models.wan import from_tokens, to_tokens
+from worldenv.models.layers import DenoiserBlock, Rotary3D
+from worldenv.models.wan import from_tokens, full_attention, to_tokens
 
 
 def theirs(folder, dtype=torch.float32) -> WanTransformer3DModel:
@@ -81,6 +82,34 @@ def test_half_the_precision_is_as_good_as_diffusers(folder):
 
     print(error(got), error(half))
     assert 0 < error(got) <= 2 * error(half)
+
+
+@torch.no_grad()
+def test_our_block_reads_texts_as_theirs(folder):
+    """`DenoiserBlock`, whose weights are named and fused otherwise."""
+    wan = wan_folder.load(folder, "wan", False, "float32")
+    theirs, ours = wan.blocks[0], DenoiserBlock(128, 4, 160 / 128, text=True)
+    own = {n: p for n, p in theirs.named_parameters() if n.startswith(("norm2.", "attn2."))}
+    for kind in ("weight", "bias"):
+        qkv = (theirs.attn1.to_q, theirs.attn1.to_k, theirs.attn1.to_v)
+        own[f"qkv.{kind}"] = torch.cat([getattr(layer, kind) for layer in qkv])
+        own[f"out.{kind}"] = getattr(theirs.attn1.to_out[0], kind)
+        own[f"up.{kind}"] = getattr(theirs.ffn.net[0].proj, kind)
+        own[f"down.{kind}"] = getattr(theirs.ffn.net[2], kind)
+        own[f"action.{kind}"] = getattr(ours.action, kind)
+    own |= {f"{n}.weight": getattr(theirs.attn1, n).weight for n in ("norm_q", "norm_k")}
+    ours.load_state_dict(own | {"table": theirs.scale_shift_table[0]})
+    x, time, action = torch.randn(2, 3, 8, 128), torch.randn(2, 3, 6, 128), torch.randn(2, 3, 128)
+    rotary = Rotary3D(32, 1, (2, 4), exact=True)(torch.arange(3)[None])
+    text = torch.randn(2, 5, 128)
+    words = theirs.attn2.words(text, last=4)
+    expected = theirs(x, time, None, rotary, full_attention, words)
+    assert relative(ours(x, time, action, rotary, full_attention, words), expected) < 2e-6
+    several = torch.cat([text, text[:, -1:].expand(-1, 3, -1)], 1)  # what the last stands for
+    again = theirs(x, time, None, rotary, full_attention, theirs.attn2.words(several))
+    assert relative(again, expected) < 2e-6
+    off = ours(x, time, action, rotary, full_attention)
+    assert relative(off, expected) > 1e-3
 
 
 def test_tokens_are_two_by_two_latents():

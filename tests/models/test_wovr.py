@@ -1,6 +1,7 @@
 """WoVR's simulators against a plain transcription of what its authors compute."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ def test_actions_enter_as_its_authors_let_them(folder):
     tokens, actions = torch.randn(2, 4, 4, 16, generator=g), torch.randn(2, 13, 7, generator=g)
     expected = z = from_tokens(tokens, 4, 4)
     sigmas = [5 * s / (1 + 4 * s) for s in (1.0, 0.5, 0.0)]
-    for now, after in zip(sigmas, sigmas[1:], strict=False):
+    for now, after in itertools.pairwise(sigmas):
         velocity = as_published(folder, expected, actions, now)
         expected = torch.cat([z[:, :, :2], (expected + (after - now) * velocity)[:, :, 2:]], 2)
     got = from_tokens(model.generate(tokens, actions, 2), 4, 4)
@@ -106,12 +107,9 @@ def test_chunks_follow_on_each_other(folder):
     state = model.start(2)
     model.prefill(state, ALL, image, proprio, action, torch.tensor([5, 6]))
     chunks = torch.randn(2, 2, 8, 7, generator=generator("chunks"))
-    frames, led = (
-        image[:, 0].unsqueeze(1).expand(-1, 5, -1, -1, -1, -1),
-        model.still.expand(2, 5, 7),
-    )
+    frames, led = image.expand(-1, 5, -1, -1, -1, -1), model.still.expand(2, 5, 7)
     for t, chunk in enumerate(chunks):
-        actions = torch.cat([led, model.executed(chunk)], 1)
+        actions = torch.cat([led, model._executed(chunk)], 1)
         clean = model.tokenizer.stream(2, 1).encode(frames)
         noise = counter_normal(torch.tensor([5, 6]), torch.full((2,), t), (2, 4, 16))
         latents = model.generate(torch.cat([clean, noise], 1), actions, 3)

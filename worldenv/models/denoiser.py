@@ -101,10 +101,10 @@ class Network(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What is known of a chunk (see `condition`), and the proprio it leads to; normalised."""
         q1, q0 = self._normalise(proprio), self._normalise(previous)
-        known = torch.cat([q1, q0, *(self.executed(a).flatten(-2) for a in (led, action))], -1)
+        known = torch.cat([q1, q0, *(self._executed(a).flatten(-2) for a in (led, action))], -1)
         return known, q1 + self.dynamics(known)
 
-    def executed(self, action: Tensor) -> Tensor:
+    def _executed(self, action: Tensor) -> Tensor:
         """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
         a = action.clamp(-1, 1)
         return torch.where(self.grips, torch.where(a > 0, 1.0, -1.0), a)

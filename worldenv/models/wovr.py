@@ -115,7 +115,7 @@ class WoVR(Network):
         state.frames[index] = image[:, [0] + [-1] * (CONTEXT - 1)]
         still = self.still.expand(len(index), CONTEXT, -1).clone()
         if image.shape[1] > 1:  # the gripper as it was told last
-            told = self.executed(action[:, -1, -1:])
+            told = self._executed(action[:, -1, -1:])
             still[:, 1:] = torch.where(self.grips, told, still[:, 1:])
         state.actions[index] = still
         state.proprio[index] = proprio[:, -1]
@@ -127,7 +127,7 @@ class WoVR(Network):
     ) -> tuple[Tensor, Tensor]:
         """The frame after a chunk of actions `[B, 8, A]`, in `steps` passes (5 as published)."""
         keep = torch.as_tensor(active).to(self.device, non_blocking=True)
-        actions = torch.cat([state.actions, self.executed(action)], 1)
+        actions = torch.cat([state.actions, self._executed(action)], 1)
         clean = self.tokenizer.stream(len(keep), self.views).encode(state.frames)
         noise = counter_normal(state.seeds, state.step, (_LATENTS - _CLEAN, *clean.shape[2:]))
         latents = self.generate(torch.cat([clean, noise], 1), actions, steps)
