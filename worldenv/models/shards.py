@@ -7,6 +7,7 @@ each tensor is. Whatever is wrong with them is a UserError that names the file b
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,7 @@ from worldenv.runtime import strict_json
 from worldenv.runtime.checkpoint import read_error
 from worldenv.runtime.errors import NonFiniteError, UserError
 
-_AGAIN = "Download the folder again."
+AGAIN = "Download the folder again."
 
 
 class Shards:
@@ -51,13 +52,13 @@ class Shards:
                 absent, more = sorted(listed - present), sorted(present - listed)
                 wrong = f"lacks {few(absent)}, which" if absent else f"holds {few(more)}, which"
                 says = "its index places there" if absent else "its index does not name"
-                raise UserError(f"{path} {wrong} {says}: not of one download. {_AGAIN}")
+                raise UserError(f"{path} {wrong} {says}: not of one download. {AGAIN}")
             for name in present:
                 self.shapes[name] = file.get_slice(name).get_shape()
                 self.places[name] = path
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU, in the file's own memory. NonFiniteError naming a bad one."""
+        """Tensors by name, in the file's own memory. NonFiniteError naming one with a NaN."""
         by_file: dict[Path, list[str]] = {}
         for name in names:
             by_file.setdefault(self.places[name], []).append(name)
@@ -75,7 +76,7 @@ def _files(index: Path) -> dict[Path, list[str]]:
     table = value.get("weight_map") if isinstance(value, dict) else None
     named = isinstance(table, dict) and all(isinstance(v, str) for v in table.values())
     if not named or not table:
-        raise UserError(f"{index}: weight_map: expected a table from tensors to files. {_AGAIN}")
+        raise UserError(f"{index}: weight_map: expected a table from tensors to files. {AGAIN}")
     files: dict[Path, list[str]] = {}
     for name, file in table.items():
         if Path(file).name != file:
@@ -85,7 +86,7 @@ def _files(index: Path) -> dict[Path, list[str]]:
     if absent:
         raise UserError(
             f"{index.parent}: expected {len(files)} shards, as {index.name} has them; missing: "
-            f"{few(absent)}. {_AGAIN}"
+            f"{few(absent)}. {AGAIN}"
         )
     return files
 
@@ -96,22 +97,34 @@ def _opened(path: Path) -> safe_open:
     except SafetensorError as error:
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) is cut short or no safetensors file: {error}. "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         ) from error
     except OSError as error:
         raise read_error(path, error) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A table in a JSON file of the folder; UserError without one."""
+    try:
+        value = strict_json.read(path)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: expected {path.name}, got none. {AGAIN}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a table, got {type(value).__name__}. {AGAIN}")
+    return value
+
+
 def finite(tensor: Tensor, name: str, path: Path) -> Tensor:
     """The tensor, if it has no NaN and no infinity; NonFiniteError naming it otherwise."""
-    if tensor.is_floating_point() and tensor.numel():
-        # The two ends of a tensor are NaN if any of it is; a mask would be as large as itself.
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            bad = tensor.numel() - int(tensor.isfinite().sum())
-            raise NonFiniteError(
-                f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
-                f"infinite value(s). {_AGAIN}"
-            )
+    if not tensor.is_floating_point() or not tensor.numel():
+        return tensor
+    # The two ends of a tensor are NaN if any of it is; a mask would be as large as itself.
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        raise NonFiniteError(
+            f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
+            f"infinite value(s). {AGAIN}"
+        )
     return tensor
 
 
@@ -122,7 +135,7 @@ def check_shapes(
     reason: str,
     spare: re.Pattern | None = None,
 ) -> None:
-    """UserError unless `found` has the names and shapes of `own`, and beyond them `spare` ones only.
+    """UserError unless `found` has the names and shapes of `own`, and no others but `spare` ones.
 
     reason: what `own` comes from, and how to mend a difference.
     """
