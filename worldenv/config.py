@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from worldenv.fields import Items, Pattern, Range, build, check
+from worldenv.published import PublishedPolicy, Rule
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
@@ -44,8 +45,6 @@ StartRange = tuple[Annotated[int, Range(0, INIT_STATES)], Annotated[int, Range(0
 FixtureSeeds = Annotated[tuple[Annotated[int, Range(0, 2**32 - 1)], ...], Items()]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Device = Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]
-Rule = tuple[bool, str, str]
-"""Whether it holds, the field it is about, and what was expected of that."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class PolicyConfig:
+class PolicyConfig(PublishedPolicy):
     """OpenVLA-OFT-shaped policy: vision tokens, proprio, language and action slots."""
 
     width: Width = 256
@@ -133,6 +132,7 @@ class PolicyConfig:
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
+        yield from super().rules()
         yield self.width % self.heads == 0, "heads", f"a divisor of width {self.width}"
 
 

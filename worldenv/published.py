@@ -1,0 +1,56 @@
+"""Fields of the configuration that choose a published model and say how it is adapted.
+
+`config.py` takes them into its components; everything is checked there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from worldenv.fields import Range
+
+Rule = tuple[bool, str, str]
+"""Whether it holds, the field it is about, and what was expected of that."""
+
+
+@dataclass(frozen=True)
+class PublishedPolicy:
+    """Which policy, and what only published ones have."""
+
+    kind: Literal["small", "openvla-oft", "openvla-token"] = "small"
+    """The small policy, trained from nothing; OpenVLA-OFT with its L1 head; or OpenVLA that writes
+    actions as tokens. Published ones are read from `folder`."""
+    folder: Path | None = None
+    """Folder of the published policy, as downloaded."""
+    unnorm_key: str | None = None
+    """Whose statistics the policy's units are in: a key of dataset_statistics.json, without or with
+    its _no_noops. Unset: the only one there is."""
+    images: Annotated[int, Range(1, 16)] | None = None
+    """How many of the cameras, in order, a published policy sees. Unset: all for openvla-oft, the
+    first for openvla-token."""
+    proprio: bool = True
+    """Whether an openvla-oft policy was trained with a proprio projector."""
+    crop: Annotated[float, Range(0, 1, above=True)] = 0.9
+    """Share of the image's area that is cropped from its centre and enlarged again, as policies
+    trained with image augmentation expect; 1 for others."""
+    decode: Literal["parallel", "autoregressive"] = "parallel"
+    """How openvla-token policies write: all slots of a chunk at once (SimpleVLA-RL, RLinf), or one
+    after the other (the first OpenVLA; chunks of 1, acts but is not post-trained)."""
+    lora_rank: Annotated[int, Range(0, 1024)] = 32
+    """Rank of the adapters that train a published backbone (0: its heads alone are trained)."""
+    adapter: Literal["merged", "apply"] = "merged"
+    """The folder's lora_adapter: merged into its shards already (as published), or to be applied to
+    them, of rank `lora_rank`."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of a published policy's frozen weights; what is trained is float32."""
+    checkpointing: bool = False
+    """Whether a published policy computes its activations again in the backward pass: a third more
+    time, a fraction of the memory."""
+
+    def rules(self) -> Iterator[Rule]:
+        """What its fields require of each other."""
+        needed = f"the folder of a published {self.kind} policy"
+        yield self.kind == "small" or self.folder is not None, "folder", needed
+        parallel = self.kind == "openvla-token" or self.decode == "parallel"
+        yield parallel, "decode", f"parallel, for kind {self.kind}"
