@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from worldenv.fields import Items, Pattern, Range, build, check
-from worldenv.published import PublishedPolicy, Rule
+from worldenv.published import PublishedPolicy, PublishedSimulator, Rule
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
@@ -153,21 +153,9 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
-class SimulatorConfig:
+class SimulatorConfig(PublishedSimulator):
     """Causal video denoiser over tokenizer latents, flow matching (paper section 3.3)."""
 
-    kind: Literal["small", "wan", "wovr"] = "small"
-    """Trained from nothing; a published Wan (2.1 T2V 1.3B, 2.2 TI2V 5B); or one of WoVR's
-    simulators of LIBERO (RLinf-Wan-LIBERO-*), which generates eight frames at a time."""
-    folder: Path | None = None
-    """Folder of the published model, as downloaded (unused by the small one)."""
-    text: Literal["constant", "words"] = "constant"
-    """What a Wan is told: nothing (an empty text costs one vector a layer), or `prompt`."""
-    prompt: Path | None = None
-    """Safetensors file with one tensor [n, 4096]: the text as Wan's text encoder embeds it."""
-    shift: Factor | None = None
-    """Of the sampling schedule: above 1, more passes at high noise. Unset: 1 for the small one, 5
-    for Wan (what TI2V 5B and WoVR use; 3 suits the 1.3B)."""
     tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
     """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
     video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
@@ -222,12 +210,9 @@ class SimulatorConfig:
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
+        yield from super().rules()
         heads = f"a divisor of half the width {self.width}: positions turn pairs of numbers"
         yield self.width % (2 * self.heads) == 0, "heads", heads
-        published = self.kind != "small"
-        yield not published or self.folder is not None, "folder", f"that of a published {self.kind}"
-        prompt = "the file of the text, where text is words"
-        yield self.text != "words" or self.prompt is not None, "prompt", prompt
         cached = self.kind != "wan" or self.window > 0
         yield cached, "window", "at least 1 for a Wan, which sees the past through its cache alone"
         halved = self.tokenizer != "autoencoder" or self.patch.bit_count() == 1

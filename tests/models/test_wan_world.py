@@ -14,6 +14,7 @@ from worldenv.models.wan_world import WanSimulator
 from worldenv.ops import spatiotemporal_attention
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import counter_normal, generator
+from worldenv.stages import store
 
 ALL = np.ones(3, bool)
 
@@ -147,6 +148,7 @@ def test_a_prompt_says_something_and_nothing_once_forgotten(folder):
 
 @pytest.mark.parametrize("bounded", [False, True])
 def test_training_lowers_the_loss_and_reaches_every_parameter(folder, bounded):
+    published = (folder / "wan" / "diffusion_pytorch_model.safetensors").read_bytes()
     model = world(folder, text="words", prompt=folder / "prompt.safetensors").train()
     model.tokenizer.bounded = bounded
     image, proprio, action = contexts(4, 3)
@@ -164,6 +166,20 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(folder, bounded):
         optimizer.step()
         losses.append(float(metrics["loss"]))
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+    # Weights were mapped from the file; what is learned stays in memory.
+    assert (folder / "wan" / "diffusion_pytorch_model.safetensors").read_bytes() == published
+
+
+@pytest.mark.parametrize("text", ["constant", "words"])
+def test_a_trained_one_is_stored_and_read_again(folder, tmp_path, text):
+    prompt = folder / "prompt.safetensors" if text == "words" else None
+    model = world(folder, text=text, prompt=prompt, precision="bfloat16")
+    store.save("simulator", model, tmp_path / "simulator-0.safetensors")
+    again = store.load("simulator", tmp_path / "simulator-0.safetensors")
+    own, other = model.state_dict(), again.state_dict()
+    assert own.keys() == other.keys()
+    assert all(torch.equal(own[name], other[name]) for name in own)
+    assert {n: t.dtype for n, t in own.items()} == {n: t.dtype for n, t in other.items()}
 
 
 def test_the_schedule_is_shifted(folder):
@@ -188,7 +204,7 @@ def test_tokens_must_be_those_it_was_trained_with(folder):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "wan", "window": 2}, "folder: expected that of a published wan"),
+        ({"kind": "wan", "window": 2}, "folder: expected the folder of a published wan"),
         ({"kind": "wan", "folder": "there"}, "window: expected at least 1 for a Wan"),
         ({"text": "words"}, "prompt: expected the file of the text"),
         ({"shift": 0}, "shift: expected"),

@@ -16,6 +16,7 @@ from worldenv.models.wan import from_tokens
 from worldenv.models.wovr import WoVR
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import counter_normal, generator
+from worldenv.stages import store
 
 ALL = np.ones(2, bool)
 
@@ -152,11 +153,17 @@ def test_a_row_does_not_depend_on_its_company_and_rests_when_told(folder):
     assert state.actions[1, :, -1].tolist() == [-1, *[told] * 4]
 
 
-def test_it_is_in_no_checkpoint_and_computes_as_told(folder):
+def test_it_is_in_no_checkpoint_and_computes_as_told(folder, tmp_path):
     model = world(folder, precision="bfloat16").for_generation()
     assert model.dtype == torch.bfloat16
     assert set(model.state_dict()) == {"proprio_mean", "proprio_std"}
     assert not list(model.parameters())
+    store.save("simulator", model, tmp_path / "simulator-0.safetensors")
+    again = store.load("simulator", tmp_path / "simulator-0.safetensors")
+    assert isinstance(again, WoVR)
+    assert again.embodiment == model.embodiment
+    weights = again.wan.state_dict()
+    assert all(torch.equal(weights[n], t) for n, t in model.wan.state_dict().items())
 
 
 @pytest.mark.parametrize(
