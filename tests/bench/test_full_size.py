@@ -7,9 +7,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from bench import full_size_wan as bench  # noqa: E402
-
-from worldenv.models import wan_folder  # noqa: E402
+from bench import full_size_wan as bench
+from worldenv.models import wan_folder
 
 
 @pytest.mark.parametrize("kind", bench.KINDS)
@@ -20,7 +19,7 @@ def test_what_is_written_is_read(tmp_path, kind, monkeypatch):
     assert model.sizes.width == 128
     assert (tmp_path / kind / "vae" / "config.json").exists()
     shards = list((tmp_path / kind).glob("transformer/*.safetensors"))
-    assert (len(shards) > 2) == (kind == "wan")
+    assert (len(shards) > 1) == (kind == "wan")
 
 
 def test_a_whole_is_as_large_as_published():
