@@ -127,8 +127,10 @@ class PublishedTokenizer(nn.Module):
         return (F.pixel_shuffle(z, self.side) / self.scale + self.mean).to(self.vae.dtype)
 
     def _unit(self, images: Tensor) -> Tensor:
-        """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` in [-1, 1], in the autoencoder's precision."""
-        return to_unit(images).to(self.vae.dtype).permute(0, 3, 1, 2)
+        """`[N, ..., H, W, 3]` uint8 to `[N, 3, ..., H, W]` in [-1, 1], in the autoencoder's
+        precision."""
+        # Contiguous: convolutions of other layouts sum in another order.
+        return to_unit(images).to(self.vae.dtype).movedim(-1, 1).contiguous()
 
     def _rows(self, frames: int = 1) -> int:
         """Rows to compute at once."""
@@ -241,8 +243,7 @@ class VideoStream:
     def _encode_rows(self, x: Tensor, ends: list[int], maps: list) -> Tensor:
         own, begin, z = self.tokenizer, 0, []
         for end in ends:
-            piece = own._unit(x[:, begin:end].flatten(0, 1)).unflatten(0, (-1, end - begin))
-            z.append(own.tokens(own.encode_frames(piece.transpose(1, 2), maps)[:, :, 0]))
+            z.append(own.tokens(own.encode_frames(own._unit(x[:, begin:end]), maps)[:, :, 0]))
             begin = end
         return torch.stack(z, 1)
 
@@ -290,7 +291,7 @@ def state_bytes(config: Mapping[str, Any], size: int, dtype: torch.dtype) -> Sta
     """
     vae = _on_meta(AutoencoderKLWan, config, "the config")
     nn.Module.to(vae, dtype)  # diffusers' own `to` warns
-    stream = WanVAE(vae, size, WanVAE.pixels(vae.config)).stream(1, 1)
+    stream = WanVAE(vae, size, WanVAE.pixels(vae.config)).to("meta").stream(1, 1)
     images = torch.empty(1, 1 + FRAMES, 1, size, size, 3, dtype=torch.uint8, device="meta")
     stream.decode(stream.encode(images))
     return stream.bytes
