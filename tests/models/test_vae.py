@@ -143,6 +143,26 @@ def test_views_and_batches_in_a_stream_are_where_they_are_without(folders):
     assert torch.equal(seen[:, 0], tokenizer.decode(latents[:, 0], 3))
 
 
+@torch.no_grad()
+def test_whole_videos_are_cut_into_bounded_batches(folders, monkeypatch):
+    tokenizer, video = wan(folders / "wan-2.1", "2.1"), images(3, 5, 2, 32, 32)
+    streams = []
+    monkeypatch.setattr(
+        tokenizer,
+        "stream",
+        lambda *sizes: streams.append(sizes) or vae.VideoStream(tokenizer, *sizes),
+    )
+    monkeypatch.setattr(vae, "AT_ONCE", 4 * 4 * 32 * 32)
+    latents = tokenizer.encode_video(video)
+    expected = torch.cat([vae.VideoStream(tokenizer, len(v), 2).encode(v) for v in video.split(2)])
+    assert torch.equal(latents, expected)
+    seen = tokenizer.decode_video(latents, 2)
+    expected = [vae.VideoStream(tokenizer, len(z), 2).decode(z) for z in latents.split(2)]
+    assert torch.equal(seen, torch.cat(expected))
+    assert seen.shape == video.shape
+    assert streams == [(2, 2), (1, 2)] * 2
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_authors_file_is_the_same_autoencoder(folders, version):
     theirs = wan(folders / f"authors-{version}", version)
@@ -363,11 +383,14 @@ BAD = {
         spoil_config(base_dim=6),
         "encoder.conv_in.weight: expected [6, 3, 3, 3, 3], got [4, 3, 3, 3, 3]",
     ),
-    "text for a number": (spoil_config(base_dim="4"), "cannot be built from it"),
+    "text for a number": (spoil_config(base_dim="4"), "base_dim: expected int of at most"),
+    "endless": (spoil_config(num_res_blocks=10**12), "num_res_blocks: expected int of at most"),
+    "no stages": (spoil_config(dim_mult=[]), "AutoencoderKLWan cannot be built from it"),
+    "patches of a 2.2": (spoil_config(patch_size=2), "in_channels: expected 12, the colours"),
     "few statistics": (spoil_config(latents_mean=[0.0]), "latents_mean: expected 16 numbers"),
     "no deviation": (
         spoil_config(latents_std=[0.0] * 16),
-        "latents_std: expected 16 positive numbers",
+        "latents_std: expected positive numbers",
     ),
     "a missing tensor": (
         spoil_weights(lambda t: t.pop("quant_conv.bias")),
