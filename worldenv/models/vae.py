@@ -10,8 +10,9 @@ column): what Wan's `patch_embedding` sees. Latents are the mode of the posterio
 folder says: (latent - mean) * scale.
 
 Every image stands by itself here, also for the video VAE, where it is a video of one frame and so
-equals the first latent of any video: no state, any row at any time. `WanVAE.stream` has the other
-form, four frames a latent, exact, with its state as an object of its own.
+equals the first latent of any video: no state, any row at any time. The other form, four frames a
+latent, is exact too: `WanVAE.encode_video` and `decode_video` of whole videos, and `WanVAE.stream`
+of videos that come in pieces, with its state as an object of its own.
 
 Liberty: diffusers' public `encode` and `decode` of the video VAE keep their caches on the model, so
 that two threads would mix theirs; its parts are called here in their place (and pinned in tests).
@@ -21,7 +22,7 @@ This module costs seconds to import: only what chose a published tokenizer does.
 import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, get_args, get_origin
 
 import diffusers
 import torch
@@ -37,6 +38,7 @@ from worldenv.models.vae_folder import Published, find
 from worldenv.runtime.errors import UserError
 
 FRAMES = 4  # of a latent of Wan's video VAE, but for the first
+LARGEST = 1 << 14  # whole number in a config
 AT_ONCE = 8 * 256 * 256  # pixels in one pass: bounds the memory of activations
 
 
@@ -128,8 +130,10 @@ class PublishedTokenizer(nn.Module):
         return (F.pixel_shuffle(z, self.side) / self.scale + self.mean).to(self.vae.dtype)
 
     def _unit(self, images: Tensor) -> Tensor:
-        """`[N, H, W, 3]` uint8 to `[N, 3, H, W]` in [-1, 1], in the autoencoder's precision."""
-        return to_unit(images).to(self.vae.dtype).permute(0, 3, 1, 2)
+        """`[N, ..., H, W, 3]` uint8 to `[N, 3, ..., H, W]` in [-1, 1], in the autoencoder's
+        precision."""
+        # Contiguous: convolutions of other layouts sum in another order.
+        return to_unit(images).to(self.vae.dtype).movedim(-1, 1).contiguous()
 
     def _rows(self, frames: int = 1) -> int:
         """Rows to compute at once."""
@@ -182,6 +186,20 @@ class WanVAE(PublishedTokenizer):
     def stream(self, batch: int, views: int) -> "VideoStream":
         """The beginning of B videos of V views."""
         return VideoStream(self, batch, views)
+
+    def encode_video(self, images: Tensor) -> Tensor:
+        """Whole videos `[B, T, V, H, W, 3]` uint8, T = 1 + 4 (F - 1), to latents `[B, F, S, Z]`.
+
+        A few videos at a time: what their states take is bounded too.
+        """
+        views = images.shape[2]
+        pieces = images.split(max(1, self._rows(FRAMES) // views))
+        return torch.cat([self.stream(len(piece), views).encode(piece) for piece in pieces])
+
+    def decode_video(self, latents: Tensor, views: int) -> Tensor:
+        """Latents `[B, F, S, Z]` of whole videos to images `[B, T, V, H, W, 3]` uint8."""
+        pieces = latents.split(max(1, self._rows(FRAMES) // views))
+        return torch.cat([self.stream(len(piece), views).decode(piece) for piece in pieces])
 
     def encode_frames(self, frames: Tensor, maps: list | None = None) -> Tensor:
         """The next 1 (first) or 4 frames `[N, 3, T, H, W]` to a raw latent `[N, z, 1, h, w]`.
@@ -242,8 +260,7 @@ class VideoStream:
     def _encode_rows(self, x: Tensor, ends: list[int], maps: list) -> Tensor:
         own, begin, z = self.tokenizer, 0, []
         for end in ends:
-            piece = own._unit(x[:, begin:end].flatten(0, 1)).unflatten(0, (-1, end - begin))
-            z.append(own.tokens(own.encode_frames(piece.transpose(1, 2), maps)[:, :, 0]))
+            z.append(own.tokens(own.encode_frames(own._unit(x[:, begin:end]), maps)[:, :, 0]))
             begin = end
         return torch.stack(z, 1)
 
@@ -291,7 +308,7 @@ def state_bytes(config: Mapping[str, Any], size: int, dtype: torch.dtype) -> Sta
     """
     vae = _on_meta(AutoencoderKLWan, config, "the config")
     nn.Module.to(vae, dtype)  # diffusers' own `to` warns
-    stream = WanVAE(vae, size, WanVAE.pixels(vae.config)).stream(1, 1)
+    stream = WanVAE(vae, size, WanVAE.pixels(vae.config)).to("meta").stream(1, 1)
     images = torch.empty(1, 1 + FRAMES, 1, size, size, 3, dtype=torch.uint8, device="meta")
     stream.decode(stream.encode(images))
     return stream.bytes
@@ -318,9 +335,8 @@ def load_tokenizer(config: SimulatorConfig, image_size: int) -> PublishedTokeniz
     """
     kind, found = KINDS[config.tokenizer], _find(config.tokenizer, config.tokenizer_folder)
     vae = _on_meta(kind.published, found.config, found.told)
-    tokenizer = kind(vae, image_size, config.patch)
     weights.fill(vae, found.tensors(), found.path, getattr(torch, config.tokenizer_precision))
-    return tokenizer
+    return kind(vae, image_size, config.patch)
 
 
 def _find(kind: str, folder: Path | None) -> Published:
@@ -331,35 +347,58 @@ def _find(kind: str, folder: Path | None) -> Published:
 def _on_meta(published: type, config: Mapping[str, Any], told: Path | str) -> Any:
     """An autoencoder of this config without weights. UserError naming `told` and the key for what
     it cannot be built from."""
-    known = inspect.signature(published.__init__).parameters
+    known = inspect.signature(published.__init__, eval_str=True).parameters
     # What AutoencoderTiny's class itself adds to its config.
     given = {k: v for k, v in config.items() if k != "block_out_channels" or k in known}
-    for key in given.keys() - known.keys():
-        raise UserError(
-            f"{told}: unknown key {key!r}: {published.__name__} of diffusers "
-            f"{diffusers.__version__} has none. Remove it if the model does not need it, or update "
-            "diffusers."
-        )
-    z = given.get("z_dim", given.get("latent_channels", 0))
-    for key in ("latents_mean", "latents_std"):
-        values = given.get(key)
-        if values is not None and not _numbers(values, z, positive=key == "latents_std"):
-            kind = "positive " if key == "latents_std" else ""
-            raise UserError(f"{told}: {key}: expected {z} {kind}numbers, got {str(values)[:80]}.")
+    for key, value in given.items():
+        if key not in known:
+            raise UserError(
+                f"{told}: unknown key {key!r}: {published.__name__} of diffusers "
+                f"{diffusers.__version__} has none. Remove it if the model does not need it, or "
+                "update diffusers."
+            )
+        hint = known[key].annotation
+        flag = isinstance(value, bool) and isinstance(known[key].default, bool)
+        if not (flag or _fits(hint, value)):
+            kind = hint.__name__ if isinstance(hint, type) else str(hint)
+            raise UserError(
+                f"{told}: {key}: expected {kind} of at most {LARGEST}, got {str(value)[:80]!r}."
+            )
     try:
         with torch.device("meta"):
-            return published(**given)
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+            vae = published(**given)
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, NameError) as error:
         raise UserError(
             f"{told}: {published.__name__} cannot be built from it: {error}. Restore the published "
             "config."
         ) from error
+    for key, holds, expected in _rules(vae.config):
+        if not holds:
+            raise UserError(f"{told}: {key}: expected {expected}, got {str(vae.config[key])[:80]}.")
+    return vae
 
 
-def _numbers(values: Any, count: int, positive: bool) -> bool:
-    """Whether `values` is a list of so many finite numbers."""
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(v, int | float) and (v > 0 or not positive) for v in values)
-    )
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value from JSON is what an annotation of diffusers says."""
+    if get_origin(hint) in (list, tuple):
+        return isinstance(value, list) and all(_fits(get_args(hint)[0], v) for v in value)
+    if get_args(hint):  # a union
+        return any(_fits(inner, value) for inner in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e30
+    # A damaged count would have modules built for ever.
+    return type(value) is hint and (hint is not int or abs(value) <= LARGEST)
+
+
+def _rules(config: Mapping[str, Any]) -> Iterator[tuple[str, bool, str]]:
+    """What the values of a config require of each other: (key, whether it holds, expected)."""
+    z, patch = config.get("z_dim") or config["latent_channels"], config.get("patch_size")
+    yield "patch_size", patch is None or patch > 0, "a positive number"
+    for key in ("in_channels", "out_channels"):
+        colours = 3 * (patch or 1) ** 2
+        yield key, config[key] == colours, f"{colours}, the colours of a pixel (or of its patch)"
+    for key in ("latents_mean", "latents_std"):
+        values = config.get(key)
+        yield key, values is None or len(values) == z, f"{z} numbers, one for each channel"
+    yield "latents_std", all(v > 0 for v in config.get("latents_std") or ()), "positive numbers"
+    yield "scaling_factor", config.get("scaling_factor", 1) > 0, "a positive number"

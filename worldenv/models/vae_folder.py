@@ -140,10 +140,11 @@ def _of_diffusers(path: Path, kind: str, names: Mapping[str, str]) -> Published:
         raise UserError(f"{path}: expected a table, got a {type(config).__name__}.")
     named = config.get("_class_name")
     if named != kind:
-        other = f" That is simulator.tokenizer {names[named]!r}." if named in names else ""
+        other = names.get(named) if isinstance(named, str) else None
+        hint = f" That is simulator.tokenizer {other!r}." if other else ""
         raise UserError(
-            f"{path}: _class_name: expected {kind!r}, got {named!r}.{other} Name the vae folder of "
-            f"a model that has an {kind}."
+            f"{path}: _class_name: expected {kind!r}, got {repr(named)[:80]}.{hint} Name the vae "
+            f"folder of a model that has an {kind}."
         )
     weights_path = path.parent / WEIGHTS
     if not weights_path.is_file():

@@ -5,6 +5,7 @@ mapped tensors themselves. Pickles are opened for tensors only.
 """
 
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import UserError
 
+# What torch's reader ends in where a file is not what it was.
+_DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 _AGAIN = "Download it again, or name the folder of another model."
 
 
@@ -51,7 +54,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         ) from error
     except OSError as error:
         raise checkpoint.read_error(path, error) from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path} is damaged: {_first(error)} {_AGAIN}") from error
     if isinstance(held, dict):
         held = held.get("model_state_dict", held)
