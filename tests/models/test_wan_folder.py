@@ -102,6 +102,11 @@ def widen(tensors):
     tensors["blocks.2.attn2.to_k.bias"] = torch.zeros(129)
 
 
+def quantise(tensors):
+    name = "blocks.0.ffn.net.2.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
 def add(name):
     return lambda tensors: tensors.update({name: torch.zeros(128, 1280)})
 
@@ -148,9 +153,17 @@ BAD = {
         lambda f: retouch(f, add("blocks.0.gate.weight")),
         r"unexpected blocks\.0\.gate\.weight",
     ),
+    "both namings": (
+        lambda f: retouch(f, add("blocks.0.self_attn.o.bias")),
+        r"expected each tensor once, got blocks\.0\.(self_attn\.o|attn1\.to_out\.0)\.bias twice",
+    ),
     "other shape": (
         lambda f: retouch(f, widen),
         r"blocks\.2\.attn2\.to_k\.bias: expected \[128\], got \[129\]",
+    ),
+    "quantised": (
+        lambda f: retouch(f, quantise),
+        r"expected weights as BF16.*got blocks\.0\.ffn\.net\.2\.weight F8_E4M3",
     ),
     "image to video": (
         lambda f: retouch(f, add("blocks.0.attn2.add_k_proj.weight")),

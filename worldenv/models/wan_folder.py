@@ -25,6 +25,7 @@ from worldenv.runtime.errors import UserError
 
 _STEMS = ("diffusion_pytorch_model", "model", "model-00001")
 _CLASSES = ("WanTransformer3DModel", "WanModel")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _HEAD_DIM = 128  # of every published Wan; where no config says how many heads there are
 _AGAIN = "Download the folder again, or name another."
 # From the authors' names to diffusers', in this order (norm3 is the norm of the cross-attention).
@@ -61,6 +62,9 @@ def load(
     shards = Shards(where, _stem(where))
     names = {diffusers_name(name): name for name in shards.shapes}
     shapes = {name: shards.shapes[old] for name, old in names.items()}
+    twice = sorted(shards.shapes.keys() - names.values())
+    if twice:
+        raise UserError(f"{where}: expected each tensor once, got {few(twice)} twice. {_AGAIN}")
     _check_kind(where, shapes, kind)
     if kind == "wovr":  # which reads actions where there was text
         names = {name: old for name, old in names.items() if not _TEXT.fullmatch(name)}
@@ -70,6 +74,12 @@ def load(
         model = WanTransformer(sizes)
     own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(own, shapes, where, _AGAIN)
+    odd = [f"{n} {shards.kinds[names[n]]}" for n in own if shards.kinds[names[n]] not in _FLOATS]
+    if odd:
+        raise UserError(
+            f"{where}: expected weights as {', '.join(_FLOATS)}, got {few(odd)}. Quantised copies "
+            "are not supported: download the original."
+        )
     spare = re.compile(r"blocks\.\d+\.(norm2\..*|attn2\.(to_[qk]|norm_[qk])\..*)")
     old = [names[name] for name in own if not (constant_text and spare.fullmatch(name))]
     tensors = {diffusers_name(name): tensor for name, tensor in shards.read(old).items()}
