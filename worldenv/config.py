@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from worldenv.fields import Items, Pattern, Range, build, check
-from worldenv.published import PublishedPolicy, Rule
+from worldenv.published import PublishedPolicy, PublishedSimulator, Rule
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
@@ -176,13 +176,19 @@ class SFTConfig:
 
 
 @dataclass(frozen=True)
-class SimulatorConfig:
+class SimulatorConfig(PublishedSimulator):
     """Causal video denoiser over tokenizer latents, flow matching (paper section 3.3)."""
 
-    tokenizer: Literal["patch", "autoencoder"] = "patch"
-    """Pixel patches (no training) or a small convolutional autoencoder."""
+    tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
+    """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
+    video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
+    tokenizer_folder: Path | None = None
+    """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
+    tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
+    """What a published tokenizer computes in."""
     patch: Annotated[int, Range(1, 128)] = 16
-    """Pixels per token side."""
+    """Pixels per token side: for a published tokenizer a multiple of the pixels of a latent. Wan's
+    denoisers take two latents a side: 16 with the VAE of 2.1, 32 with that of 2.2."""
     latent_channels: Annotated[int, Range(1, 4096)] = 16
     """Channels of the autoencoder's latents (unused by the patch tokenizer)."""
     width: Annotated[int, Range(2, 16384)] = 256
@@ -229,12 +235,18 @@ class SimulatorConfig:
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
+        yield from super().rules()
         heads = f"a divisor of half the width {self.width}: positions turn pairs of numbers"
         yield self.width % (2 * self.heads) == 0, "heads", heads
-        halved = self.tokenizer == "patch" or self.patch.bit_count() == 1
+        cached = self.kind != "wan" or self.window > 0
+        yield cached, "window", "at least 1 for a Wan, which sees the past through its cache alone"
+        halved = self.tokenizer != "autoencoder" or self.patch.bit_count() == 1
         yield halved, "patch", "a power of two for the autoencoder, which halves"
         needless = self.history_gradient and not self.window
         yield not needless, "history_gradient", "False without a window: nothing is remembered"
+        named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
+        expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
+        yield named, "tokenizer_folder", expected
 
 
 @dataclass(frozen=True)

@@ -54,3 +54,28 @@ class PublishedPolicy:
         yield self.kind == "small" or self.folder is not None, "folder", needed
         parallel = self.kind == "openvla-token" or self.decode == "parallel"
         yield parallel, "decode", f"parallel, for kind {self.kind}"
+
+
+@dataclass(frozen=True)
+class PublishedSimulator:
+    """Which simulator, and what only published ones have."""
+
+    kind: Literal["small", "wan", "wovr"] = "small"
+    """Trained from nothing; a published Wan (2.1 T2V 1.3B, 2.2 TI2V 5B); or one of WoVR's
+    simulators of LIBERO (RLinf-Wan-LIBERO-*), which generates eight frames at a time."""
+    folder: Path | None = None
+    """Folder of the published model, as downloaded (unused by the small one)."""
+    text: Literal["constant", "words"] = "constant"
+    """What a Wan is told: nothing (an empty text costs one vector a layer), or `prompt`."""
+    prompt: Path | None = None
+    """Safetensors file with one tensor [n, 4096]: the text as Wan's text encoder embeds it."""
+    shift: Annotated[float, Range(0, 1000, above=True)] | None = None
+    """Of the sampling schedule: above 1, more passes at high noise. Unset: 1 for the small one, 5
+    for Wan (what TI2V 5B and WoVR use; 3 suits the 1.3B)."""
+
+    def rules(self) -> Iterator[Rule]:
+        """What its fields require of each other."""
+        needed = f"the folder of a published {self.kind}"
+        yield self.kind == "small" or self.folder is not None, "folder", needed
+        prompt = "the file of the text, where text is words"
+        yield self.text != "words" or self.prompt is not None, "prompt", prompt

@@ -21,11 +21,13 @@ AGAIN = "Download the folder again."
 
 
 class Shards:
-    """The tensors under `<folder>/<stem>*`: `shapes` by name, data by `read`."""
+    """The tensors under `<folder>/<stem>*`: `shapes` and `kinds` (F32, BF16, ...) by name, data by
+    `read`."""
 
     def __init__(self, folder: Path, stem: str = "model") -> None:
         self.folder = folder
         self.shapes: dict[str, list[int]] = {}
+        self.kinds: dict[str, str] = {}
         self.places: dict[str, Path] = {}
         index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
         if index.exists() and single.exists():
@@ -54,7 +56,8 @@ class Shards:
                 says = "its index places there" if absent else "its index does not name"
                 raise UserError(f"{path} {wrong} {says}: not of one download. {AGAIN}")
             for name in present:
-                self.shapes[name] = file.get_slice(name).get_shape()
+                part = file.get_slice(name)
+                self.shapes[name], self.kinds[name] = part.get_shape(), part.get_dtype()
                 self.places[name] = path
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:

@@ -22,13 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from worldenv.config import SimulatorConfig
-from worldenv.data.embodiment import Embodiment
-from worldenv.models.heads import FrameHead, zeroed
-from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
-from worldenv.models.tokenizer import build_tokenizer
+from worldenv.models.denoiser import Denoiser, Network
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
 from worldenv.runtime.graphs import Captured
 from worldenv.runtime.seeds import counter_normal
@@ -49,112 +45,8 @@ class SimulatorState:
     captured: dict[int, Captured]  # by sampling steps; on a GPU
 
 
-@dataclass
-class Conditioning:
-    """What modulates a stretch of frames, all `[B, F, ...]` and normalised."""
-
-    action: Tensor  # [B, F, E]
-    proprio: Tensor  # [B, F, P] predicted proprio of the frame itself
-
-
-class Simulator(nn.Module):
-    """See the module's docstring. Shapes: S tokens = views * grid**2, Z latent channels."""
-
-    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
-        super().__init__()
-        self.config, self.embodiment, self.views = config, embodiment, embodiment.V
-        self.chunk, proprio = (embodiment.chunk, embodiment.A), embodiment.P
-        commands = embodiment.chunk * embodiment.A
-        self.tokenizer = build_tokenizer(config, embodiment.image_size)
-        self.tokenizer.requires_grad_(False)
-        e, z = config.width, self.tokenizer.channels
-        self.tokens = self.views * self.tokenizer.grid**2
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
-        grips = torch.tensor([kind == "grip" for kind in embodiment.action])
-        self.register_buffer("grips", grips, persistent=False)  # [A] bool
-        self.patch_in = nn.Linear(3 * z, e)
-        self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
-        self.rotary = Rotary3D(e // config.heads, self.views, self.tokenizer.grid)
-        self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
-        self.time_out = nn.Linear(e, 6 * e)
-        self.action_in = nn.Sequential(
-            nn.Linear(3 * proprio + 2 * commands, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU()
-        )
-        known, h = 2 * (proprio + commands), 256
-        self.dynamics = nn.Sequential(
-            nn.Linear(known, h), nn.SiLU(), nn.Linear(h, h), nn.SiLU(), nn.Linear(h, proprio)
-        )
-        self.blocks = nn.ModuleList(
-            DenoiserBlock(e, config.heads, config.mlp_ratio) for _ in range(config.layers)
-        )
-        self.norm = nn.LayerNorm(e, eps=1e-6)
-        if config.prediction == "sample":
-            self.head = FrameHead(e, z, self.tokenizer.block)
-        else:
-            self.head = zeroed(nn.Linear(e, z))
-        self.proprio_out = nn.Linear(e, proprio)
-        for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
-            zeroed(layer)
-
-    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Proprio normalisation `[P]`, from the training data."""
-        self.proprio_mean.copy_(mean)
-        self.proprio_std.copy_(std)
-
-    # ---------------------------------------------------------------- the network
-
-    def condition(
-        self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
-    ) -> Conditioning:
-        """Predict the proprio a chunk leads to, and embed what leads there.
-
-        proprio, previous `[B, F, P]` (raw, of the frame before and the one before that); led,
-        action `[B, F, C, A]` as the policy commands them: the chunk that led to the frame before
-        (how fast the arm still moves is in neither pose) and the one from there.
-        """
-        known, predicted = self._dynamics(proprio, previous, led, action)
-        return Conditioning(self.action_in(torch.cat([known, predicted.detach()], -1)), predicted)
-
-    def _dynamics(
-        self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """What is known of a chunk (see `condition`), and the proprio it leads to; normalised."""
-        q1, q0 = self._normalise(proprio), self._normalise(previous)
-        known = torch.cat([q1, q0, *(self._executed(a).flatten(-2) for a in (led, action))], -1)
-        return known, q1 + self.dynamics(known)
-
-    def _executed(self, action: Tensor) -> Tensor:
-        """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
-        a = action.clamp(-1, 1)
-        return torch.where(self.grips, torch.where(a > 0, 1.0, -1.0), a)
-
-    def denoise(
-        self,
-        noisy: Tensor,  # [B, F, S, Z]
-        last: Tensor,  # [B, F, S, Z] the frame before each
-        reference: Tensor,  # [B, S, Z] a real frame before all of them
-        sigma: Tensor,  # [B, F] noise level in [0, 1]
-        condition: Conditioning,
-        rotary: Tensor,  # [B, F, S, D/2] complex
-        attends: Sequence,  # per layer: (q, k, v) -> attention output
-    ) -> tuple[Tensor, Tensor]:
-        """One pass: the clean frame `[B, F, S, Z]` and its proprio `[B, F, P]` (normalised)."""
-        s, clean = sigma[..., None, None], self.config.prediction == "sample"
-        # Pure noise says nothing about the clean frame; unscaled it shows as grain.
-        seen = (1 - s) * noisy if clean else noisy
-        reference = reference[:, None].expand_as(last)
-        x = self.patch_in(torch.cat([seen, last, reference], -1)) + self.position
-        time = self.time_in(sinusoidal(1000 * sigma, 256))
-        modulation = self.time_out(time).unflatten(-1, (6, -1))
-        x, modulation, action = (y.to(self.dtype) for y in (x, modulation, condition.action))
-        for block, attend in zip(self.blocks, attends, strict=True):
-            x = block(x, modulation, action, rotary, attend)
-        x = self.norm(x.float())
-        refined = condition.proprio.detach() + self.proprio_out(x.mean(-2)).float()
-        if clean:
-            return self.head(x, last, reference), refined
-        return noisy - s * self.head(x).float(), refined
+class World(Network):
+    """Generation and training, over any network. See the module's docstring."""
 
     # ---------------------------------------------------------------- training
 
@@ -176,21 +68,25 @@ class Simulator(nn.Module):
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
                 frames, states, _ = self._targets(z, ones, history, reference, q, action, before)
-                history = torch.cat([clean[:, :1], frames[:, :-1].clamp(-1, 1)], 1)
+                history = torch.cat([clean[:, :1], self.tokenizer.clip(frames[:, :-1])], 1)
                 states = states * self.proprio_std + self.proprio_mean
                 q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
-        amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
-        history = history + amount.to(clean.device) * self._noise(history, generator)
+        if self.tokenizer.bounded:  # as much noise as pixels bear
+            amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
+            history = history + amount.to(clean.device) * self._noise(history, generator)
         target = clean[:, 1:]
         sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
         frames, states, predicted = self._targets(z, sigma, history, reference, q, action, before)
-        # Pixels that move matter most and are few (prototype: five times the weight).
         error = frames - target
-        moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
-        weight = moved / s.clamp_min(0.25).square()
-        image = (weight * error.square()).mean() + 0.1 * (moved * error.abs()).mean()
+        if self.tokenizer.bounded:
+            # Pixels that move matter most and are few (prototype: five times the weight).
+            moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
+            weight = moved / s.clamp_min(0.25).square()
+            image = (weight * error.square()).mean() + 0.1 * (moved * error.abs()).mean()
+        else:  # Wan's: the error of the velocity
+            image = (error / s).square().mean()
         truth = self._normalise(proprio[:, 1:])
         dynamics = F.smooth_l1_loss(predicted, truth, beta=0.1)
         refined = F.smooth_l1_loss(states, truth, beta=0.1)
@@ -268,22 +164,9 @@ class Simulator(nn.Module):
     def _noise(self, like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(like.shape, generator=generator).to(like.device)
 
-    def _normalise(self, proprio: Tensor) -> Tensor:
-        return (proprio - self.proprio_mean) / self.proprio_std
-
     # ---------------------------------------------------------------- generation
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer blocks and of what they cache; everything else is float32."""
-        return self.blocks[0].table.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where it and its worlds live."""
-        return self.position.device
-
-    def for_generation(self) -> "Simulator":
+    def for_generation(self) -> "World":
         """What generates: itself, or a copy whose blocks have `config.precision`."""
         dtype = getattr(torch, self.config.precision)
         if dtype == self.dtype:
@@ -295,12 +178,11 @@ class Simulator(nn.Module):
     @torch.no_grad()
     def start(self, batch: int) -> SimulatorState:
         """B empty worlds; give them contexts with `prefill`."""
-        device, config = self.device, self.config
+        device, window = self.device, self.config.window
         cache = None
-        if config.window:
-            sizes = (config.layers, batch, config.window, self.tokens, config.heads)
-            dim = config.width // config.heads
-            cache = FrameCache(*sizes, dim, dtype=self.dtype, device=device)
+        if window:
+            sizes = (len(self.blocks), batch, window, self.tokens, self.heads, self.head_dim)
+            cache = FrameCache(*sizes, dtype=self.dtype, device=device)
         proprio = torch.zeros(batch, len(self.proprio_mean), device=device)
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         latents = torch.zeros(batch, self.tokens, self.tokenizer.channels, device=device)
@@ -391,15 +273,14 @@ class Simulator(nn.Module):
         last = latents[:, None]
         condition = self.condition(*(x[:, None] for x in (proprio, previous, led, action)))
         rotary = self.rotary(position[:, None])
-        layers = range(self.config.layers)
+        layers = range(len(self.blocks))
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
-        sigmas = torch.linspace(1, 0, steps + 1).tolist()
         z = counter_normal(seeds, count, last.shape[2:])[:, None]
-        for now, after in itertools.pairwise(sigmas):
+        for now, after in itertools.pairwise(self.sigmas(steps)):
             level = z.new_full(z.shape[:2], now)
             frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
             z = frame + (after / now) * (z - frame)
-        frame = frame.clamp(-1, 1)
+        frame = self.tokenizer.clip(frame)
         if cache is not None:
             attends = [_over_cache(cache, i, remember=True) for i in layers]
             clean = torch.zeros_like(level)
@@ -411,6 +292,10 @@ class Simulator(nn.Module):
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)
         image = self.tokenizer.decode(latents, self.views)
         return image, latents, proprio, previous, led, count + keep
+
+
+class Simulator(Denoiser, World):
+    """The small one: trained from nothing, in minutes."""
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

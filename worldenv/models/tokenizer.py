@@ -1,7 +1,8 @@
 """Video tokenizers: images to a grid of latent vectors and back.
 
 The denoiser sees only `[..., S, Z]` latents, so a tokenizer can be exchanged without touching it:
-pixel patches (exact, nothing to train), a small convolutional autoencoder, or a published VAE.
+pixel patches (exact, nothing to train), a small convolutional autoencoder, or a published one
+(`models.vae`).
 """
 
 import math
@@ -25,6 +26,12 @@ class Tokenizer(Protocol):
 
     def decode(self, latents: Tensor, views: int) -> Tensor: ...
 
+    def clip(self, latents: Tensor) -> Tensor:
+        """Latents brought back to where an image's can be."""
+
+    bounded: bool
+    """Whether that is [-1, 1], as for pixels; otherwise each channel has a deviation of about 1."""
+
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 [0, 255] to float [-1, 1]."""
@@ -45,7 +52,7 @@ class PatchTokenizer(nn.Module):
     def __init__(self, image_size: int, patch: int) -> None:
         super().__init__()
         self.patch, self.grid, self.channels = patch, image_size // patch, 3 * patch * patch
-        self.side = math.gcd(patch, 4)
+        self.side, self.bounded = math.gcd(patch, 4), True
         self.block = 3 * self.side**2
 
     def encode(self, images: Tensor) -> Tensor:
@@ -60,6 +67,9 @@ class PatchTokenizer(nn.Module):
         x = latents.float().reshape(-1, g, g, n, n, b, b, 3).permute(0, 1, 3, 5, 2, 4, 6, 7)
         return to_bytes(x.reshape(*lead, views, g * self.patch, g * self.patch, 3))
 
+    def clip(self, latents: Tensor) -> Tensor:
+        return latents.clamp(-1, 1)
+
 
 class AutoencoderTokenizer(nn.Module):
     """A small convolutional autoencoder, one latent vector per `patch` x `patch` square.
@@ -70,7 +80,7 @@ class AutoencoderTokenizer(nn.Module):
     def __init__(self, image_size: int, patch: int, channels: int, width: int = 48) -> None:
         super().__init__()
         self.patch, self.grid, self.channels = patch, image_size // patch, channels
-        self.block = channels
+        self.block, self.bounded = channels, True
         halvings = patch.bit_length() - 1
         if 2**halvings != patch:
             raise ValueError(f"autoencoder tokenizer: patch must be a power of two, got {patch}")
@@ -98,6 +108,9 @@ class AutoencoderTokenizer(nn.Module):
     def decode(self, latents: Tensor, views: int) -> Tensor:
         return to_bytes(self.reconstruct(latents, views))
 
+    def clip(self, latents: Tensor) -> Tensor:
+        return latents.clamp(-1, 1)
+
     def loss(self, images: Tensor) -> Tensor:
         """Reconstruction loss of images `[B, V, H, W, 3]` uint8."""
         recon = self.reconstruct(self.encode(images), images.shape[-4])
@@ -106,7 +119,12 @@ class AutoencoderTokenizer(nn.Module):
 
 
 def build_tokenizer(config: SimulatorConfig, image_size: int) -> nn.Module:
-    """The tokenizer a config names."""
+    """The tokenizer a config names; a published one is read from its folder (UserError if bad)."""
     if config.tokenizer == "patch":
         return PatchTokenizer(image_size, config.patch)
-    return AutoencoderTokenizer(image_size, config.patch, config.latent_channels)
+    if config.tokenizer == "autoencoder":
+        return AutoencoderTokenizer(image_size, config.patch, config.latent_channels)
+    # Here, because diffusers takes seconds to import and is no dependency of the small models.
+    from worldenv.models.vae import load_tokenizer
+
+    return load_tokenizer(config, image_size)

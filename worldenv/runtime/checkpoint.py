@@ -26,6 +26,7 @@ _HEADER_KEY = "worldenv"
 _STATE = "optimizer/state/"
 _GROUP = "optimizer/group/"
 _AGAIN = "Run the stage that wrote it again, or name another checkpoint."
+_ANOTHER = "It was trained with another configuration: use the one saved beside it, or train anew."
 
 
 def save(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -159,9 +160,16 @@ def load_module(
 
 
 def check_fit(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: Path | str, name: str
+    own: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    source: Path | str,
+    name: str,
+    mend: str = _ANOTHER,
 ) -> None:
-    """UserError unless `tensors` have the names and shapes of `own`, which belong to a `name`."""
+    """UserError unless `tensors` have the names and shapes of `own`, which belong to a `name`.
+
+    mend: what the message advises.
+    """
     wrong = [f"missing {name}" for name in own if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in own]
     wrong += [
@@ -171,10 +179,7 @@ def check_fit(
     ]
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
-        raise UserError(
-            f"{source} does not fit {name}: {shown}. "
-            "It was trained with another configuration: use the one saved beside it, or train anew."
-        )
+        raise UserError(f"{source} does not fit {name}: {shown}. {mend}")
 
 
 def _layout(tensor: Tensor) -> str:

@@ -43,6 +43,7 @@ def calibrate(config: Config) -> Costs:
     """Time the models of a configuration, on the CPU."""
     policy, simulator = store.build("policy", config), store.build("simulator", config)
     reflector = store.build("reflector", config)
+    trained = config.simulator.kind != "wovr"
     n = parallel.SHARDS
     rows = max(1, config.posttrain.rows // n)
     samples, windows, judged = (
@@ -51,7 +52,7 @@ def calibrate(config: Config) -> Costs:
     imagination = [lambda: imagine(simulator, reflector, policy, config, rows)] * n
     return Costs(
         _step(policy, lambda: policy_loss(policy, samples)) / config.sft.batch,
-        _step(simulator, lambda: simulator_loss(simulator, windows)),
+        _step(simulator, lambda: simulator_loss(simulator, windows)) if trained else 0.0,
         _step(reflector, lambda: reflector_loss(reflector, judged)),
         _seconds(lambda: parallel.run(imagination)) / (rows * n),
     )

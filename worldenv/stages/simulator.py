@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
-from worldenv.models.simulator import Simulator
+from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store, training
@@ -15,14 +15,19 @@ from worldenv.stages.run import Run, Stage, data_up_to
 def run(run: Run, mark: str, number: int) -> dict:
     """Stage `simulator-N`: writes checkpoints/simulator-N.safetensors.
 
-    Later rounds continue from the weights of the round before, on all episodes so far.
+    Later rounds continue from the weights of the round before, on all episodes so far. WoVR's is
+    taken as it is.
     """
-    config, part = run.config, run.config.simulator
+    config, part, name = run.config, run.config.simulator, f"simulator-{number}"
+    path = run.path("checkpoints", f"{name}.safetensors")
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     weights = _balanced(sequences) if part.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
-    simulator: Simulator = training.begin(run, "simulator", number, [*demonstrations, *explored])
+    simulator: World = training.begin(run, "simulator", number, [*demonstrations, *explored])
+    if part.kind == "wovr":
+        store.save("simulator", simulator, path)
+        return {"windows": 0, "parameters": 0}
     if not number:
         _train_tokenizer(run, mark, simulator, windows)
     steps = part.refresh_steps if number else part.steps
@@ -40,9 +45,8 @@ def run(run: Run, mark: str, number: int) -> dict:
         motion = simulator.dynamics_loss(windows.transitions(g, transitions))
         return loss + motion, {**metrics, "dynamics_loss": motion.detach()}
 
-    name = f"simulator-{number}"
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
-    store.save("simulator", simulator, run.path("checkpoints", f"{name}.safetensors"))
+    store.save("simulator", simulator, path)
     training.finish(run, name)
     parameters = sum(p.numel() for p in simulator.parameters())
     return {"windows": len(windows), "parameters": parameters, **tail}
@@ -64,7 +68,7 @@ def _balanced(sequences: list[FrameSequence]) -> list[float]:
     return [1 / won.count(w) for w in won]
 
 
-def _train_tokenizer(run: Run, mark: str, simulator: Simulator, windows: FrameWindows) -> None:
+def _train_tokenizer(run: Run, mark: str, simulator: World, windows: FrameWindows) -> None:
     """Fit the autoencoder tokenizer, if the configuration names it, and freeze it."""
     tokenizer, config = simulator.tokenizer, run.config
     if not isinstance(tokenizer, AutoencoderTokenizer):

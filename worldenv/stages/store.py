@@ -21,6 +21,8 @@ from worldenv.data.embodiment import Embodiment, differences
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
+from worldenv.models.wan_world import WanSimulator
+from worldenv.models.wovr import WoVR
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.stages.reality import embodiment
@@ -36,8 +38,10 @@ def build(kind: str, config: Config) -> nn.Module:
 
 
 def _build(kind: str, part: object, robot: Embodiment) -> nn.Module:
-    models = {"policy": Policy, "simulator": Simulator, "reflector": Reflector}
-    return models[kind](part, robot)
+    worlds = {"small": Simulator, "wan": WanSimulator, "wovr": WoVR}
+    models = {"policy": Policy, "reflector": Reflector}
+    model = worlds[part.kind] if kind == "simulator" else models[kind]
+    return model(part, robot)
 
 
 def save(kind: str, model: nn.Module, path: Path, **facts: object) -> None:
