@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from worldenv.config import Config
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import Policy
-from worldenv.models.reflector import Judge, Reflector
+from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
@@ -52,7 +52,7 @@ def calibrate(config: Config) -> Costs:
     return Costs(
         _step(policy, lambda: policy_loss(policy, config, samples)) / config.sft.batch,
         _step(simulator, lambda: simulator_loss(simulator, config, windows)),
-        _step(reflector, lambda: reflector_loss(reflector, config, judged)),
+        _judged(reflector, config, judged),
         _seconds(lambda: parallel.run(imagination)) / (rows * n),
     )
 
@@ -107,6 +107,14 @@ def describe(stages: dict[str, float]) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def _judged(reflector: Reflector, config: Config, batch: int) -> float:
+    """A step of a reflector's training. A head learns from kept features in no time: what those
+    cost is in the price of a frame."""
+    if reflector.frozen:
+        return 0.0
+    return _step(reflector, lambda: reflector_loss(reflector, config, batch))
 
 
 def _step(module: nn.Module, loss: Callable[[], Tensor]) -> float:
@@ -170,4 +178,4 @@ def imagine(
     action = torch.zeros(rows, config.env.chunk, 7)
     image, proprio = simulator.step(state, action, config.sampling_steps(0), live.numpy())
     policy({"image": image, "proprio": proprio, "instruction": ["go"] * rows})
-    Judge(reflector, rows).watch(image, proprio, ["go"] * rows, live)
+    reflector.onlooker(rows).watch(image, proprio, ["go"] * rows, live)

@@ -17,6 +17,7 @@ from worldenv.config import (
     from_dict,
     to_dict,
 )
+from worldenv.models.folder import digest as digest_of_folder
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
@@ -33,14 +34,21 @@ def build(kind: str, config: Config) -> nn.Module:
         return Policy(part, image_size, chunk=chunk)
     if kind == "simulator":
         return Simulator(part, image_size, views=2, proprio=8, chunk=chunk, actions=7)
-    return Reflector(part, image_size)
+    if part.kind == "small":
+        return Reflector(part, image_size)
+    # Its library takes seconds to import, which nothing else needs.
+    from worldenv.models.vlm_reflector import ImageTextReflector
+
+    return ImageTextReflector(part)
 
 
 def save(kind: str, model: nn.Module, config: Config, path: Path, **facts: object) -> None:
     """Write a model with the configuration needed to build it again: its own sizes (it may come
     from another run), and the run's image size and chunk.
     """
+    published = getattr(model, "folder_digest", None)
     metadata = {
+        **({"folder_digest": published} if published else {}),
         "kind": kind,
         "config": to_dict(model.config),
         "image_size": config.env.image_size,
@@ -79,9 +87,21 @@ def load(
                 f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
                 f"infinite value(s). This {kind} is of no use: name another, or train it anew."
             )
+    _check_folder(getattr(config, kind), metadata.get("folder_digest"), path)
     model = build(kind, config)
     checkpoint.load_module(model, tensors, path)
     return model.to(device).eval()
+
+
+def _check_folder(part: object, trained: str | None, path: Path) -> None:
+    """UserError unless the published model that `part` names is the one that was trained on."""
+    folder = getattr(part, "folder", None)
+    if trained is not None and digest_of_folder(folder) != trained:
+        raise UserError(
+            f"{path}: was trained on another model than {folder} holds now: expected digest "
+            f"{trained[:12]}, got {digest_of_folder(folder)[:12]}. Put the folder back as it was, "
+            "or train anew."
+        )
 
 
 def _config(kind: str, metadata: dict, path: Path) -> Config:
