@@ -19,6 +19,7 @@ SPECIAL = [
 ]
 ID = {token: number for number, token in enumerate(SPECIAL)}
 SIDE = 56  # pixels of LLaVA's, Idefics3's and SmolVLM's square inputs
+SIGHT = 20  # times the usual weights after the vision tower, so that pictures count beside words
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 TEXT = {
@@ -201,6 +202,9 @@ def write(folder: Path, family: str, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         made = model(config).eval()
+    for name, weight in made.named_parameters():
+        if any(word in name for word in ("projector", "connector", "merger")) and weight.ndim == 2:
+            weight.data.mul_(SIGHT)
     hf.utils.logging.disable_progress_bar()
     made.save_pretrained(folder, max_shard_size="150KB")
     _tokenizer(names).save_pretrained(folder)
