@@ -96,15 +96,16 @@ def _seen(reflector: ImageTextReflector, one: FrameSequence, folder: Path, mark:
     key = name.hexdigest()
     path = folder / f"{key}.safetensors"
     begin = 1 + derive("late start", key) % (len(one) - 1)  # a sequence has at least two frames
-    stored = _stored(path, mark, len(one), begin)
+    facts = {"mark": mark, "sequence": key}
+    stored = _stored(path, facts, {"whole": len(one), "late": len(one) - begin})
     if stored is None:
         parts = {"whole": one.images, "late": one.images[begin:]}
         stored = {k: reflector.encode(part, one.instruction).cpu() for k, part in parts.items()}
-        checkpoint.save(path, stored, {"mark": mark})
+        checkpoint.save(path, stored, facts)
     return Seen(stored["whole"], stored["late"], begin)
 
 
-def _stored(path: Path, mark: str, frames: int, begin: int) -> dict[str, Tensor] | None:
+def _stored(path: Path, facts: dict, lengths: dict[str, int]) -> dict[str, Tensor] | None:
     """What an earlier call has saved; None where there is nothing, or it is damaged, which is
     said."""
     if not path.exists():
@@ -114,8 +115,7 @@ def _stored(path: Path, mark: str, frames: int, begin: int) -> dict[str, Tensor]
     except UserError as error:
         print(f"features are computed again: {error}")
         return None
-    lengths = {name: len(tensor) for name, tensor in tensors.items()}
-    if metadata.get("mark") == mark and lengths == {"whole": frames, "late": frames - begin}:
+    if metadata == facts and {name: len(tensor) for name, tensor in tensors.items()} == lengths:
         return tensors
     print(f"features are computed again: {path} holds others than its name says")
     return None
