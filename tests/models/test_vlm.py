@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldenv.config import Config, ReflectorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.folder import digest
 from worldenv.models.vlm import CAUSAL, ImageText
 from worldenv.models.vlm_cost import cost
@@ -171,7 +172,7 @@ def test_the_cost_is_what_is_counted(family, folders):
     loaded.set_attn_implementation("eager")  # the fused one is not counted on a CPU
     for keep, kind in ((True, "vlm"), (False, "prompted")):
         asked = replace(config(folders[family], views="all", keep_first=keep), kind=kind)
-        said = cost(asked, 64, 2, WORDS[0])
+        said = cost(asked, embodiment(64), WORDS[0])
         model = ImageText.on(asked, loaded)
         with FlopCounterMode(display=False) as beginning:
             begun = model.begin(first[:1], WORDS[:1])

@@ -15,6 +15,7 @@ from worldenv.config import PolicyConfig, ReflectorConfig, SimulatorConfig
 from worldenv.data.episode import Episode
 from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import ImaginedVectorEnv, first_frames
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.vlm_reflector import ImageTextReflector
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
@@ -84,7 +85,7 @@ def train(tmp_path, monkeypatch, folder):
             torch.manual_seed(0)
             for kind, name in (("policy", "policy-sft"), ("simulator", "simulator-0")):
                 path = run.path("checkpoints", f"{name}.safetensors")
-                store.save(kind, store.build(kind, told), told, path)
+                store.save(kind, store.build(kind, told), path)
             record = reflector.run(
                 run, "mark", 0, run.path("checkpoints", "policy-sft.safetensors")
             )
@@ -215,7 +216,9 @@ def test_it_watches_over_an_imagined_world(train, kind):
 
 def test_rows_begin_anew_when_they_are_reset(folder):
     torch.manual_seed(0)
-    judge = ImageTextReflector(ReflectorConfig(kind="vlm", folder=folder, precision="float32"))
+    judge = ImageTextReflector(
+        ReflectorConfig(kind="vlm", folder=folder, precision="float32"), embodiment(SIZE)
+    )
     g = generator("rows")
     image = torch.randint(256, (3, 2, 2, SIZE, SIZE, 3), dtype=torch.uint8, generator=g)
     proprio, words = torch.zeros(2, 8), ("lift the cup", "open it")

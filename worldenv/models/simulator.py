@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
@@ -59,27 +60,22 @@ class Conditioning:
 class Simulator(nn.Module):
     """See the module's docstring. Shapes: S tokens = views * grid**2, Z latent channels."""
 
-    def __init__(
-        self,
-        config: SimulatorConfig,
-        image_size: int,
-        views: int = 2,
-        proprio: int = 8,
-        chunk: int = 8,
-        actions: int = 7,
-    ) -> None:
+    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
         super().__init__()
-        self.config, self.views = config, views
-        self.chunk, commands = (chunk, actions), chunk * actions
-        self.tokenizer = build_tokenizer(config, image_size)
+        self.config, self.embodiment, self.views = config, embodiment, embodiment.V
+        self.chunk, proprio = (embodiment.chunk, embodiment.A), embodiment.P
+        commands = embodiment.chunk * embodiment.A
+        self.tokenizer = build_tokenizer(config, embodiment.image_size)
         self.tokenizer.requires_grad_(False)
         e, z = config.width, self.tokenizer.channels
-        self.tokens = views * self.tokenizer.grid**2
+        self.tokens = self.views * self.tokenizer.grid**2
         self.register_buffer("proprio_mean", torch.zeros(proprio))
         self.register_buffer("proprio_std", torch.ones(proprio))
+        grips = torch.tensor([kind == "grip" for kind in embodiment.action])
+        self.register_buffer("grips", grips, persistent=False)  # [A] bool
         self.patch_in = nn.Linear(3 * z, e)
         self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
-        self.rotary = Rotary3D(e // config.heads, views, self.tokenizer.grid)
+        self.rotary = Rotary3D(e // config.heads, self.views, self.tokenizer.grid)
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.time_out = nn.Linear(e, 6 * e)
         self.action_in = nn.Sequential(
@@ -125,8 +121,13 @@ class Simulator(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What is known of a chunk (see `condition`), and the proprio it leads to; normalised."""
         q1, q0 = self._normalise(proprio), self._normalise(previous)
-        known = torch.cat([q1, q0, *(executed(a).flatten(-2) for a in (led, action))], -1)
+        known = torch.cat([q1, q0, *(self._executed(a).flatten(-2) for a in (led, action))], -1)
         return known, q1 + self.dynamics(known)
+
+    def _executed(self, action: Tensor) -> Tensor:
+        """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
+        a = action.clamp(-1, 1)
+        return torch.where(self.grips, torch.where(a > 0, 1.0, -1.0), a)
 
     def denoise(
         self,
@@ -409,12 +410,6 @@ class Simulator(nn.Module):
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)
         image = self.tokenizer.decode(latents, self.views)
         return image, latents, proprio, previous, led, count + keep
-
-
-def executed(action: Tensor) -> Tensor:
-    """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
-    a = action.clamp(-1, 1)
-    return torch.cat([a[..., :-1], torch.where(a[..., -1:] > 0, 1.0, -1.0)], -1)
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.vision_utils import get_vision_window_index
 
 from worldenv.config import ReflectorConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.vlm import ImageText
 from worldenv.models.vlm_files import load_config
 
@@ -36,16 +37,16 @@ class Cost:
     feature_bytes: int  # of one feature on the disk
 
 
-def cost(config: ReflectorConfig, image_size: int, views: int, instruction: str) -> Cost:
-    """Of judging frames of V square views, `image_size` pixels, under an instruction. UserError for
-    a folder without a configuration or a processor; weights are not needed.
+def cost(config: ReflectorConfig, embodiment: Embodiment, instruction: str) -> Cost:
+    """Of judging a robot's frames under an instruction. UserError for a folder without a
+    configuration or a processor; weights are not needed.
     """
     with torch.device("meta"):
         model = hf.AutoModelForImageTextToText.from_config(load_config(config.folder))
     seer = ImageText.on(config, model)
-    shown = 1 if config.views == "first" else views
-    layout = seer.layout(instruction, shown, image_size, image_size)
-    patches = _patches(seer, image_size)
+    shown, side = 1 if config.views == "first" else embodiment.V, embodiment.image_size
+    layout = seer.layout(instruction, shown, side, side)
+    patches = _patches(seer, side)
     tokens, kept = len(layout), 0 if seer.why_anew else layout.split
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads

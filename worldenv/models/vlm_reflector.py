@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.vlm import Begun, ImageText
 
 
@@ -22,19 +23,20 @@ class ImageTextReflector(nn.Module):
     frozen = True
     """Features of a frame do not change in training: they are computed once."""
 
-    def __init__(self, config: ReflectorConfig, proprio: int = 8) -> None:
+    def __init__(self, config: ReflectorConfig, embodiment: Embodiment) -> None:
         """UserError for a folder that holds no whole image-text model."""
         super().__init__()
-        self.config = config
+        self.config, self.embodiment = config, embodiment
         self.encoder = ImageText(config)
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
+        self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
+        self.register_buffer("proprio_std", torch.ones(embodiment.P))
         self.answers = self.encoder.answers() if config.kind == "prompted" else None
         if self.answers is None:
             size = self.encoder.size
+            seen = size + (embodiment.P if config.use_proprio else 0)
             self.norm = nn.LayerNorm(size)
-            self.hidden = nn.Linear(size + (proprio if config.use_proprio else 0), config.width)
+            self.hidden = nn.Linear(seen, config.width)
             self.out = nn.Linear(config.width, 1)
         if self.encoder.why_anew:
             print(f"reflector: o_1 is encoded anew with every frame: {self.encoder.why_anew}")
