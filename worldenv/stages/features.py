@@ -78,22 +78,31 @@ def encoded(run: Run, reflector: ImageTextReflector, sequences: list[FrameSequen
     """What the reflector's encoder sees in each sequence, on the CPU."""
     mark = hashlib.sha256(reflector.feature_digest.encode()).hexdigest()
     folder = run.path("features", mark[:16], "sequence").parent
-    with progress.bar(len(sequences), "features") as bar:
+    keys = [_key(reflector.encoder.shown(s.images), s.instruction) for s in sequences]
+    each = dict(zip(keys, sequences, strict=True))  # two that are equal are encoded once
+    with progress.bar(len(each), "features") as bar:
 
-        def piece(sequence: FrameSequence) -> Seen:
-            seen = _seen(reflector, sequence, folder, mark)
+        def piece(key: str) -> Seen:
+            seen = _seen(reflector, each[key], folder, mark, key)
             bar.advance(1)
             return seen
 
         with torch.no_grad():
-            return parallel.run([partial(piece, sequence) for sequence in sequences])
+            done = parallel.run([partial(piece, key) for key in each])
+    found = dict(zip(each, done, strict=True))
+    return [found[key] for key in keys]
 
 
-def _seen(reflector: ImageTextReflector, one: FrameSequence, folder: Path, mark: str) -> Seen:
-    images = reflector.encoder.shown(one.images)
-    name = hashlib.sha256(f"{list(images.shape)} {one.instruction}".encode())
-    name.update(images.numpy().tobytes())
-    key = name.hexdigest()
+def _key(images: Tensor, instruction: str) -> str:
+    """Of the pictures shown `[F, V, H, W, 3]` and the task."""
+    key = hashlib.sha256(f"{list(images.shape)} {instruction}".encode())
+    key.update(images.numpy().tobytes())
+    return key.hexdigest()
+
+
+def _seen(
+    reflector: ImageTextReflector, one: FrameSequence, folder: Path, mark: str, key: str
+) -> Seen:
     path = folder / f"{key}.safetensors"
     begin = 1 + derive("late start", key) % (len(one) - 1)  # a sequence has at least two frames
     facts = {"mark": mark, "sequence": key}

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -38,7 +39,12 @@ def build(kind: str, config: Config) -> nn.Module:
 
 def _build(kind: str, part: object, robot: Embodiment) -> nn.Module:
     if kind == "reflector" and part.kind != "small":
-        # Its library takes seconds to import, which nothing else needs.
+        if find_spec("transformers") is None:
+            raise UserError(
+                f"reflector.kind {part.kind}: expected transformers, got no such package here. "
+                "Run `pip install 'worldenv[models]'`, or choose the small one."
+            )
+        # It takes seconds to import, and nothing else needs it.
         from worldenv.models.vlm_reflector import ImageTextReflector
 
         return ImageTextReflector(part, robot)
