@@ -258,7 +258,23 @@ DAMAGED = {
     ),
     "no place for pictures": (
         lambda f: (f / "chat_template.jinja").write_text("{{ messages[0]['role'] }}"),
-        r"chat template: expected places for 2 pictures in 'user'",
+        r"places for 2 pictures in 'user' .* number of images passed",
+    ),
+    "a chat format cut short": (
+        lambda f: (f / "chat_template.jinja").write_text("{% for m in"),
+        r"chat_template.jinja: expected a chat template .* TemplateSyntaxError",
+    ),
+    "a tokenizer with a hole": (
+        lambda f: change(f / "tokenizer.json", model={"type": "BPE", "vocab": {"a": "b"}}),
+        r"tokenizer.json: expected a tokenizer that",
+    ),
+    "a config of another type": (
+        lambda f: change(f / "config.json", text_config=True),
+        r"config.json: expected a configuration that",
+    ),
+    "a processor of other patches": (
+        lambda f: change(f / "preprocessor_config.json", merge_size=1),
+        r"expected a processor that fits its model .* got RuntimeError",
     ),
 }
 
@@ -268,8 +284,9 @@ def test_a_folder_that_is_not_whole_is_refused_by_name(fault, copied):
     folder = copied()
     act, words = DAMAGED[fault]
     act(folder)
+    blank = torch.zeros(1, 1, 64, 64, 3, dtype=torch.uint8)
     with pytest.raises(UserError, match=words) as caught:
-        ImageText(config(folder)).layout("do it", 1, 64, 64)
+        ImageText(config(folder)).begin(blank, ["do it"])
     assert str(folder) in str(caught.value)
     assert isinstance(caught.value, NonFiniteError) == (fault == "NaN")
 

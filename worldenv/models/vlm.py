@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from worldenv.config import ReflectorConfig
 from worldenv.models.folder import digest
-from worldenv.models.vlm_files import load_config, load_model, load_processor
+from worldenv.models.vlm_files import load_config, load_model, load_processor, reading
 from worldenv.runtime.errors import UserError
 
 CAUSAL = ("llava", "idefics3", "smolvlm", "qwen2_5_vl", "qwen3_vl")
@@ -150,12 +150,13 @@ class ImageText:
             elif piece:
                 words = piece.replace("{instruction}", instruction)
                 content.append({"type": "text", "text": words})
-        return self.processor.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.processor.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        with reading(self.config.folder / "chat_template.jinja", "a chat template"):
+            return self.processor.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.processor.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
 
     def layout(self, instruction: str, views: int, height: int, width: int) -> Layout:
         """The prompt for pictures of a size, as tokens."""
@@ -169,26 +170,21 @@ class ImageText:
         blank = Image.new("RGB", (width, height))
         prompt = self.text(instruction, views)
         count = 2 * views
-        where = f"{self.config.folder}: its chat template"
-        try:
+        folder = self.config.folder
+        with reading(folder, f"a processor and places for {count} pictures in {prompt[:80]!r}"):
             whole = self.processor(text=[prompt], images=[[blank] * count], return_tensors="pt")
-        except ValueError as error:
-            raise UserError(
-                f"{where}: expected places for {count} pictures in {prompt[:80]!r}, got: {error} "
-                "Restore the template, or name another model."
-            ) from error
         ids = whole["input_ids"]
         pictures = (ids[0] == self.image_token).nonzero()[:, 0]
         if not len(pictures) or len(pictures) % count:
             raise UserError(
-                f"{where}: expected the same number of tokens for each of {count} pictures, got "
+                f"{folder}: expected the same number of tokens for each of {count} pictures, got "
                 f"{len(pictures)} in all. Name another model."
             )
         of_one = len(pictures) // 2
         if hasattr(self.model.base_model, "get_rope_index"):
             wanted = signature(self.model.base_model.get_rope_index).parameters
             known = {k: v for k, v in whole.items() if k in wanted}
-            with torch.device("cpu"):
+            with reading(folder, "a processor that fits its model"):
                 positions = self.model.base_model.get_rope_index(**known)[0][:, 0]
         else:
             positions = torch.arange(ids.shape[1])
@@ -302,7 +298,8 @@ class ImageText:
             for k, v in given.items()
         }
         extra = {} if cache is None else {_CACHE: cache}
-        with self._turn if self.device.type != "cpu" else nullcontext():
+        turn = self._turn if self.device.type != "cpu" else nullcontext()
+        with turn, reading(self.config.folder, "a processor that fits its model"):
             out = self.model.base_model(**given, use_cache=cache is not None, **extra)
         last = torch.tensor(lengths, device=self.device) - 1
         return out.last_hidden_state[torch.arange(len(lengths), device=self.device), last]

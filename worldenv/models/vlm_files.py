@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 import transformers as hf
+from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -20,9 +22,32 @@ from worldenv.runtime.errors import NonFiniteError, UserError, nearest
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _LIBRARY = (
     *(OSError, ValueError, ImportError, TypeError, KeyError, AttributeError, RuntimeError),
-    SafetensorError,
+    *(SafetensorError, StrictDataclassError, TemplateError),
 )
-"""What the library raises for folders that are not whole; each becomes a UserError."""
+"""What the library raises for folders that are not whole."""
+
+
+class reading:
+    """A context in which what the library finds wrong with a folder becomes a UserError.
+
+    Its tokenizers raise `Exception` itself, which is not caught where it is a defect of ours: those
+    have a class.
+    """
+
+    def __init__(self, where: Path, what: str) -> None:
+        self.where, self.what = where, what
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        ours = isinstance(error, UserError | torch.OutOfMemoryError)
+        if not ours and (kind is Exception or isinstance(error, _LIBRARY)):
+            said = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self.where}: expected {self.what} that transformers {hf.__version__} can read, "
+                f"got {type(error).__name__}: {said}. {AGAIN}"
+            ) from error
 
 
 def load_config(folder: Path) -> hf.PreTrainedConfig:
@@ -35,29 +60,24 @@ def load_config(folder: Path) -> hf.PreTrainedConfig:
             f"idefics3, smolvlm, qwen2_5_vl or qwen3_vl, got {kind!r}"
             f"{f' (nearest: {guess})' if guess else ''}. Name the folder of such a model."
         )
-    try:
+    with reading(folder / "config.json", "a configuration"):
         return hf.AutoConfig.from_pretrained(folder, **_LOCAL)
-    except _LIBRARY as error:
-        raise _refusal(folder / "config.json", "a configuration", error) from error
 
 
 def load_model(folder: Path, config: hf.PreTrainedConfig, dtype: torch.dtype) -> hf.PreTrainedModel:
     """A folder's model, frozen. UserError naming tensors that are missing, left over, of another
     shape, or not finite.
     """
-    try:
-        with _quiet():
-            model, told = hf.AutoModelForImageTextToText.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are told, and refused below
-                **_LOCAL,
-            )
-    except _LIBRARY as error:
-        raise _refusal(folder, "weights", error) from error
+    with reading(folder, "weights"), _quiet():
+        model, told = hf.AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are told, and refused below
+            **_LOCAL,
+        )
     wrong = [f"missing {name}" for name in sorted(told["missing_keys"])]
     wrong += [f"unexpected {name}" for name in sorted(told["unexpected_keys"])]
     wrong += [
@@ -100,12 +120,12 @@ def load_processor(folder: Path) -> hf.ProcessorMixin:
             f"{folder / 'preprocessor_config.json'}: processor_class: expected a processor of "
             f"transformers {hf.__version__}, got {name!r}. {AGAIN}"
         )
-    try:
+    with reading(folder / "preprocessor_config.json", "a processor of pictures"):
         picture = hf.AutoImageProcessor.from_pretrained(folder, backend="pil", **_LOCAL)
+    with reading(folder / "tokenizer.json", "a tokenizer"):
         tokenizer = hf.AutoTokenizer.from_pretrained(folder, **_LOCAL)
+    with reading(folder / "processor_config.json", "a processor"):
         processor = _assembled(found, picture, tokenizer, settings)
-    except _LIBRARY as error:
-        raise _refusal(folder, "a processor", error) from error
     if hasattr(picture, "do_image_splitting"):
         picture.do_image_splitting = False
     processor.chat_template = _chat_template(folder, texts)
@@ -176,11 +196,3 @@ def _quiet():
     finally:
         if shows:
             hf.utils.logging.enable_progress_bar()
-
-
-def _refusal(where: Path, what: str, error: Exception) -> UserError:
-    first = str(error).strip().partition("\n")[0][:300]
-    return UserError(
-        f"{where}: expected {what} that transformers {hf.__version__} can read, got "
-        f"{type(error).__name__}: {first}. {AGAIN}"
-    )
