@@ -233,6 +233,12 @@ def test_rows_begin_anew_when_they_are_reset(folder):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
+def test_without_the_library_it_is_said_what_to_install(train, monkeypatch):
+    monkeypatch.setattr(store, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"expected transformers, .* pip install 'worldenv\[models"):
+        train(kind="vlm")
+
+
 def test_the_small_one_imports_no_library_of_models():
     code = "import sys, worldenv.cli; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

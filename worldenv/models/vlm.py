@@ -102,7 +102,12 @@ class ImageText:
     ) -> None:
         self.config, self.model, self.processor = config, model, processor
         self.size = self.model.config.get_text_config().hidden_size  # E
-        self.image_token = self.model.config.image_token_id
+        self.image_token = getattr(self.model.config, "image_token_id", None)
+        if self.image_token is None:
+            raise UserError(
+                f"{config.folder / 'config.json'}: image_token_id: expected the token that stands "
+                f"for pictures, got none: a {self.model.config.model_type} model cannot be used."
+            )
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side = "right"
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0, 1)
