@@ -253,6 +253,30 @@ class SimulatorConfig(PublishedSimulator):
 class ReflectorConfig:
     """Reward and termination head (paper section 3.4)."""
 
+    kind: Literal["small", "vlm", "prompted"] = "small"
+    """A convolutional encoder trained with its head, a head on the hidden state of a frozen
+    image-text model, or that model's own answer to the prompt, without a head."""
+    folder: Path | None = None
+    """Folder of the image-text model, as published (vlm, prompted)."""
+    prompt: str = (
+        "{first}{now}These are the first and the latest picture of a robot at work. Its task: "
+        "{instruction}. Has the task been done? Answer Yes or No."
+    )
+    """What the image-text model is asked: {first} and {now} stand for the pictures of the first
+    and of the latest frame, once each, {instruction} for the task."""
+    answers: tuple[str, str] = ("Yes", "No")
+    """The answers that mean success and failure (prompted)."""
+    views: Literal["first", "all"] = "first"
+    """Which cameras the image-text model sees."""
+    use_proprio: bool = False
+    """Whether the head on an image-text model sees the proprio too (vlm)."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the image-text model computes in."""
+    keep_first: bool = True
+    """Keep the image-text model's keys and values of an episode's first frame, where that changes
+    nothing: half the work, for the memory that `models.vlm_cost` says."""
+    encode_batch: Batch = 16
+    """Frames that the image-text model sees at once."""
     width: Width = 128
     """Hidden width of the head."""
     encoder_channels: Channels = 16
@@ -271,6 +295,14 @@ class ReflectorConfig:
     """Choose eta anew in each round, such that the policy that explored succeeds as often in its
     imagination as it did in reality. With a fixed one some worlds call nearly everything a success,
     and nothing is learned there."""
+
+    def rules(self) -> Iterator[Rule]:
+        """What its fields require of each other."""
+        needed = f"the folder of an image-text model, for kind {self.kind}"
+        yield self.kind == "small" or self.folder is not None, "folder", needed
+        slots = ("{first}", "{now}", "{instruction}")
+        once = all(self.prompt.count(slot) == 1 for slot in slots)
+        yield once, "prompt", "{first}, {now} and {instruction}, once each"
 
 
 @dataclass(frozen=True)

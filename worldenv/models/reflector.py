@@ -22,6 +22,9 @@ from worldenv.models.layers import ConvEncoder, WordEncoder, views_to_channels
 class Reflector(nn.Module):
     """Frames, proprio and instruction to a success logit per frame."""
 
+    frozen = False
+    """Its encoder is trained with its head (of `models.vlm_reflector` it is not)."""
+
     def __init__(self, config: ReflectorConfig, embodiment: Embodiment) -> None:
         super().__init__()
         self.config, self.embodiment = config, embodiment

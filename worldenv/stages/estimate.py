@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.models.policy import Policy
-from worldenv.models.reflector import Judge, Reflector
+from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
@@ -53,7 +53,7 @@ def calibrate(config: Config) -> Costs:
     return Costs(
         _step(policy, lambda: policy_loss(policy, samples)) / config.sft.batch,
         _step(simulator, lambda: simulator_loss(simulator, windows)) if trained else 0.0,
-        _step(reflector, lambda: reflector_loss(reflector, judged)),
+        _judged(reflector, judged),
         _seconds(lambda: parallel.run(imagination)) / (rows * n),
     )
 
@@ -109,6 +109,14 @@ def describe(stages: dict[str, float]) -> str:
 
 def _minutes(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{max(1, round(seconds / 60))} min"
+
+
+def _judged(reflector: Reflector, batch: int) -> float:
+    """A step of a reflector's training. A head learns from kept features in no time: what those
+    cost is in the price of a frame."""
+    if reflector.frozen:
+        return 0.0
+    return _step(reflector, lambda: reflector_loss(reflector, batch))
 
 
 def _step(module: nn.Module, loss: Callable[[], Tensor]) -> float:
@@ -174,4 +182,4 @@ def imagine(
     action = torch.zeros(rows, *simulator.chunk)
     image, proprio = simulator.step(state, action, config.sampling_steps(0), live.numpy())
     policy({"image": image, "proprio": proprio, "instruction": ["go"] * rows})
-    Judge(reflector, rows).watch(image, proprio, ["go"] * rows, live)
+    reflector.onlooker(rows).watch(image, proprio, ["go"] * rows, live)

@@ -12,7 +12,7 @@ import torch
 
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
-from worldenv.models.reflector import Judge, Reflector
+from worldenv.models.reflector import Reflector
 from worldenv.runtime import progress
 from worldenv.stages import store
 from worldenv.stages.collect import world
@@ -87,6 +87,8 @@ def evaluate_policy(
     """
     if not starts:
         return []
+    if reflector is not None:  # an image-text model is large: for it the way to a GPU is short
+        reflector = (reflector.to(run.device) if reflector.frozen else reflector.cpu()).eval()
     device = next(policy.parameters()).device
     policy = policy.to(run.acting).eval()
     outcomes: list[dict] = []
@@ -127,7 +129,7 @@ class _Ruling(Watcher):
         self, starts: Sequence[Start], note: Callable[[dict], None], reflector: Reflector | None
     ) -> None:
         self.starts, self.note = starts, note
-        self.judge = None if reflector is None else Judge(reflector.cpu().eval(), 1)
+        self.judge = None if reflector is None else reflector.onlooker(1)
         self.threshold = None if reflector is None else float(reflector.threshold)
         self.begun, self.verdict = False, None
 

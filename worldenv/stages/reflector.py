@@ -16,6 +16,7 @@ from torch import Tensor
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.envs.imagined import first_frames, imagined_envs
 from worldenv.envs.start import Start
+from worldenv.models.folder import digest
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import Policy, augment
 from worldenv.models.reflector import Reflector
@@ -25,6 +26,7 @@ from worldenv.runtime import parallel
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import exploration_noise, load_round
+from worldenv.stages.features import DROPOUT, LATE_START, Features
 from worldenv.stages.replay import padded, replay
 from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before
 
@@ -43,26 +45,32 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
     steps = config.sampling_steps(number)
     imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
-    data = padded([*sequences, *imagined], run.device)
+    shown = [*sequences, *imagined]
+    data = padded(shown, run.device)
     del simulator
-    reflector: Reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
+    reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
     sampler = _BalancedFrames(data)
+    trains = any(p.requires_grad for p in reflector.parameters())  # of a prompted one nothing is
+    if trains:
+        frames = Features(run, reflector, shown, data) if reflector.frozen else _Pictures(data)
 
     size = training.shard_size(run, part.batch)
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         g = generator(config.seed, "reflector", number, step, shard)
         rows, ends, labels = sampler.draw(size, g)
-        logits = sampler.judge(reflector, rows, ends, g)
+        logits = frames.judge(reflector, rows, ends, g)
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         right = ((logits > 0) == (labels > 0.5)).float().mean()
         return loss, {"loss": loss.detach(), "accuracy": right}
 
     name = f"reflector-{number}"
     steps = part.refresh_steps if number else part.steps
-    tail = training.train(
-        run, name, mark, reflector, loss_at, steps=steps, lr=part.lr, weight_decay=0.05
-    )
+    tail = {}
+    if trains:
+        tail = training.train(
+            run, name, mark, reflector, loss_at, steps=steps, lr=part.lr, weight_decay=0.05
+        )
     if part.calibrate and explored:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
@@ -84,7 +92,11 @@ STAGE = Stage(
     lambda run_, mark, n: run(
         run_, mark, n, run_.path("checkpoints", f"{policy_before(n)}.safetensors")
     ),
-    settings=lambda config, n: (config.reflector, config.sampling_steps(n)),
+    settings=lambda config, n: (
+        config.reflector,
+        config.sampling_steps(n),
+        *((digest(config.reflector.folder),) if config.reflector.kind != "small" else ()),
+    ),
     needs=lambda config, n: (
         *data_up_to(n),
         stage_before(n),
@@ -134,10 +146,6 @@ def threshold_at(top: Tensor, rate: float) -> float:
     return float(torch.quantile(top, 1 - rate).clamp(0.5, 0.99))
 
 
-DROPOUT = 0.2  # of the head's hidden numbers, drawn like everything else from the step's generator
-LATE_START = 0.3  # episodes judged as if they had begun later, as contexts in mid-episode do
-
-
 NEAR = 4  # frames before success, or before a failure's end, that are nearly one
 
 
@@ -165,6 +173,13 @@ class _BalancedFrames:
             labels.append(torch.full((n,), label))
         chosen = torch.cat(picks)
         return chosen[:, 0], chosen[:, 1], torch.cat(labels).to(chosen.device)
+
+
+class _Pictures:
+    """The frames themselves, for a reflector that learns to see them."""
+
+    def __init__(self, data: dict) -> None:
+        self.data = data
 
     def judge(self, reflector: Reflector, rows: Tensor, ends: Tensor, g: torch.Generator) -> Tensor:
         """Logits `[B]` of frames `ends` in episodes `rows`, augmented."""

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from worldenv.config import (
     to_dict,
 )
 from worldenv.data.embodiment import Embodiment, differences
+from worldenv.models.folder import digest as digest_of_folder
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
@@ -27,6 +29,14 @@ from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.stages.reality import embodiment
 
+_SMALL = {
+    ("policy", "small"): Policy,
+    ("reflector", "small"): Reflector,
+    ("simulator", "small"): Simulator,
+    ("simulator", "wan"): WanSimulator,
+    ("simulator", "wovr"): WoVR,
+}
+"""What is imported in no time."""
 _KINDS = {"policy": PolicyConfig, "simulator": SimulatorConfig, "reflector": ReflectorConfig}
 
 
@@ -37,16 +47,30 @@ def build(kind: str, config: Config) -> nn.Module:
     return _build(kind, getattr(config, kind), embodiment(config))
 
 
-def _build(kind: str, part: object, robot: Embodiment) -> nn.Module:
-    worlds = {"small": Simulator, "wan": WanSimulator, "wovr": WoVR}
-    models = {"policy": Policy, "reflector": Reflector}
-    model = worlds[part.kind] if kind == "simulator" else models[kind]
-    return model(part, robot)
+def _build(kind: str, part: object, robot: Embodiment, train: bool = True) -> nn.Module:
+    """train: whether what a published policy comes with is made ready to be trained."""
+    if (kind, part.kind) in _SMALL:
+        return _SMALL[kind, part.kind](part, robot)
+    if find_spec("transformers") is None:
+        raise UserError(
+            f"{kind}.kind {part.kind}: expected transformers, got no such package here. Run "
+            "`pip install 'worldenv[models]'`, or choose the small one."
+        )
+    # They take seconds to import, and the small models do without.
+    if kind == "policy":
+        from worldenv.models import openvla_folder
+
+        return openvla_folder.load(part, robot, train)
+    from worldenv.models.vlm_reflector import ImageTextReflector
+
+    return ImageTextReflector(part, robot)
 
 
 def save(kind: str, model: nn.Module, path: Path, **facts: object) -> None:
     """Write a model with what is needed to build it again: its own sizes, and its robot."""
+    folder = getattr(model.config, "folder", None)
     metadata = {
+        **({"folder_digest": digest_of_folder(folder)} if folder else {}),
         "kind": kind,
         "config": to_dict(model.config),
         "embodiment": to_dict(model.embodiment),
@@ -92,7 +116,19 @@ def read(
                 f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
                 f"infinite value(s). This {kind} is of no use: name another, or train it anew."
             )
+    _check_folder(part, metadata.get("folder_digest"), path)
     return tensors, part, robot
+
+
+def _check_folder(part: object, trained: str | None, path: Path) -> None:
+    """UserError unless the published model that `part` names is the one that was trained on."""
+    folder = getattr(part, "folder", None)
+    if trained is not None and digest_of_folder(folder) != trained:
+        raise UserError(
+            f"{path}: was trained on another model than {folder} holds now: expected digest "
+            f"{trained[:12]}, got {digest_of_folder(folder)[:12]}. Put the folder back as it was, "
+            "or train anew."
+        )
 
 
 def check_fits(own: Embodiment, asked: Embodiment, what: str) -> None:
