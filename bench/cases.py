@@ -3,16 +3,15 @@ are left out."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.timing import Case, Run
+from bench.attention import attention_case, teacher_forcing_case
+from bench.timing import Case, backward_of
 from worldenv.ops import (
     FrameCache,
     action_logprob,
@@ -22,12 +21,9 @@ from worldenv.ops import (
     gelu,
     modulated_norm,
     norm_rotary,
-    spatiotemporal_attention,
 )
-from worldenv.ops import backend as backends
 from worldenv.ops.action_loss import action_loss_reference
 from worldenv.ops.adaln import modulated_norm_reference
-from worldenv.ops.attention import frame_mask, spatiotemporal_attention_reference
 from worldenv.ops.gelu import gelu_reference
 from worldenv.ops.norm_rotary import norm_rotary_reference
 
@@ -92,11 +88,6 @@ def frame_attention_case(
         2e-5 if dtype == torch.float32 else 2e-2,
         flops,
     )
-
-
-def backward_of(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Gradients of a scalar function's leaves."""
-    return torch.autograd.grad(function(*leaves), leaves)
 
 
 def action_loss_case(batch: int, compiled: bool, device: str) -> Case:
@@ -237,104 +228,6 @@ def gae_case(steps: int, batch: int, device: str) -> Case:
     )
 
 
-def attention_case(
-    shape: tuple[int, ...],
-    window: int | None,
-    causal: bool,
-    dtype: torch.dtype,
-    device: str,
-    train: bool,
-) -> Case:
-    """The denoiser's attention in training: forward and backward, or forward alone."""
-    leaves = [torch.randn(shape, device=device).to(dtype).requires_grad_() for _ in range(3)]
-    weight = torch.randn(shape, device=device).to(dtype)
-    batch, frames, tokens, heads, dim = shape
-    options = {"window": window, "causal": causal}
-    allowed = frame_mask(frames, window, 0, causal).to(device)
-    share = allowed.float().mean().item()
-    mask = None
-    if causal:
-        mask = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-
-    def through(attend: Callable[..., Tensor]) -> Run:
-        if train:
-            return lambda: backward_of(lambda *x: (attend(*x) * weight).sum(), leaves)
-        return torch.no_grad()(lambda: attend(*leaves))
-
-    def on_sequences(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """From [B, F, S, H, D] to [B, H, F*S, D] and back."""
-
-        def run(*x: Tensor) -> Tensor:
-            out = attend(*(t.flatten(1, 2).transpose(1, 2) for t in x))
-            return out.transpose(1, 2).reshape(shape)
-
-        return run
-
-    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-    rivals = {"sdpa with a mask" if causal else "sdpa": through(on_sequences(sdpa))}
-    if torch.cuda.is_available():
-        rivals["flex_attention"] = through(on_sequences(_flex(frames, tokens, window, causal)))
-    for library in _libraries(causal, dtype, device):
-        forced = functools.partial(spatiotemporal_attention, backend=library, **options)
-        rivals[library] = through(forced)
-    if not causal:
-        for name, kernel in _sdpa_kernels(shape, dtype, device).items():
-            rivals[f"sdpa, {name}"] = through(on_sequences(sdpa_kernel(kernel)(sdpa)))
-    return Case(
-        f"spatiotemporal_attention {'training' if train else 'forward'}",
-        f"{shape} window {window} {'causal' if causal else 'full'}",
-        str(dtype)[6:],
-        through(functools.partial(spatiotemporal_attention, **options)),
-        rivals,
-        through(functools.partial(spatiotemporal_attention_reference, **options)),
-        1e-4 if dtype == torch.float32 else 3e-2,
-        (14.0 if train else 4.0) * batch * heads * (frames * tokens) ** 2 * dim * share,
-    )
-
-
-def _libraries(causal: bool, dtype: torch.dtype, device: str) -> Iterator[str]:
-    """Attention libraries that are installed and take such tensors."""
-    if device == "cuda" and not causal and dtype in (torch.bfloat16, torch.float16):
-        if backends.NO_FLASH_ATTN is None:
-            yield "flash_attn"
-        if backends.NO_XFORMERS is None:
-            yield "xformers"
-
-
-def _sdpa_kernels(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict:
-    """SDPA's kernels that can run such tensors, each as a rival of its own; on a GPU."""
-    if device != "cuda":
-        return {}
-    batch, frames, tokens, heads, dim = shape
-    x = torch.empty(batch, heads, frames * tokens, dim, dtype=dtype, device=device)
-    given = torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, False, False)
-    usable = {
-        "flash": (SDPBackend.FLASH_ATTENTION, torch.backends.cuda.can_use_flash_attention),
-        "cudnn": (SDPBackend.CUDNN_ATTENTION, torch.backends.cuda.can_use_cudnn_attention),
-        "efficient": (
-            SDPBackend.EFFICIENT_ATTENTION,
-            torch.backends.cuda.can_use_efficient_attention,
-        ),
-    }
-    return {name: kernel for name, (kernel, can) in usable.items() if can(given)}
-
-
-def _flex(frames: int, tokens: int, window: int | None, causal: bool) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    reach = frames if window is None else window
-    length = frames * tokens
-
-    def visible(b, h, i, j):
-        gap = i // tokens - j // tokens
-        return (gap >= 0) & (gap < reach)
-
-    mask = create_block_mask(visible, None, None, length, length, "cuda") if causal else None
-    return functools.partial(torch.compile(flex_attention, dynamic=False), block_mask=mask)
-
-
 def modulated_norm_case(rows: tuple[int, ...], width: int, dtype: torch.dtype, device: str) -> Case:
     x = torch.randn(*rows, width, device=device).to(dtype).requires_grad_()
     shift, scale = (
@@ -416,6 +309,8 @@ def cpu_cases(compiled: bool) -> Iterator[Case]:
         for past in (8, 16):
             yield frame_attention_case(8, 64, 8, 64, past, dtype, "cpu")
         yield frame_attention_case(8, 64, 8, 32, 8, dtype, "cpu")
+    for window in (3, 9):
+        yield teacher_forcing_case((4, 8, 64, 4, 64), window, 1, torch.float32, "cpu")
     for batch in (32, 256, 2048, 16384):
         yield action_loss_case(batch, compiled, "cpu")
     yield token_loss_case((64, 8, 7), 256, "cpu")
@@ -434,6 +329,8 @@ def gpu_cases() -> Iterator[Case]:
             for tokens in (512, 1024, 4096):
                 yield attention_case((4, 1, tokens, 16, dim), None, False, bf16, "cuda", train)
             yield attention_case((4, 16, 256, 16, dim), 4, True, bf16, "cuda", train)
+        for halves in (1, 2):
+            yield teacher_forcing_case((4, 16, 256, 16, dim), 5, halves, bf16, "cuda")
         yield frame_attention_case(32, 64, 16, dim, 16, bf16, "cuda")
         yield frame_attention_case(8, 256, 24, dim, 8, bf16, "cuda")
     for batch in (256, 16384, 262144):

@@ -23,6 +23,7 @@ from worldenv.kernels import (
     action_loss,
     adaln,
     attention,
+    attention_backward,
     frame_attention,
     norm_rotary,
     token_loss,
@@ -92,13 +93,18 @@ def _qkv(
 
 
 def _attention(
-    dim: int, dtype: torch.dtype, causal: bool = True, groups: int = 1, sinks: int = 0
-) -> None:
-    """Nine frames of 256 tokens under a window of 5."""
+    dim: int, dtype: torch.dtype, causal: bool = True, groups: int = 1, sinks: int = 0,
+    halves: int = 0,
+) -> None:  # fmt: skip
+    """Nine frames of 256 tokens under a window of 5; halves: teacher forcing, with queries of the
+    noisy frames (1) or of all, and gradients into history (2)."""
     q, k, v = _qkv((4, 9, 256), 24, 24 // groups, dim, dtype)
     reach = (5 if causal else None, sinks, causal)
-    out, lse = attention.forward(q, k, v, *reach)
-    attention.backward(out, q, k, v, out, lse, *reach)
+    past = (k, v) if halves else None
+    if halves == 2:
+        q = _empty(4, 18, 256, 24, dim, dtype=dtype)
+    out, lse = attention.forward(q, k, v, past, *reach)
+    attention_backward.backward(out, q, k, v, past, out, lse, *reach, into_history=halves == 2)
 
 
 def _frame_attention(tokens: int, dim: int, dtype: torch.dtype) -> None:
@@ -140,6 +146,8 @@ def production() -> dict[str, Callable[[], None]]:
         cases[f"D{dim} bf16"] = partial(_attention, dim, bf16)
         cases[f"D{dim} bf16 full"] = partial(_attention, dim, bf16, False)
         cases[f"D{dim} bf16 grouped, sinks"] = partial(_attention, dim, bf16, True, 3, 2)
+        cases[f"D{dim} bf16 noisy"] = partial(_attention, dim, bf16, halves=1)
+        cases[f"D{dim} bf16 clean, noisy"] = partial(_attention, dim, bf16, halves=2)
     for dim in (128, 64):
         for tokens in (64, 256):
             cases[f"D{dim} bf16 S{tokens}"] = partial(_frame_attention, tokens, dim, bf16)

@@ -153,3 +153,8 @@ def limits(device: str, dtype: torch.dtype = torch.float32, size: int = 1024) ->
     matmul = min(clock(lambda: a @ b) for _ in range(10))
     copy = min(clock(lambda: target.copy_(source)) for _ in range(10))
     return Limits(2 * size**3 / matmul, 2 * source.numel() / copy)
+
+
+def backward_of(function: Callable[..., Tensor], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of a scalar function's leaves."""
+    return torch.autograd.grad(function(*leaves), leaves)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from worldenv.kernels.attention import LOG2E, _load_rows
+from worldenv.kernels.attention import LOG2E, _join, _load_rows
 
 
 @triton.jit
@@ -29,14 +29,10 @@ def _attend_tile(
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if EDGE:
         s = tl.where((at + lane < tokens)[None, :], s, float("-inf"))
-    high = tl.maximum(top, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - high[:, None])
-    shrink = tl.exp2(top - high)
-    total = total * shrink + tl.sum(p, 1)
+    p, acc, top, total = _join(s, acc, top, total, scale, False)
     v = _load_rows(v_base, at, lane, v_row, columns, tokens, dim, EDGE, WHOLE)
-    acc = acc * shrink[:, None]
     acc += tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
-    return acc, high, total
+    return acc, top, total
 
 
 @triton.jit

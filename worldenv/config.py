@@ -179,6 +179,8 @@ class SimulatorConfig(PublishedSimulator):
     window: Annotated[int, Range(0, 1000)] = 0
     """Past frames attended to through the cache, besides the last one on the channels. On two CPU
     cores a window of 2 makes the default simulator learn 1.7 times slower."""
+    history_gradient: bool = False
+    """Train what past frames leave in the cache too, not only the use of it. Needs a window."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """What the transformer computes in when it generates; it trains in float32. bfloat16 is for
     processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
@@ -220,6 +222,8 @@ class SimulatorConfig(PublishedSimulator):
         named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
         expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
         yield named, "tokenizer_folder", expected
+        needless = self.history_gradient and not self.window
+        yield not needless, "history_gradient", "False without a window: nothing is remembered"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,13 @@ def test_the_attention_cases_of_a_gpu_agree_here_too(train, window):
     gate(attention_case((1, 3, 8, 2, 32), window, causal, torch.float32, "cpu", train))
 
 
+@pytest.mark.parametrize("halves", [1, 2])
+def test_teacher_forcing_agrees_with_its_rivals(halves):
+    from bench.attention import teacher_forcing_case
+
+    gate(teacher_forcing_case((1, 3, 8, 2, 32), 3, halves, torch.float32, "cpu"))
+
+
 def test_gates_belong_to_cases():
     from bench.cases import action_loss_case, gae_case
 

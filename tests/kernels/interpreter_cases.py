@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldenv.kernels import attention, attention_backward
 from worldenv.ops import (
     FrameCache,
     action_loss,
@@ -20,6 +21,7 @@ from worldenv.ops import (
 )
 from worldenv.ops import backend as backends
 from worldenv.ops.action_loss import METRICS
+from worldenv.ops.attention import frame_mask
 
 assert backends.INTERPRETED, "run through test_triton_interpreter.py"
 
@@ -75,11 +77,103 @@ def test_spatiotemporal_attention(shape, kv_heads, options):
     compare(attend, leaves, torch.randn(shape))
 
 
+def teacher_forced(q, k, v, past_k, past_v, **options):
+    return spatiotemporal_attention(q, k, v, history=(past_k, past_v), **options)
+
+
+def teacher_forcing_leaves(shape, kv_heads, halves):
+    torch.manual_seed(0)
+    b, f, s, h, d = shape
+    names = ("k", "v", "past_k", "past_v")
+    q = torch.randn(b, f * halves, s, h, d)
+    return {"q": q, **{n: torch.randn(b, f, s, kv_heads, d) for n in names}}
+
+
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "options"),
+    [
+        ((1, 5, 7, 2, 32), 1, {"window": 2, "sinks": 1}),
+        ((2, 1, 1, 1, 64), 1, {}),
+        ((1, 2, 63, 1, 32), 1, {"window": 2}),
+        ((1, 3, 20, 3, 24), 3, {"window": 1}),
+        ((1, 5, 20, 1, 16), 1, {"window": 3, "sinks": 2}),
+        ((1, 2, 17, 1, 128), 1, {"window": 9}),
+    ],
+)
+def test_teacher_forcing(shape, kv_heads, options, halves):
+    leaves = teacher_forcing_leaves(shape, kv_heads, halves)
+
+    def attend(**x):
+        return teacher_forced(**x, **options)
+
+    compare(attend, leaves, torch.randn(leaves["q"].shape))
+
+
+def test_teacher_forcing_with_a_constant_history():
+    leaves = teacher_forcing_leaves((1, 3, 7, 2, 32), 1, 1)
+    past = {n: leaves.pop(n) for n in ("past_k", "past_v")}
+    weight = torch.randn(leaves["q"].shape)
+    compare(lambda **x: teacher_forced(**x, **past, window=3), leaves, weight)
+
+
+@pytest.mark.parametrize("halves", [0, 1, 2])
+@pytest.mark.parametrize(("window", "sinks"), [(2, 0), (3, 1), (None, 0)])
+def test_masked_tiles_are_not_visited(monkeypatch, window, sinks, halves):
+    """With frames of whole tiles, exactly those are visited of which something is seen; and a
+    history that needs no gradient gets none."""
+    visited = {}
+
+    def count(module, name):
+        tile = getattr(module, name)
+
+        def counted(*args):
+            visited[name] = visited.get(name, 0) + 1
+            return tile(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(attention, "_softmax_tile")
+    count(attention_backward, "_grad_query_tile")
+    count(attention_backward, "_grad_key_tile")
+    frames, tokens, dim = 4, 32, 16
+    leaves = teacher_forcing_leaves((1, frames, tokens, 1, dim), 1, max(halves, 1))
+    past = [leaves.pop("past_k"), leaves.pop("past_v")]
+    leaves = [x.requires_grad_() for x in leaves.values()]
+    seen = frame_mask(frames, window, sinks, True, halves)
+
+    def tiles_seen(kernel, frames_seen):
+        sizes = attention.tiles(dim, torch.float32, kernel)
+        return int(frames_seen.sum()) * tokens**2 // (sizes["BLOCK_M"] * sizes["BLOCK_N"])
+
+    def run():
+        visited.clear()
+        options = {"history": tuple(past) if halves else None, "window": window, "sinks": sinks}
+        spatiotemporal_attention(*leaves, **options, backend="triton").sum().backward()
+
+    run()
+    own = seen[:, frames:] if halves else seen
+    assert visited == {
+        "_softmax_tile": tiles_seen("forward", seen),
+        "_grad_query_tile": tiles_seen("query", seen),
+        "_grad_key_tile": tiles_seen("key", own),
+    }
+    if halves:
+        past[0].requires_grad_()
+        run()
+        assert visited["_grad_key_tile"] == tiles_seen("key", seen)
+
+
 def test_attention_takes_views_of_one_projection():
-    qkv = torch.randn(1, 2, 5, 3, 2, 32)
+    qkv = torch.randn(1, 4, 5, 3, 2, 32)
     q, k, v = qkv.unbind(3)
     got = spatiotemporal_attention(q, k, v, backend="triton")
     torch.testing.assert_close(got, spatiotemporal_attention(q, k, v), atol=1e-5, rtol=1e-4)
+    (past_k, k), (past_v, v) = k.chunk(2, 1), v.chunk(2, 1)
+    for kept in (past_k, past_k.contiguous()):  # strides of k, and others
+        got = teacher_forced(q, k, v, kept, past_v, backend="triton")
+        want = teacher_forced(q, k, v, kept, past_v, backend="reference")
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -215,13 +309,15 @@ def test_opcheck():
     """Schema and fake of each Triton op agree with what it does."""
     checks = ("test_schema", "test_faketensor")
     ops = torch.ops.worldenv
-    q, k, v = torch.randn(3, 1, 2, 3, 1, 16)
-    out, lse = ops.attention_fwd_triton(q, k, v, None, 0, True)
-    torch.library.opcheck(
-        ops.attention_fwd_triton.default, (q, k, v, None, 0, True), test_utils=checks
-    )
-    saved = (q, q, k, v, out, lse, None, 0, True)
-    torch.library.opcheck(ops.attention_bwd_triton.default, saved, test_utils=checks)
+    k, v = torch.randn(2, 1, 2, 3, 1, 16)
+    for frames, past in ((2, (None, None)), (2, (k, v)), (4, (k, v))):
+        q = torch.randn(1, frames, 3, 1, 16)
+        given = (q, k, v, *past, None, 0, True)
+        torch.library.opcheck(ops.attention_fwd_triton.default, given, test_utils=checks)
+        out, lse = ops.attention_fwd_triton(*given)
+        for into_past in {False, past[0] is not None}:
+            saved = (q, q, k, v, *past, out, lse, None, 0, True, into_past)
+            torch.library.opcheck(ops.attention_bwd_triton.default, saved, test_utils=checks)
     x, m = torch.randn(4, 8), torch.randn(2, 8)
     norm = (x, m, m, 1e-6)
     torch.library.opcheck(ops.modulated_norm_fwd_triton.default, norm, test_utils=checks)

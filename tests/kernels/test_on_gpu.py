@@ -69,6 +69,30 @@ def test_spatiotemporal_attention(shape, kv_heads, options, dtype):
     compare(attend, leaves, dtype, torch.randn(shape, device="cuda"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize(
+    ("shape", "kv_heads", "options"),
+    [
+        ((2, 5, 64, 4, 64), 2, {"window": 3, "sinks": 1}),
+        ((1, 3, 63, 3, 128), 3, {}),
+        ((1, 2, 1000, 1, 32), 1, {"window": 2}),
+        ((1, 1, 1, 1, 64), 1, {"window": 1}),
+    ],
+)
+def test_teacher_forcing(shape, kv_heads, options, halves, dtype):
+    torch.manual_seed(0)
+    b, f, s, h, d = shape
+    names = ("k", "v", "past_k", "past_v")
+    leaves = {n: torch.randn(b, f, s, kv_heads, d, device="cuda") for n in names}
+    leaves = {"q": torch.randn(b, f * halves, s, h, d, device="cuda"), **leaves}
+
+    def attend(past_k, past_v, **x):
+        return spatiotemporal_attention(**x, history=(past_k, past_v), **options)
+
+    compare(attend, leaves, dtype, torch.randn(leaves["q"].shape, device="cuda"))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_frame_attention_over_ragged_rows(dim, dtype):

@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from worldenv.config import SimulatorConfig
 from worldenv.envs.libero.robot import embodiment
+from worldenv.models.denoiser import Conditioning
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.simulator import Simulator
+from worldenv.ops import spatiotemporal_attention
 from worldenv.runtime.seeds import generator
 
 TINY = SimulatorConfig(width=48, layers=2, heads=2, patch=8, window=2, frames=2)
@@ -162,6 +165,87 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(prediction):
         optimizer.step()
         losses.append(float(metrics["loss"]))
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def targets(model, frames=4):
+    """Arguments of `_targets` for so many frames after as many."""
+    g = generator("targets")
+    clean = torch.randn(2, frames + 1, model.tokens, model.tokenizer.channels, generator=g)
+    noisy = torch.randn(clean[:, 1:].shape, generator=g)
+    sigma = torch.rand(2, frames, generator=g)
+    proprio = torch.randn(2, frames, 8, generator=g)
+    action = torch.randn(2, frames + 1, 8, 7, generator=g)
+    before = (proprio[:, 0], action[:, 0])
+    return noisy, sigma, clean[:, :-1], clean[:, 0], proprio, action, before
+
+
+def gradients(model, frames):
+    """Of a scalar made of predicted frames, by parameter."""
+    weight = torch.randn(frames.shape, generator=generator("weight"))
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((frames * weight).mean(), parameters.values(), allow_unused=True)
+    return {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+
+
+def all_close(got, want):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        bound = 1e-5 * float(value.abs().max()) + 1e-8
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-4, atol=bound, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_training_over_a_window_is_one_frame_after_the_other(window, monkeypatch):
+    model = simulator(window=window)
+    frames, states, _ = model._targets(*targets(model))
+    got = gradients(model, frames)
+
+    def by_the_frame(q, k, v, window, history=None):
+        if history is None:
+            return spatiotemporal_attention(q, k, v, window=window, backend="reference")
+        assert not any(x.requires_grad for x in history)
+        out = []
+        for f in range(q.shape[1]):
+            past = slice(max(0, f + 2 - window), f + 1)
+            keys, values = (
+                torch.cat([old[:, past].flatten(1, 2), x[:, f]], 1).transpose(1, 2)
+                for old, x in zip(history, (k, v), strict=True)
+            )
+            out.append(scaled_dot_product_attention(q[:, f].transpose(1, 2), keys, values))
+        return torch.stack(out, 1).transpose(2, 3)
+
+    monkeypatch.setattr("worldenv.models.simulator.spatiotemporal_attention", by_the_frame)
+    want = model._targets(*targets(model))
+    torch.testing.assert_close(frames, want[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states, want[1], rtol=1e-4, atol=1e-5)
+    all_close(got, gradients(model, want[0]))
+
+
+def test_gradients_into_history_are_those_of_one_pass_over_clean_and_noisy_frames(monkeypatch):
+    model, without = simulator(history_gradient=True), simulator()
+    passes, denoise = [], model.denoise
+    monkeypatch.setattr(model, "denoise", lambda *x: (passes.append(x), denoise(*x))[1])
+    frames, _, _ = model._targets(*targets(model))
+    got, constant = gradients(model, frames), without._targets(*targets(without))[0]
+    torch.testing.assert_close(frames, constant)
+    less = gradients(without, constant)["blocks.0.qkv.weight"]
+    assert (got["blocks.0.qkv.weight"] - less).abs().max() > 0.01 * less.abs().max()
+
+    def attend(q, k, v):
+        (past_k, k), (past_v, v) = k.chunk(2, 1), v.chunk(2, 1)
+        return spatiotemporal_attention(q, k, v, window=3, history=(past_k, past_v))
+
+    model._targets(*targets(model))
+    (noisy, last, reference, sigma, condition, rotary, _), now = passes[-2:]
+    both = [torch.cat(pair, 1) for pair in ((noisy, now[0]), (last, now[1]), (sigma, now[3]))]
+    led = (condition.action, now[4].action), (condition.proprio, now[4].proprio)
+    condition = Conditioning(*(torch.cat(pair, 1) for pair in led))
+    rotary = torch.cat((rotary, now[5]), 1)
+    joint = denoise(*both[:2], reference, both[2], condition, rotary, [attend] * 2)[0][:, 4:]
+    torch.testing.assert_close(joint, frames, rtol=1e-4, atol=1e-5)
+    all_close(gradients(model, joint), got)
 
 
 def test_executed_actions_are_clipped_and_the_gripper_is_binary():

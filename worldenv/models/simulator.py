@@ -9,8 +9,8 @@ proprio is predicted from proprio and actions, conditions the frame, and is refi
 denoised tokens.
 
 Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
-training the cached keys and values carry no gradient (as in Transformer-XL), so a training step
-sees exactly what generation sees.
+training the cached keys and values carry no gradient (as in Transformer-XL) unless the config asks
+for it; either way a training step sees exactly what generation sees.
 """
 
 import copy
@@ -124,9 +124,10 @@ class World(Network):
         led = torch.cat([before[1][:, None], action[:, 1:-1]], 1)
         condition = self.condition(proprio, previous, led, action[:, 1:])
         if self.config.window:
-            with torch.no_grad():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.history_gradient):
                 past = self._history(history, reference, proprio, action[:, :-1], position[:, :-1])
-            attends = [_over_history(k, v, self.config.window) for k, v in past]
+            attend = functools.partial(spatiotemporal_attention, window=self.config.window + 1)
+            attends = [functools.partial(attend, history=kept) for kept in past]
         else:
             attends = [spatial_attention] * len(self.blocks)
         rotary = self.rotary(position[:, 1:])
@@ -310,21 +311,5 @@ def _over_cache(cache: FrameCache, layer: int, remember: bool = False):
         if remember:
             cache.append(layer, k[:, 0], v[:, 0])
         return y
-
-    return attend
-
-
-def _over_history(keys: Tensor, values: Tensor, window: int):
-    """Target frame f + 1 attends to itself and to history frames f - window + 1 .. f."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = []
-        for f in range(q.shape[1]):
-            past = slice(max(0, f + 1 - window), f + 1)
-            kf = torch.cat([keys[:, past].flatten(1, 2), k[:, f]], 1)
-            vf = torch.cat([values[:, past].flatten(1, 2), v[:, f]], 1)
-            qkv = (x.transpose(1, 2) for x in (q[:, f], kf, vf))
-            out.append(F.scaled_dot_product_attention(*qkv).transpose(1, 2))
-        return torch.stack(out, 1)
 
     return attend

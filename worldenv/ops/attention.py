@@ -2,26 +2,27 @@
 
 Used to train the denoiser and to prefill context. Mask between frames f (query) and g (key),
 `window` = W and `sinks` = K:   g <= f  and  (f - g < W  or  g < K);   so W counts the query's own
-frame. `causal=False` is full attention. All tokens of one frame see the same frames, which is why
-masks are built on [F, F] and expanded.
+frame. `causal=False` is full attention. All tokens of one frame see the same frames.
 
-Backends: `triton` (CUDA, forward and backward, skips masked blocks), `sdpa` (torch's own kernels;
-the choice on a CPU), `flash_attn` and `xformers` (full attention only), `reference` (plain torch,
-float32 softmax).
-Source: block-causal diffusion forcing as in Self-Forcing (arXiv 2506.08009), sinks as in arXiv
-2309.17453.
+Teacher forcing: with a `history` of F clean frames, q, k, v are those of F noisy ones, of which
+frame f follows clean frame f. It stands where clean frame f + 1 would and sees itself, no other
+noisy frame, and of the clean ones g <= f what that place sees: f + 1 - g < W  or  g < K.
+
+Backends: `triton` (CUDA, forward and backward, skips masked blocks), `sdpa` (torch's own kernels,
+one call for all frames that see equally many; the choice on a CPU), `flash_attn` and `xformers`
+(full attention only), `reference` (plain torch, float32 softmax).
+Source: block-causal diffusion forcing and teacher forcing as compared in Self-Forcing (arXiv
+2506.08009), sinks as in arXiv 2309.17453.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from worldenv.ops import backend as backends
-from worldenv.ops.checks import check_floating, check_same, shape_of
+from worldenv.ops.checks import check_floating, check_same, check_shape, shape_of
 
 if backends.NO_TRITON is None:
     from worldenv.ops import triton_ops
@@ -29,33 +30,30 @@ if backends.NO_TRITON is None:
 _OP = "spatiotemporal_attention"
 
 
-def frame_mask(frames: int, window: int | None, sinks: int, causal: bool) -> Tensor:
-    """Which frame may see which: bool [F, F] on the CPU, rows are queries."""
-    query = torch.arange(frames).unsqueeze(1)
-    key = torch.arange(frames).unsqueeze(0)
+def frames_seen(
+    frames: int, window: int | None, sinks: int, causal: bool = True, halves: int = 0
+) -> list[list[int]]:
+    """Per query frame, the key frames it sees. halves: with a history of as many clean frames
+    before the F noisy ones among the keys, queries of the noisy frames (1) or of all 2 F (2)."""
     if not causal:
-        return torch.ones(frames, frames, dtype=torch.bool)
-    allowed = key <= query
-    if window is not None:
-        allowed &= (query - key < window) | (key < sinks)
-    return allowed
+        return [list(range(frames))] * frames
+
+    def seen(query: int, before: int) -> list[int]:
+        near = frames + 1 if window is None else window
+        return [g for g in range(before) if query - g < near or g < sinks]
+
+    clean = [seen(f, f + 1) for f in range(frames)]
+    noisy = [[*seen(f + 1, f + 1), frames + f] for f in range(frames)]
+    return (clean, noisy, clean + noisy)[halves]
 
 
-def _additive_mask(
-    frames: int,
-    tokens: int,
-    window: int | None,
-    sinks: int,
-    dtype: torch.dtype,
-    device: torch.device,
+def frame_mask(
+    frames: int, window: int | None, sinks: int, causal: bool, halves: int = 0
 ) -> Tensor:
-    allowed = frame_mask(frames, window, sinks, True)
-    mask = torch.zeros(frames, frames, dtype=dtype).masked_fill_(~allowed, float("-inf"))
-    mask = mask.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
-    return mask.to(device)
-
-
-_cached_mask = lru_cache(maxsize=32)(_additive_mask)
+    """`frames_seen` as bool [query frames, key frames] on the CPU."""
+    rows = frames_seen(frames, window, sinks, causal, halves)
+    keys = torch.arange(2 * frames if halves else frames)
+    return torch.stack([torch.isin(keys, torch.tensor(row)) for row in rows])
 
 
 def spatiotemporal_attention_reference(
@@ -66,47 +64,97 @@ def spatiotemporal_attention_reference(
     window: int | None = None,
     sinks: int = 0,
     causal: bool = True,
+    history: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Plain torch, softmax in float32 (float64 stays float64). Shapes as
     `spatiotemporal_attention`."""
-    _, frames, tokens, heads, dim = q.shape
+    tokens, heads, dim = q.shape[2:]
+    halves = 0 if history is None else q.shape[1] // k.shape[1]
+    allowed = frame_mask(k.shape[1], window, sinks, causal, halves).to(q.device)
+    if history is not None:
+        k, v = (torch.cat(pair, 1) for pair in zip(history, (k, v), strict=True))
     wide = torch.promote_types(q.dtype, torch.float32)
     qt, kt, vt = (x.flatten(1, 2).transpose(1, 2).to(wide) for x in (q, k, v))  # [B, H, F*S, D]
     groups = heads // k.shape[3]
     kt, vt = kt.repeat_interleave(groups, 1), vt.repeat_interleave(groups, 1)
     scores = qt @ kt.transpose(-1, -2) * dim**-0.5
-    allowed = frame_mask(frames, window, sinks, causal).to(q.device)
     allowed = allowed.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
     probability = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
     return (probability @ vt).transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causal: bool) -> Tensor:
-    frames, tokens, heads = q.shape[1], q.shape[2], q.shape[3]
-    mask, shape = None, q.shape
-    if (
-        causal and window == 1 and sinks == 0
-    ):  # each frame alone: more rows, no mask, F times less work
-        q, k, v = (x.flatten(0, 1).unsqueeze(1) for x in (q, k, v))
-        frames = 1
-    if causal and frames > 1:
-        build = _additive_mask if torch.compiler.is_compiling() else _cached_mask
-        mask = build(frames, tokens, window, sinks, q.dtype, q.device)
-    qt, kt, vt = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=mask, enable_gqa=heads != k.shape[3])
-    return out.transpose(1, 2).reshape(shape)
+def _take(x: Tensor, frames: list[int]) -> Tensor:
+    """These frames of x [B, F, ...]; a view where they follow each other."""
+    if frames == list(range(frames[0], frames[-1] + 1)):
+        return x[:, frames[0] : frames[-1] + 1]
+    return x.index_select(1, torch.tensor(frames, device=x.device))
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int) -> None:
-    check_floating(_OP, q=q, k=k, v=v)
-    check_same(_OP, q=q, k=k, v=v)
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    history: tuple[Tensor, Tensor] | None,
+    window: int | None,
+    sinks: int,
+    causal: bool,
+) -> Tensor:
+    """Frames that see equally many are one call, side by side in the batch and without a mask: a
+    masked call computes what it masks (on a CPU up to six times the work of these)."""
+    batch, _, tokens, heads, dim = q.shape
+    if not causal:  # all tokens are one frame
+        shape, whole = q.shape, (x.flatten(1, 2).unsqueeze(1) for x in (q, k, v))
+        return _sdpa(*whole, None, None, 0, True).view(shape)
+    halves = 0 if history is None else q.shape[1] // k.shape[1]
+    seen = frames_seen(k.shape[1], window, sinks, True, halves)
+    if history is not None:
+        k, v = (torch.cat(pair, 1) for pair in zip(history, (k, v), strict=True))
+    alike: dict[int, list[int]] = {}
+    for frame, keys in enumerate(seen):
+        alike.setdefault(len(keys), []).append(frame)
+    parts, order = [], [frame for frames in alike.values() for frame in frames]
+    for frames in alike.values():
+        keys = [g for frame in frames for g in seen[frame]]
+        qkv = (_take(q, frames), _take(k, keys), _take(v, keys))
+        rows = (x.reshape(batch * len(frames), -1, *x.shape[3:]).transpose(1, 2) for x in qkv)
+        part = F.scaled_dot_product_attention(*rows, enable_gqa=heads != k.shape[3])
+        parts.append(part.transpose(1, 2).reshape(batch, len(frames), tokens, heads, dim))
+    if len(parts) == 1:
+        return parts[0]
+    return _take(torch.cat(parts, 1), sorted(range(len(order)), key=order.__getitem__))
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    sinks: int,
+    causal: bool,
+    history: tuple[Tensor, Tensor] | None,
+) -> None:
+    given = {"q": q, "k": k, "v": v}
+    if history is not None:
+        if len(history) != 2:
+            raise ValueError(f"{_OP}: history must be keys and values, got {len(history)} tensors")
+        given |= dict(zip(("k of history", "v of history"), history, strict=True))
+    check_floating(_OP, **given)
+    check_same(_OP, **given)
+    for name, x in given.items():
         if x.dim() != 5:
             raise ValueError(f"{_OP}: {name} must be [B,F,S,H,D], got shape {shape_of(x)}")
-    same = (0, 1, 2, 4)
-    if k.shape != v.shape or any(q.shape[i] != k.shape[i] for i in same):
+    for name, x in list(given.items())[3:]:
+        check_shape(_OP, name, x, k.shape, "B,F,S,Hk,D, like k")
+    frames = (k.shape[1],) if history is None else (k.shape[1], 2 * k.shape[1])
+    same = (0, 2, 4)
+    if (
+        k.shape != v.shape
+        or q.shape[1] not in frames
+        or any(q.shape[i] != k.shape[i] for i in same)
+    ):
         raise ValueError(
-            f"{_OP}: k and v must be [B,F,S,H,D] like q, with as many heads or a divisor of them; "
+            f"{_OP}: k and v must be [B,F,S,H,D] like q, with as many heads or a divisor of them"
+            f"{'' if history is None else ' (and, with a history, half the frames or all)'}; "
             f"got q {shape_of(q)}, k {shape_of(k)}, v {shape_of(v)}"
         )
     if k.shape[3] == 0 or q.shape[3] % k.shape[3]:
@@ -120,6 +168,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int) -> N
         )
     if sinks < 0:
         raise ValueError(f"{_OP}: sinks must be >= 0, got {sinks}")
+    if not causal and (window is not None or sinks or history is not None):
+        raise ValueError(
+            f"{_OP}: window, sinks and history need causal=True, got window={window}, "
+            f"sinks={sinks}, history {'absent' if history is None else 'given'}"
+        )
 
 
 def spatiotemporal_attention(
@@ -130,6 +183,7 @@ def spatiotemporal_attention(
     window: int | None = None,
     sinks: int = 0,
     causal: bool = True,
+    history: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention over the tokens of F frames, block-causal over frames by default.
@@ -140,25 +194,24 @@ def spatiotemporal_attention(
         window: frames a query sees backwards, its own included; None for all.
         sinks: first frames that stay visible beyond the window.
         causal: False for full attention (window and sinks must then be left at their defaults).
+        history: keys and values of F clean frames, like k and v, for teacher forcing (see above).
+            q then holds the F noisy frames, or 2 F: first the clean ones, which see each other by
+            the rule without a history. A history that requires no gradient costs none.
         backend: auto | triton | sdpa | flash_attn | xformers | reference.
 
     Returns:
-        [B, F, S, H, D] in the dtype of q. Differentiable. Empty inputs give an empty result; NaN or
-        inf in a frame reaches exactly the outputs that see that frame (with a mask, backends may
-        spread it further).
+        Like q. Differentiable. Empty inputs give an empty result; NaN or inf in a frame reaches
+        exactly the outputs that see that frame (in triton and reference it may spread further).
 
     Raises:
         ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names
             it.
         BackendUnavailable: a forced backend cannot run.
     """
-    _check(q, k, v, window, sinks)
-    if not causal and (window is not None or sinks):
-        raise ValueError(
-            f"{_OP}: window and sinks need causal=True, got window={window}, sinks={sinks}"
-        )
+    _check(q, k, v, window, sinks, causal, history)
+    past_k, past_v = history or (None, None)
     if q.numel() == 0:
-        return torch.empty_like(q) + 0 * (k.sum() + v.sum())
+        return torch.empty_like(q) + 0 * sum(x.sum() for x in (k, v, *(history or ())))
     only_full = (
         None if not causal else "it has no block-causal mask (pass causal=False, or use triton)"
     )
@@ -174,12 +227,12 @@ def spatiotemporal_attention(
         },
     )
     if name == "triton":
-        return triton_ops.attention_fwd(q, k, v, window, sinks, causal)[0]
+        return triton_ops.attention_fwd(q, k, v, past_k, past_v, window, sinks, causal)[0]
     if name == "sdpa":
-        return _sdpa(q, k, v, window, sinks, causal)
+        return _sdpa(q, k, v, history, window, sinks, causal)
     if name == "reference":
         return spatiotemporal_attention_reference(
-            q, k, v, window=window, sinks=sinks, causal=causal
+            q, k, v, window=window, sinks=sinks, causal=causal, history=history
         )
     return _library(name, q, k, v)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from worldenv.kernels import action_loss as action_loss_kernels
 from worldenv.kernels import adaln as adaln_kernels
 from worldenv.kernels import attention as attention_kernels
+from worldenv.kernels import attention_backward
 from worldenv.kernels import frame_attention as frame_kernels
 from worldenv.kernels import norm_rotary as rotary_kernels
 from worldenv.kernels import token_loss as token_kernels
@@ -17,14 +18,26 @@ from worldenv.kernels import token_loss as token_kernels
 
 @torch.library.custom_op("worldenv::attention_fwd_triton", mutates_args=())
 def attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, sinks: int, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
+    window: int | None,
+    sinks: int,
+    causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """q [B,F,S,H,D], k, v [B,F,S,Hk,D] -> out, log-sum-exp [B,H,F*S]."""
-    return attention_kernels.forward(q, k, v, window, sinks, causal)
+    """q [B,F,S,H,D], k, v [B,F,S,Hk,D] -> out, log-sum-exp [B,H,F*S]. With keys and values of
+    clean frames before the F noisy ones, q may hold all 2 F."""
+    return attention_kernels.forward(q, k, v, _pair(past_k, past_v), window, sinks, causal)
+
+
+def _pair(k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    return None if k is None or v is None else (k, v)
 
 
 @attention_fwd.register_fake
-def _(q, k, v, window, sinks, causal):
+def _(q, k, v, past_k, past_v, window, sinks, causal):
     batch, frames, tokens, heads, _ = q.shape
     lse = q.new_empty(batch, heads, frames * tokens, dtype=torch.float32)
     return q.new_empty(q.shape), lse
@@ -36,29 +49,36 @@ def attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    past_k: Tensor | None,
+    past_v: Tensor | None,
     out: Tensor,
     lse: Tensor,
     window: int | None,
     sinks: int,
     causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    return attention_kernels.backward(grad, q, k, v, out, lse, window, sinks, causal)
+    into_past: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, past_k and past_v; the last two empty where none is wanted."""
+    saved = (q, k, v, _pair(past_k, past_v), out, lse)
+    return attention_backward.backward(grad, *saved, window, sinks, causal, into_past)
 
 
 @attention_bwd.register_fake
-def _(grad, q, k, v, out, lse, window, sinks, causal):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(grad, q, k, v, past_k, past_v, out, lse, window, sinks, causal, into_past):
+    past = [x.new_empty(x.shape if into_past else 0) for x in (k, v)]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), *past
 
 
 def _attention_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.save_for_backward(*inputs[:5], *output)
     ctx.mark_non_differentiable(output[1])
-    ctx.options = inputs[3:]
+    ctx.options = inputs[5:]
 
 
 def _attention_backward(ctx, grad, _):
-    return *attention_bwd(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+    into_past = any(ctx.needs_input_grad[3:5])
+    grads = attention_bwd(grad, *ctx.saved_tensors, *ctx.options, into_past)
+    return *(grads if into_past else (*grads[:3], None, None)), None, None, None
 
 
 attention_fwd.register_autograd(_attention_backward, setup_context=_attention_context)
