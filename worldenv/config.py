@@ -178,6 +178,11 @@ class SimulatorConfig:
     processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
+    action_map: bool = False
+    """Draw the predicted next pose of the hand where the cameras see it, as the paper does, on
+    further columns of the tokens (results/action-map says what that brings)."""
+    ray_maps: bool = False
+    """Beside the action map, how the cameras move: origin and direction of every pixel's ray."""
     steps: Count = 1000
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300
@@ -208,6 +213,7 @@ class SimulatorConfig:
         yield self.width % (2 * self.heads) == 0, "heads", heads
         halved = self.tokenizer == "patch" or self.patch.bit_count() == 1
         yield halved, "patch", "a power of two for the autoencoder, which halves"
+        yield self.action_map or not self.ray_maps, "ray_maps", "false without action_map"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ The last `window` ones also reach it through the keys and values they left in th
 proprio is predicted from proprio and actions, conditions the frame, and is refined from the
 denoised tokens.
 
-Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
-training the cached keys and values carry no gradient (as in Transformer-XL), so a training step
-sees exactly what generation sees.
+Liberties: the next pose conditions by modulation, and only if asked for by the paper's image-plane
+map (`action_map.py`); in training the cached keys and values carry no gradient (as in
+Transformer-XL), so a training step sees exactly what generation sees.
 """
 
 import copy
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
+from worldenv.data.camera import Camera
+from worldenv.models.action_map import ActionMap, Hand
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
@@ -54,6 +56,7 @@ class Conditioning:
 
     action: Tensor  # [B, F, E]
     proprio: Tensor  # [B, F, P] predicted proprio of the frame itself
+    columns: Tensor | None = None  # [B, F, S, K] beside the frame's latents
 
 
 class Simulator(nn.Module):
@@ -67,6 +70,8 @@ class Simulator(nn.Module):
         proprio: int = 8,
         chunk: int = 8,
         actions: int = 7,
+        cameras: Sequence[Camera] = (),
+        hand: Hand | None = None,
     ) -> None:
         super().__init__()
         self.config, self.views = config, views
@@ -100,6 +105,12 @@ class Simulator(nn.Module):
         self.proprio_out = nn.Linear(e, proprio)
         for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
             zeroed(layer)
+        # Last, so that a model without them begins with the same numbers.
+        self.action_map: ActionMap | None = None
+        if config.action_map:
+            grid, rays = self.tokenizer.grid, config.ray_maps
+            self.action_map = ActionMap(cameras, hand, image_size, grid, rays)
+            self.columns_in = zeroed(nn.Linear(self.action_map.columns, e))
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Proprio normalisation `[P]`, from the training data."""
@@ -118,7 +129,11 @@ class Simulator(nn.Module):
         (how fast the arm still moves is in neither pose) and the one from there.
         """
         known, predicted = self._dynamics(proprio, previous, led, action)
-        return Conditioning(self.action_in(torch.cat([known, predicted.detach()], -1)), predicted)
+        embedded, columns = self.action_in(torch.cat([known, predicted.detach()], -1)), None
+        if self.action_map is not None:
+            after = predicted.detach() * self.proprio_std + self.proprio_mean
+            columns = self.action_map(after, proprio)
+        return Conditioning(embedded, predicted, columns)
 
     def _dynamics(
         self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
@@ -144,6 +159,8 @@ class Simulator(nn.Module):
         seen = (1 - s) * noisy if clean else noisy
         reference = reference[:, None].expand_as(last)
         x = self.patch_in(torch.cat([seen, last, reference], -1)) + self.position
+        if condition.columns is not None:
+            x = x + self.columns_in(condition.columns)
         time = self.time_in(sinusoidal(1000 * sigma, 256))
         modulation = self.time_out(time).unflatten(-1, (6, -1))
         x, modulation, action = (y.to(self.dtype) for y in (x, modulation, condition.action))

@@ -17,6 +17,8 @@ from worldenv.config import (
     from_dict,
     to_dict,
 )
+from worldenv.envs.libero.cameras import cameras
+from worldenv.models.action_map import Hand
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
@@ -32,7 +34,12 @@ def build(kind: str, config: Config) -> nn.Module:
     if kind == "policy":
         return Policy(part, image_size, chunk=chunk)
     if kind == "simulator":
-        return Simulator(part, image_size, views=2, proprio=8, chunk=chunk, actions=7)
+        drawn = {}
+        if part.action_map:
+            env = config.env
+            hand = Hand((0, 1, 2), (3, 4, 5), (6, 7), 0.08)
+            drawn = {"cameras": cameras(env.suite, env.tasks), "hand": hand}
+        return Simulator(part, image_size, views=2, proprio=8, chunk=chunk, actions=7, **drawn)
     return Reflector(part, image_size)
 
 
