@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bench.timing import Case
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.layers import Rotary3D
 from worldenv.models.simulator import Simulator, SimulatorState
 from worldenv.ops import (
@@ -234,7 +235,7 @@ def _wan_episode(model: Denoiser, noise: Tensor, steps: int) -> Callable[[], Ten
 def frame_case(batch: int, device: str) -> Case:
     """A frame of the default simulator, blocks in bf16, against itself in f32."""
     config = SimulatorConfig(precision="bfloat16")
-    model = Simulator(config, image_size=64).to(device).eval()
+    model = Simulator(config, embodiment(64)).to(device).eval()
     rows = np.ones(batch, dtype=bool)
     image = torch.randint(256, (batch, 1, 2, 64, 64, 3), dtype=torch.uint8, device=device)
     proprio, action = torch.randn(batch, 1, 8), torch.randn(batch, 8, 7)

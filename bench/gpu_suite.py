@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 
 from bench.timing import clock, limits
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.simulator import Simulator
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +82,8 @@ def generate(
         prediction="velocity", precision="bfloat16",
     )  # fmt: skip
     with torch.device(device):
-        model = Simulator(config, image_size=256, views=1).eval().for_generation()
+        robot = replace(embodiment(256), views=("agentview",))
+        model = Simulator(config, robot).eval().for_generation()
         state, rows = model.start(batch), np.ones(batch, dtype=bool)
         image = torch.randint(256, (batch, 1, 1, 256, 256, 3), dtype=torch.uint8)
         still, action = torch.zeros(batch, 1, 8, 7), torch.randn(batch, 8, 7)

@@ -56,7 +56,7 @@ def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
     policy, simulator, reflector = (
         store.build(kind, config) for kind in ("policy", "simulator", "reflector")
     )
-    critic = Critic(config.policy, config.env.image_size).trunk
+    critic = Critic(config.policy, policy.embodiment).trunk
     shard = lambda batch: batch // parallel.SHARDS  # noqa: E731
     rows, minibatch = shard(config.posttrain.rows), shard(config.posttrain.minibatch)
 
@@ -67,21 +67,21 @@ def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
 
     return {
         "imitation": training_step(
-            policy, lambda _: estimate.policy_loss(policy, config, shard(config.sft.batch))
+            policy, lambda _: estimate.policy_loss(policy, shard(config.sft.batch))
         ),
         "simulator": training_step(
             simulator,
-            lambda _: estimate.simulator_loss(simulator, config, shard(config.simulator.batch)),
+            lambda _: estimate.simulator_loss(simulator, shard(config.simulator.batch)),
         ),
         "reflector": training_step(
             reflector,
-            lambda _: estimate.reflector_loss(reflector, config, shard(config.reflector.batch)),
+            lambda _: estimate.reflector_loss(reflector, shard(config.reflector.batch)),
         ),
         "update of the policy": training_step(
-            policy, lambda _: estimate.policy_loss(policy, config, minibatch)
+            policy, lambda _: estimate.policy_loss(policy, minibatch)
         ),
         "update of the critic": training_step(
-            critic, lambda _: estimate.policy_loss(critic, config, minibatch)
+            critic, lambda _: estimate.policy_loss(critic, minibatch)
         ),
         "imagination": frames,
     }

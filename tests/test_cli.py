@@ -72,7 +72,7 @@ def run(tmp_path):
 @pytest.mark.slow
 def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
     path = run.dir / "checkpoints" / "policy-1.safetensors"
-    store.save("policy", store.build("policy", run.config), run.config, path)
+    store.save("policy", store.build("policy", run.config), path)
     out = tmp_path / "outcomes.json"
     words = ["--run-dir", str(run.dir), "--starts", "0", "1", "--out", str(out)]
     done = call("evaluate", *words)
@@ -88,7 +88,7 @@ def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
 
 def test_eval_refuses_a_policy_of_another_chunk_or_image_size(run):
     path = run.dir / "checkpoints" / "policy-1.safetensors"
-    store.save("policy", store.build("policy", run.config), run.config, path)
+    store.save("policy", store.build("policy", run.config), path)
     config = json.loads((run.dir / "config.json").read_text())
     for name, value in (("chunk", 4), ("image_size", 32)):
         env = {**config["env"], name: value}

@@ -58,7 +58,7 @@ class EnvConfig:
     """Task ids within the suite (0-9)."""
     assets: Path | None = None
     """Folder with LIBERO's assets. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
-    image_size: Annotated[int, Range(8, 128, step=8)] = 64
+    image_size: Annotated[int, Range(8, 256, step=8)] = 64
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
     chunk: Annotated[int, Range(1, 1000)] = 8

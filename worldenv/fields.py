@@ -8,7 +8,8 @@
         def rules(self):  # what one field says of another
             yield self.degrees < 200 or 4 not in self.rungs, "rungs", "none so near the top"
 
-`check` knows int, float, bool, str, Path, Literal, tuples, unions with None and nested dataclasses.
+`check` knows int, float, bool, str, Path, Literal, tuples, unions with None and nested dataclasses
+(in tuples too).
 What it passes is in canonical form (a float field never holds an int, a tuple never a list), so
 equal configurations have equal fingerprints. A bool is no number, text is no number, and no number
 is NaN or infinite.
@@ -115,8 +116,13 @@ def build(cls: type, values: Any, label: Label, at: str = "") -> Any:
             hint = f"; did you mean {guess!r}?" if guess else ""
             raise UserError(f"{label(at)}: unknown key {_shown(key)}{hint}")
         inner, _ = bare(known[key])
+        inside = f"{at}.{key}" if at else key
         if dataclasses.is_dataclass(inner):
-            value = build(inner, value, label, f"{at}.{key}" if at else key)
+            value = build(inner, value, label, inside)
+        elif get_origin(inner) is tuple and dataclasses.is_dataclass(get_args(inner)[0]):
+            if not isinstance(value, list | tuple):
+                raise _refusal(label(inside), "a list of tables of fields", value)
+            value = tuple(build(get_args(inner)[0], entry, label, inside) for entry in value)
         kwargs[key] = value
     return cls(**kwargs)
 
@@ -182,6 +188,11 @@ def _canonical(hint: Any, value: Any, name: str) -> Any:
             return value
         guess = nearest(value, map(str, get_args(kind))) if isinstance(value, str) else None
         raise _refusal(name, expected(hint), value, f" Did you mean {guess!r}?" if guess else "")
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, kind):
+            raise _refusal(name, "a table of fields", value)
+        check(value, lambda inner: f"{name}.{inner}")
+        return value
     converted = _converted(kind, value)
     if converted is None:
         raise _refusal(name, expected(hint), value)

@@ -87,7 +87,7 @@ STATES = (
 
 def checkpoint_bytes(kind: str, folder) -> bytes:
     path = folder / "whole.safetensors"
-    store.save(kind, store.build(kind, SMALL), SMALL, path)
+    store.save(kind, store.build(kind, SMALL), path)
     return path.read_bytes()
 
 
@@ -139,7 +139,7 @@ def test_a_file_in_a_bad_state_is_named(row, tmp_path, capsys):
 FOREIGN = {
     "published weights": lambda p: save_file({"w": torch.zeros(2)}, p),
     "weights with other facts": lambda p: save_file({"w": torch.zeros(2)}, p, {"format": "pt"}),
-    "a reflector": lambda p: store.save("reflector", store.build("reflector", SMALL), SMALL, p),
+    "a reflector": lambda p: store.save("reflector", store.build("reflector", SMALL), p),
     "a torch pickle": lambda p: torch.save({"w": torch.zeros(2)}, p),
     "an array": lambda p: np.save(p.open("wb"), np.zeros(3)),
 }
@@ -220,7 +220,7 @@ def test_collecting_with_a_policy_of_other_sizes_is_refused(name, value, tmp_pat
     """It ended in a matmul traceback, or in a wrong word about actions after an episode."""
     config = replace(SMALL, env=EnvConfig(**{"image_size": 64, "chunk": 8, name: value}))
     path = tmp_path / "policy.safetensors"
-    store.save("policy", store.build("policy", config), config, path)
+    store.save("policy", store.build("policy", config), path)
     words = ["collect", "policy", "--policy", str(path), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(cli.sys, "argv", words)
     with pytest.raises(UserError, match=rf"trained with env.{name} {value}, got"):

@@ -76,7 +76,7 @@ def test_damaged_outcomes_are_measured_anew_or_named(name, run, monkeypatch):
     for file in ("policy-sft", f"policy-{last}", f"reflector-{last}"):
         kind = file.split("-")[0]
         path = run.path("checkpoints", f"{file}.safetensors")
-        store.save(kind, store.build(kind, SMALL), SMALL, path)
+        store.save(kind, store.build(kind, SMALL), path)
     run.path("evaluation", "sft.json").write_bytes(OUTCOMES[name])
 
     def outcomes(run, policy, starts, *rest, **more):
@@ -117,7 +117,7 @@ def metadata_rows():
 
 
 def damaged(folder, fact: str, *value):
-    store.save("policy", store.build("policy", SMALL), SMALL, folder / "whole.safetensors")
+    store.save("policy", store.build("policy", SMALL), folder / "whole.safetensors")
     with safe_open(folder / "whole.safetensors", "pt") as file:
         facts = json.loads(file.metadata()["worldenv"])
     facts = {k: v for k, v in facts.items() if k != fact} | ({fact: value[0]} if value else {})
@@ -127,7 +127,7 @@ def damaged(folder, fact: str, *value):
 def with_header(folder, text: str):
     whole = folder / "whole.safetensors"
     if not whole.exists():
-        store.save("policy", store.build("policy", SMALL), SMALL, whole)
+        store.save("policy", store.build("policy", SMALL), whole)
     path = folder / "policy.safetensors"
     save_file(load_file(whole), path, {"worldenv": text})
     return store.load("policy", path)

@@ -7,6 +7,7 @@ import torch
 from worldenv.config import ReflectorConfig, SimulatorConfig
 from worldenv.data.windows import FrameSequence
 from worldenv.envs.imagined import ImaginedVectorEnv, first_frames, middle_frames
+from worldenv.envs.libero.robot import embodiment
 from worldenv.envs.start import Start
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
@@ -32,8 +33,10 @@ def sequence(frames: int = 5, success_from: int = 4) -> FrameSequence:
 def make(rows: int, threshold: float = 2.0, **changes) -> ImaginedVectorEnv:
     torch.manual_seed(0)
     config = SimulatorConfig(width=48, layers=1, heads=2, window=2)
-    simulator = Simulator(config, image_size=16)
-    reflector = Reflector(ReflectorConfig(width=16, encoder_channels=8, threshold=threshold), 16)
+    simulator = Simulator(config, embodiment(16))
+    reflector = Reflector(
+        ReflectorConfig(width=16, encoder_channels=8, threshold=threshold), embodiment(16)
+    )
     contexts = [*first_frames([sequence()]), *middle_frames([sequence()], 8)]
     options = {"max_chunks": 4, "sampling_steps": 1, **changes}
     return ImaginedVectorEnv(simulator, reflector, contexts, rows, **options)
@@ -57,7 +60,9 @@ def test_contexts_come_from_the_start_and_the_middle():
 def test_the_gripper_of_a_context_is_open_or_not():
     s = sequence()
     s.proprio[1, 6:], s.proprio[2, 6:] = torch.tensor([0.039, -0.039]), torch.tensor([0.03, -0.03])
-    assert [c.gripper_open for c in middle_frames([s], 8)][:2] == [True, False]
+    robot = embodiment(16)
+    openings = [robot.opening(c.proprio[-1].tolist()) for c in middle_frames([s], 8)]
+    assert [d > robot.gripper_open for d in openings][:2] == [True, False]
 
 
 def test_interface_and_truncation():

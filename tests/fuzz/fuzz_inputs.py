@@ -289,7 +289,7 @@ def record_of(path: Path) -> Any:
 def targets(folder: Path) -> list[Target]:
     """Everything that is read from disk, whole, with the ways to damage it."""
     torch.manual_seed(0)
-    store.save("policy", store.build("policy", SMALL), SMALL, folder / "policy.safetensors")
+    store.save("policy", store.build("policy", SMALL), folder / "policy.safetensors")
     own_episodes(folder / "own.hdf5")
     official_episodes(folder / "official.hdf5")
     config = json.dumps(to_dict(SMALL)).encode()

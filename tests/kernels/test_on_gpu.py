@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.simulator import Simulator
 from worldenv.ops import (
     FrameCache,
@@ -192,7 +193,7 @@ def test_a_captured_frame_is_the_eager_one(monkeypatch, precision, close):
     config = SimulatorConfig(
         width=96, layers=2, heads=3, patch=8, window=2, frames=2, precision=precision
     )
-    model = Simulator(config, image_size=32, views=2).cuda().eval()
+    model = Simulator(config, embodiment(32)).cuda().eval()
     with torch.no_grad():  # zero-initialised layers would hide mistakes
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))

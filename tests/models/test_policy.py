@@ -3,6 +3,7 @@
 import torch
 
 from worldenv.config import PolicyConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.policy import Critic, Policy, augment, random_shift
 from worldenv.runtime.seeds import generator
 
@@ -17,14 +18,14 @@ def observation(n: int = 3) -> dict:
 
 def test_a_chunk_comes_out_and_the_scale_stays_in_its_range():
     torch.manual_seed(0)
-    mu, log_scale = Policy(SMALL, 32)(observation())
+    mu, log_scale = Policy(SMALL, embodiment(32))(observation())
     assert mu.shape == log_scale.shape == (3, 8, 7)
     assert log_scale.min() >= SMALL.min_log_scale
     assert log_scale.max() <= 0
 
 
 def test_the_scale_head_never_trains_the_trunk():
-    policy = Policy(SMALL, 32)
+    policy = Policy(SMALL, embodiment(32))
     policy(observation())[1].sum().backward()
     touched = {n for n, p in policy.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"log_scale.weight", "log_scale.bias"}
@@ -32,7 +33,7 @@ def test_the_scale_head_never_trains_the_trunk():
 
 def test_the_instruction_and_each_view_matter():
     torch.manual_seed(0)
-    policy, view = Policy(SMALL, 32).eval(), observation()
+    policy, view = Policy(SMALL, embodiment(32)).eval(), observation()
     mu, _ = policy(view)
     other = {**view, "instruction": ("open the drawer",) * 3}
     assert not torch.allclose(policy(other)[0][0], mu[0])
@@ -44,7 +45,7 @@ def test_the_instruction_and_each_view_matter():
 
 
 def test_critic_gives_one_value_per_row():
-    assert Critic(SMALL, 32)(observation()).shape == (3,)
+    assert Critic(SMALL, embodiment(32))(observation()).shape == (3,)
 
 
 def test_shift_moves_pixels_by_at_most_pad_and_is_reproducible():

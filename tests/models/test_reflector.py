@@ -3,6 +3,7 @@
 import torch
 
 from worldenv.config import ReflectorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.reflector import Judge, Reflector
 from worldenv.runtime.seeds import generator
 
@@ -12,7 +13,7 @@ WORDS = ("lift the cup", "open the drawer")
 
 def test_watching_frame_by_frame_equals_the_whole_sequence():
     torch.manual_seed(0)
-    reflector = Reflector(SMALL, 16).eval()
+    reflector = Reflector(SMALL, embodiment(16)).eval()
     g = generator("frames")
     image = torch.randint(0, 255, (2, 5, 2, 16, 16, 3), dtype=torch.uint8, generator=g)
     proprio = torch.randn(2, 5, 8, generator=g)

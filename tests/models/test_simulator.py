@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.heads import FrameHead, zeroed
-from worldenv.models.simulator import Simulator, executed
+from worldenv.models.simulator import Simulator
 from worldenv.runtime.seeds import generator
 
 TINY = SimulatorConfig(width=48, layers=2, heads=2, patch=8, window=2, frames=2)
@@ -16,7 +17,7 @@ ALL = np.ones(3, bool)
 def simulator(**changes) -> Simulator:
     torch.manual_seed(0)
     config = SimulatorConfig(**{**TINY.__dict__, **changes})
-    model = Simulator(config, image_size=16, views=2).eval()
+    model = Simulator(config, embodiment(16)).eval()
     with torch.no_grad():  # zero-initialised layers would hide mistakes
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -165,7 +166,7 @@ def test_training_lowers_the_loss_and_reaches_every_parameter(prediction):
 
 def test_executed_actions_are_clipped_and_the_gripper_is_binary():
     command = torch.tensor([[2.0, -3.0, 0.5, 0.0, 0.0, 0.0, 0.1]])
-    assert executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
+    assert simulator()._executed(command)[0].tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_the_head_keeps_recalls_or_redraws_each_block():

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from worldenv.config import Config, Shards
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models.policy import Policy
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import parallel
@@ -29,7 +30,7 @@ def gradients_on(threads: int, module: nn.Module, loss) -> list[torch.Tensor]:
 
 
 def policy_loss():
-    policy = Policy(Config().policy, 64)
+    policy = Policy(Config().policy, embodiment(64))
 
     def loss(shard: int) -> torch.Tensor:
         g = generator("policy", shard)
@@ -42,7 +43,7 @@ def policy_loss():
 
 
 def simulator_loss():
-    simulator = Simulator(Config().simulator, 64)
+    simulator = Simulator(Config().simulator, embodiment(64))
 
     def loss(shard: int) -> torch.Tensor:
         g = generator("simulator", shard)

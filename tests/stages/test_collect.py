@@ -9,6 +9,7 @@ import torch
 from worldenv.config import Config, PolicyConfig
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.envs.libero.robot import embodiment
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.presets import preset
@@ -67,7 +68,7 @@ def test_another_policys_episodes_are_not_reported_for_this_one(tmp_path, monkey
 
     monkeypatch.setattr(collect, "_roll_out", roll_out)
     base = preset("smoke")
-    first, second = (Policy(PolicyConfig(16, 1, 1, 8), 64) for _ in range(2))
+    first, second = (Policy(PolicyConfig(16, 1, 1, 8), embodiment(64)) for _ in range(2))
     other = {
         "push": replace(base, collect=replace(base.collect, push=0.1)),
         "image size": replace(base, env=replace(base.env, image_size=32)),

@@ -37,9 +37,9 @@ def scripted(tmp_path, monkeypatch):
         small = PolicyConfig(width=16, layers=1, heads=1, encoder_channels=8)
         run = Run(replace(base, run_dir=tmp_path, policy=small, posttrain=rl, device="cpu"))
         runs.append(run)
-        policy = Policy(small, base.env.image_size)
+        policy = Policy(small, run.embodiment)
         torch.nn.init.zeros_(policy.mu[-1].bias)
-        store.save("policy", policy, run.config, run.path("checkpoints", "policy-sft.safetensors"))
+        store.save("policy", policy, run.path("checkpoints", "policy-sft.safetensors"))
         monkeypatch.setattr(
             posttrain,
             "_check_reality",

@@ -28,7 +28,7 @@ def files(tmp_path):
     torch.manual_seed(0)
     paths = {kind: tmp_path / f"{kind}.safetensors" for kind in KINDS}
     for kind, path in paths.items():
-        store.save(kind, store.build(kind, BASE), BASE, path)
+        store.save(kind, store.build(kind, BASE), path)
     return paths
 
 
@@ -112,7 +112,10 @@ def test_a_damaged_adopted_checkpoint_is_not_trained_silently(toy, files):
         toy.run()
     assert toy.run(files={"simulator": files["simulator"]}) == []
     assert copy.read_bytes() == files["simulator"].read_bytes()
-    with pytest.raises(UserError, match=r"of env.chunk 8; this configuration has 4"):
+    with pytest.raises(
+        UserError,
+        match=r"adopted from .*, trained with env.chunk 8, got 4.*Name a checkpoint again",
+    ):
         toy.run(env__chunk=4)
 
 

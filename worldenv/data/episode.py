@@ -12,8 +12,6 @@ import numpy as np
 
 from worldenv.runtime.errors import UserError
 
-ACTION_DIMS = 7
-PROPRIO_DIMS = 8
 NOOP_THRESHOLD = 1e-4
 
 
@@ -21,11 +19,11 @@ NOOP_THRESHOLD = 1e-4
 class Episode:
     """A recorded episode of T actions seen at F moments.
 
-    Shapes: actions [T, A=7] float32 (OSC_POSE delta, gripper -1 open / +1 close), dones [T] bool
-    (success holds after action t), frame_steps [F] int64 (frame f is the observation *before*
-    action `frame_steps[f]`; the value T is the observation after the last action), images [F, V, H,
-    W, 3] uint8 upright, proprio [F, P=8] float32 (eef position in m, axis-angle in rad, gripper
-    qpos in m). `start` is the benchmark's init state, None for a freshly sampled placement.
+    Shapes: actions [T, A] float32, dones [T] bool (success holds after action t), frame_steps [F]
+    int64 (frame f is the observation *before* action `frame_steps[f]`; the value T is the
+    observation after the last action), images [F, V, H, W, 3] uint8 upright, proprio [F, P]
+    float32; what A, V and P are, an `Embodiment` says (in LIBERO's files 7, 2 and 8: see
+    `libero_layout`). `start` is the benchmark's init state, None for a freshly sampled placement.
     `extras` holds further low-dimensional observations [F, ...] under LIBERO's names, such as
     `joint_states` [F, 7].
     """
@@ -67,11 +65,11 @@ def check_episode(episode: Episode, where: str) -> None:
     actions, frames = episode.actions, episode.images
     record = "Record the episode again, or leave it out of the data."
     expect(
-        actions.ndim == 2 and actions.shape[1] == ACTION_DIMS and len(actions) > 0,
+        actions.ndim == 2 and actions.size > 0,
         "actions",
-        f"shape [T, {ACTION_DIMS}] with T >= 1",
+        "shape [T, A] with T, A >= 1",
         list(actions.shape),
-        "Actions are 6 end-effector deltas and 1 gripper command.",
+        record,
     )
     steps = len(actions)
     _check_finite("actions", actions, where)
@@ -107,11 +105,11 @@ def check_episode(episode: Episode, where: str) -> None:
         record,
     )
     expect(
-        episode.proprio.shape == (len(frames), PROPRIO_DIMS),
+        episode.proprio.ndim == 2 and len(episode.proprio) == len(frames),
         "proprio",
-        f"shape [{len(frames)}, {PROPRIO_DIMS}]",
+        f"shape [{len(frames)}, P]",
         list(episode.proprio.shape),
-        "Position 3, axis-angle 3 and gripper 2 for each frame.",
+        record,
     )
     _check_finite("proprio", episode.proprio, where)
     for name, rows in episode.extras.items():

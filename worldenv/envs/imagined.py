@@ -88,12 +88,6 @@ class Context:
     elapsed: int  # chunks executed before the last context frame
     won: bool  # whether the real episode succeeded
 
-    @property
-    def gripper_open(self) -> bool:
-        """Whether the fingers are more than 7 cm apart: a grasp may be to come."""
-        left, right = self.proprio[-1, 6:8].tolist()
-        return left - right > 0.07
-
 
 def first_frames(sequences: Sequence[FrameSequence]) -> list[Context]:
     """One context per sequence that begins at step 0."""

@@ -1,25 +1,22 @@
 """The action map of World-Env (section 3.3): the next pose of the hand, drawn where cameras see it.
 
 On black: a filled disc at the hand, its colour the opening of the gripper, and three short lines
-along the axes of the hand's frame (red, green, blue). So a denoiser of tokens is told in the place
-where the hand will appear what modulation alone must say to all tokens alike. Ray maps (EnerVerse-AC,
-arXiv 2505.09723) tell how the cameras move, six channels a pixel: where each ray begins (m) and its
-direction.
+along the axes of the hand's frame (red, green, blue). A denoiser is told in the very tokens where
+the hand will be what modulation must tell all tokens alike. Ray maps (EnerVerse-AC, arXiv
+2505.09723) say how the cameras move, in six channels: where a pixel's ray begins, and whereto.
 
-The pose is the one the simulator predicts, in training as in generation: its errors, and at first
-its ignorance, are what the denoiser will be shown. Liberty: a camera in the hand is taken where the
-last frame was seen from. From its own place it sees the hand for ever in the same spot; from there,
-the drawing shows how the hand moves, on the picture that is on the channels beside it. Likewise rays
-are those of the next frame's cameras in the frames of the last one's.
+The pose is the one the simulator predicts, in training as in generation, so the denoiser learns how
+far to trust it. Liberty: a camera in the hand is taken to be where the last frame was seen from.
+From its own next place it sees the hand in the same spot for ever; from there the drawing shows how
+the hand will move across the picture on the channels beside it. Likewise rays are of the next
+frame's cameras, in the frames of the last one's.
 """
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from worldenv.data.camera import Camera, Rig, hand_pose
+from worldenv.data.camera import Rig, hand_pose
+from worldenv.data.embodiment import Embodiment
 from worldenv.runtime.errors import UserError
 
 # Of an image's side: radius of the disc, length and width of the lines.
@@ -29,34 +26,25 @@ CLOSED, OPEN = (1.0, 0.5, 0.0), (0.0, 0.5, 1.0)
 AXES = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 
 
-@dataclass(frozen=True)
-class Hand:
-    """Places in the proprio of what is drawn: position (m), axis-angle (rad), fingers (m)."""
-
-    position: tuple[int, ...]
-    rotation: tuple[int, ...]
-    fingers: tuple[int, ...]
-    wide: float
-    """Distance of the fingers in m that is drawn as open."""
-
-
 class ActionMap(nn.Module):
-    """Maps of V cameras for images of `size` pixels, cut into grid x grid tokens each."""
+    """Maps for images of a robot's V cameras that are cut into grid x grid tokens each."""
 
-    def __init__(
-        self, cameras: Sequence[Camera], hand: Hand, size: int, grid: int, rays: bool = False
-    ) -> None:
-        """UserError where no cameras are known, or the proprio holds no whole pose."""
+    def __init__(self, embodiment: Embodiment, grid: int, rays: bool = False) -> None:
+        """UserError where no cameras are known, or the proprio holds no pose of the hand."""
         super().__init__()
-        if not cameras or (len(hand.position), len(hand.rotation)) != (3, 3) or not hand.fingers:
+        kinds = ("position", "rotation", "gripper")
+        self.places = tuple(embodiment.entries(kind) for kind in kinds)
+        self.wide, size = embodiment.gripper_open, embodiment.image_size
+        cameras, numbers = embodiment.cameras, [len(places) for places in self.places]
+        if not cameras or numbers[:2] != [3, 3] or not numbers[2]:
             raise UserError(
-                "simulator.action_map: expected cameras whose place is known and a proprio with "
-                "position (3), axis-angle (3) and fingers, got "
-                f"{len(cameras)} cameras and {len(hand.position)}, {len(hand.rotation)} and "
-                f"{len(hand.fingers)} numbers. Describe the cameras in the benchmark's embodiment, "
-                "or leave the action map out (--simulator.no-action-map)."
+                "simulator.action_map: expected cameras whose place is known, the same in all "
+                "tasks, and a proprio of position (3 numbers), axis-angle (3) and fingers; got "
+                f"{len(cameras)} cameras and {', '.join(map(str, numbers))} numbers of "
+                f"{embodiment.name}. Choose tasks whose scenes are seen from one place "
+                "(--env.tasks), or leave the map out (--simulator.no-action-map)."
             )
-        self.hand, self.size, self.grid, self.rays = hand, size, grid, rays
+        self.size, self.grid, self.rays = size, grid, rays
         self.rig = Rig(cameras)
         self.channels = 9 if rays else 3
         self.columns = self.channels * (size // grid) ** 2
@@ -65,7 +53,6 @@ class ActionMap(nn.Module):
         centre = torch.arange(size) + 0.5
         rows, columns = torch.meshgrid(centre, centre, indexing="ij")
         self.register_buffer("pixels", torch.stack([columns, rows], -1), persistent=False)
-        self.register_buffer("through", self.rig.rays(size), persistent=False)  # [V, H, W, 3]
 
     @torch.no_grad()
     def forward(self, after: Tensor, before: Tensor) -> Tensor:
@@ -94,7 +81,7 @@ class ActionMap(nn.Module):
             hand[..., None, :, :] + metres * axes, seen_from[..., None, :, :], self.size
         )  # [..., 3, V, 2]
         shown = (depth > NEAR)[..., None, None].to(centre.dtype)
-        opening = after[..., self.hand.fingers].abs().sum(-1) / self.hand.wide
+        opening = _taken(after, self.places[2]).abs().sum(-1) / self.wide
         disc = torch.lerp(self.colours[0], self.colours[1], opening.clamp(0, 1)[..., None])
         off = self.pixels - centre[..., None, None, :]  # [..., V, H, W, 2]
         covered = _covered(off.norm(dim=-1), RADIUS * self.size) * shown
@@ -116,12 +103,17 @@ class ActionMap(nn.Module):
         back = then[..., :3, :3].transpose(-1, -2)
         origin = back @ (now - then)[..., :3, 3:]  # [..., V, 3, 1]
         turn = (back @ now[..., :3, :3]).transpose(-1, -2)[..., None, :, :]
-        directions = self.through @ turn  # [..., V, H, W, 3]
+        directions = self.rig.rays(self.size) @ turn  # [..., V, H, W, 3]
         origins = origin[..., None, None, :, 0].expand_as(directions)
         return torch.cat([origins, directions], -1)
 
     def _pose(self, proprio: Tensor) -> Tensor:
-        return hand_pose(proprio[..., self.hand.position], proprio[..., self.hand.rotation])
+        return hand_pose(*(_taken(proprio, places) for places in self.places[:2]))
+
+
+def _taken(proprio: Tensor, places: tuple[int, ...]) -> Tensor:
+    """Entries of `[..., P]`; indexing by a list would copy it to the device."""
+    return torch.stack([proprio[..., i] for i in places], -1)
 
 
 def _covered(distance: Tensor, radius: float) -> Tensor:

@@ -9,6 +9,7 @@ the full-size ones use SigLIP, DINOv2 and Llama.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import PolicyConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.layers import (
     ConvEncoder,
     TransformerBlock,
@@ -27,35 +29,28 @@ from worldenv.models.layers import (
 class Policy(nn.Module):
     """Observation to a Laplace distribution over a chunk of actions."""
 
-    def __init__(
-        self,
-        config: PolicyConfig,
-        image_size: int,
-        views: int = 2,
-        proprio: int = 8,
-        chunk: int = 8,
-        actions: int = 7,
-    ) -> None:
+    def __init__(self, config: PolicyConfig, embodiment: Embodiment) -> None:
         super().__init__()
-        self.config, self.chunk, self.actions = config, chunk, actions
+        self.config, self.embodiment, self.chunk = config, embodiment, embodiment.chunk
         width = config.width
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
+        self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
+        self.register_buffer("proprio_std", torch.ones(embodiment.P))
         self.encoders = nn.ModuleList(
-            ConvEncoder(image_size, config.encoder_channels, width) for _ in range(views)
+            ConvEncoder(embodiment.image_size, config.encoder_channels, width)
+            for _ in embodiment.views
         )
         self.proprio_in = nn.Sequential(
-            nn.Linear(proprio, 64), nn.SiLU(), nn.Linear(64, width), nn.LayerNorm(width)
+            nn.Linear(embodiment.P, 64), nn.SiLU(), nn.Linear(64, width), nn.LayerNorm(width)
         )
         self.words = WordEncoder(width)
-        self.kind = nn.Parameter(0.02 * torch.randn(views + 2, width))
-        self.slots = nn.Parameter(0.02 * torch.randn(chunk, width))
+        self.kind = nn.Parameter(0.02 * torch.randn(embodiment.V + 2, width))
+        self.slots = nn.Parameter(0.02 * torch.randn(self.chunk, width))
         self.blocks = nn.ModuleList(
             TransformerBlock(width, config.heads) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.mu = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, actions))
-        self.log_scale = nn.Linear(width, actions)
+        self.mu = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, embodiment.A))
+        self.log_scale = nn.Linear(width, embodiment.A)
         nn.init.zeros_(self.log_scale.weight)
         nn.init.constant_(self.log_scale.bias, -2.0)
 
@@ -113,11 +108,10 @@ def augment(views: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 class Critic(nn.Module):
     """Value of an observation, for PPO with GAE: the policy's encoders and a scalar head."""
 
-    def __init__(
-        self, config: PolicyConfig, image_size: int, views: int = 2, proprio: int = 8
-    ) -> None:
+    def __init__(self, config: PolicyConfig, embodiment: Embodiment) -> None:
         super().__init__()
-        self.trunk = Policy(config, image_size, views, proprio, chunk=1, actions=1)
+        single = replace(embodiment, chunk=1, action=embodiment.action[:1])
+        self.trunk = Policy(config, single)
 
     def forward(self, observation: Mapping[str, Any]) -> Tensor:
         """Value `[B]`."""

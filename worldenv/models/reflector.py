@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.layers import ConvEncoder, WordEncoder, views_to_channels
 
 
 class Reflector(nn.Module):
     """Frames, proprio and instruction to a success logit per frame."""
 
-    def __init__(
-        self, config: ReflectorConfig, image_size: int, views: int = 2, proprio: int = 8
-    ) -> None:
+    def __init__(self, config: ReflectorConfig, embodiment: Embodiment) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.embodiment = config, embodiment
         features = 64
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
-        self.register_buffer("proprio_mean", torch.zeros(proprio))
-        self.register_buffer("proprio_std", torch.ones(proprio))
+        self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
+        self.register_buffer("proprio_std", torch.ones(embodiment.P))
         self.encoders = nn.ModuleList(
-            ConvEncoder(image_size, config.encoder_channels, features) for _ in range(views)
+            ConvEncoder(embodiment.image_size, config.encoder_channels, features)
+            for _ in embodiment.views
         )
-        self.size = views * features + proprio
+        self.size = embodiment.V * features + embodiment.P
         self.words = WordEncoder(features)
         self.hidden = nn.Linear(2 * self.size + features, config.width)
         self.out = nn.Linear(config.width, 1)

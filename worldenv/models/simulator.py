@@ -8,9 +8,9 @@ The last `window` ones also reach it through the keys and values they left in th
 proprio is predicted from proprio and actions, conditions the frame, and is refined from the
 denoised tokens.
 
-Liberties: the next pose conditions by modulation, and only if asked for by the paper's image-plane
-map (`action_map.py`); in training the cached keys and values carry no gradient (as in
-Transformer-XL), so a training step sees exactly what generation sees.
+Liberties: the next pose conditions by modulation, and by the paper's image-plane map only if asked
+(`action_map.py`); in training the cached keys and values carry no gradient (as in Transformer-XL),
+so a training step sees exactly what generation sees.
 """
 
 import copy
@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
-from worldenv.data.camera import Camera
-from worldenv.models.action_map import ActionMap, Hand
+from worldenv.data.embodiment import Embodiment
+from worldenv.models.action_map import ActionMap
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
@@ -56,35 +56,28 @@ class Conditioning:
 
     action: Tensor  # [B, F, E]
     proprio: Tensor  # [B, F, P] predicted proprio of the frame itself
-    columns: Tensor | None = None  # [B, F, S, K] beside the frame's latents
+    columns: Tensor | None = None  # [B, F, S, M] beside the frame's latents
 
 
 class Simulator(nn.Module):
     """See the module's docstring. Shapes: S tokens = views * grid**2, Z latent channels."""
 
-    def __init__(
-        self,
-        config: SimulatorConfig,
-        image_size: int,
-        views: int = 2,
-        proprio: int = 8,
-        chunk: int = 8,
-        actions: int = 7,
-        cameras: Sequence[Camera] = (),
-        hand: Hand | None = None,
-    ) -> None:
+    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
         super().__init__()
-        self.config, self.views = config, views
-        self.chunk, commands = (chunk, actions), chunk * actions
-        self.tokenizer = build_tokenizer(config, image_size)
+        self.config, self.embodiment, self.views = config, embodiment, embodiment.V
+        self.chunk, proprio = (embodiment.chunk, embodiment.A), embodiment.P
+        commands = embodiment.chunk * embodiment.A
+        self.tokenizer = build_tokenizer(config, embodiment.image_size)
         self.tokenizer.requires_grad_(False)
         e, z = config.width, self.tokenizer.channels
-        self.tokens = views * self.tokenizer.grid**2
+        self.tokens = self.views * self.tokenizer.grid**2
         self.register_buffer("proprio_mean", torch.zeros(proprio))
         self.register_buffer("proprio_std", torch.ones(proprio))
+        grips = torch.tensor([kind == "grip" for kind in embodiment.action])
+        self.register_buffer("grips", grips, persistent=False)  # [A] bool
         self.patch_in = nn.Linear(3 * z, e)
         self.position = nn.Parameter(0.02 * torch.randn(self.tokens, e))
-        self.rotary = Rotary3D(e // config.heads, views, self.tokenizer.grid)
+        self.rotary = Rotary3D(e // config.heads, self.views, self.tokenizer.grid)
         self.time_in = nn.Sequential(nn.Linear(256, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
         self.time_out = nn.Linear(e, 6 * e)
         self.action_in = nn.Sequential(
@@ -105,11 +98,10 @@ class Simulator(nn.Module):
         self.proprio_out = nn.Linear(e, proprio)
         for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
             zeroed(layer)
-        # Last, so that a model without them begins with the same numbers.
+        # Last, so that a model without one begins with the same numbers.
         self.action_map: ActionMap | None = None
         if config.action_map:
-            grid, rays = self.tokenizer.grid, config.ray_maps
-            self.action_map = ActionMap(cameras, hand, image_size, grid, rays)
+            self.action_map = ActionMap(embodiment, self.tokenizer.grid, config.ray_maps)
             self.columns_in = zeroed(nn.Linear(self.action_map.columns, e))
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -131,8 +123,8 @@ class Simulator(nn.Module):
         known, predicted = self._dynamics(proprio, previous, led, action)
         embedded, columns = self.action_in(torch.cat([known, predicted.detach()], -1)), None
         if self.action_map is not None:
-            after = predicted.detach() * self.proprio_std + self.proprio_mean
-            columns = self.action_map(after, proprio)
+            reached = predicted.detach() * self.proprio_std + self.proprio_mean
+            columns = self.action_map(reached, proprio)
         return Conditioning(embedded, predicted, columns)
 
     def _dynamics(
@@ -140,8 +132,13 @@ class Simulator(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What is known of a chunk (see `condition`), and the proprio it leads to; normalised."""
         q1, q0 = self._normalise(proprio), self._normalise(previous)
-        known = torch.cat([q1, q0, *(executed(a).flatten(-2) for a in (led, action))], -1)
+        known = torch.cat([q1, q0, *(self._executed(a).flatten(-2) for a in (led, action))], -1)
         return known, q1 + self.dynamics(known)
+
+    def _executed(self, action: Tensor) -> Tensor:
+        """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
+        a = action.clamp(-1, 1)
+        return torch.where(self.grips, torch.where(a > 0, 1.0, -1.0), a)
 
     def denoise(
         self,
@@ -426,12 +423,6 @@ class Simulator(nn.Module):
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)
         image = self.tokenizer.decode(latents, self.views)
         return image, latents, proprio, previous, led, count + keep
-
-
-def executed(action: Tensor) -> Tensor:
-    """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
-    a = action.clamp(-1, 1)
-    return torch.cat([a[..., :-1], torch.where(a[..., -1:] > 0, 1.0, -1.0)], -1)
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worldenv.config import Config, fingerprint
+from worldenv.data.embodiment import check_fits
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
@@ -271,16 +272,24 @@ def split_held_out(episodes: list[Episode], fraction: float) -> tuple[list[Episo
 
 def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], list[Episode]]:
     """(demonstrations, policy episodes to train on, held-out policy episodes) up to a round."""
-    size = run.config.env.image_size
-    demonstrations = read_episodes(run.dir / "data" / "demonstrations", size)
+    demonstrations = recorded(run, "demonstrations")
     train: list[Episode] = []
     held_out: list[Episode] = []
     for n in range(number + 1):
-        episodes = read_episodes(run.dir / "data" / f"explore-{n}", size)
+        episodes = recorded(run, f"explore-{n}")
         episodes.sort(key=lambda e: (e.task, e.seed))  # whatever order they were finished in
         a, b = split_held_out(episodes, run.config.collect.held_out)
         train, held_out = train + a, held_out + b
     return demonstrations, train, held_out
+
+
+def recorded(run: Run, name: str) -> list[Episode]:
+    """Episodes in `data/<name>` of a run. UserError if they are of another robot than its."""
+    folder = run.dir / "data" / name
+    episodes = read_episodes(folder, run.embodiment.image_size)
+    for number, episode in enumerate(episodes):
+        check_fits(episode, run.embodiment, f"{folder}: episode {number}")
+    return episodes
 
 
 def statistics(episodes: list[Episode]) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.config import Config
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Judge, Reflector
@@ -50,9 +51,9 @@ def calibrate(config: Config) -> Costs:
     )
     imagination = [lambda: imagine(simulator, reflector, policy, config, rows)] * n
     return Costs(
-        _step(policy, lambda: policy_loss(policy, config, samples)) / config.sft.batch,
-        _step(simulator, lambda: simulator_loss(simulator, config, windows)),
-        _step(reflector, lambda: reflector_loss(reflector, config, judged)),
+        _step(policy, lambda: policy_loss(policy, samples)) / config.sft.batch,
+        _step(simulator, lambda: simulator_loss(simulator, windows)),
+        _step(reflector, lambda: reflector_loss(reflector, judged)),
         _seconds(lambda: parallel.run(imagination)) / (rows * n),
     )
 
@@ -129,36 +130,38 @@ def _seconds(work: Callable[[], object]) -> float:
     return best
 
 
-def _pictures(config: Config, *shape: int) -> Tensor:
-    size = config.env.image_size
-    return torch.randint(256, (*shape, 2, size, size, 3), generator=generator("pictures")).byte()
+def _pictures(robot: Embodiment, *shape: int) -> Tensor:
+    shape = (*shape, robot.V, robot.image_size, robot.image_size, 3)
+    return torch.randint(256, shape, generator=generator("pictures")).byte()
 
 
-def policy_loss(policy: Policy, config: Config, batch: int) -> Tensor:
+def policy_loss(policy: Policy, batch: int) -> Tensor:
     """Of imitation, on B random samples."""
-    views = views_to_channels(_pictures(config, batch))
-    mu, scale = policy.decode(views, torch.zeros(batch, 8), policy.words(["go"] * batch))
+    robot = policy.embodiment
+    views = views_to_channels(_pictures(robot, batch))
+    mu, scale = policy.decode(views, torch.zeros(batch, robot.P), policy.words(["go"] * batch))
     return (mu + scale).square().mean()
 
 
-def simulator_loss(simulator: Simulator, config: Config, batch: int) -> Tensor:
+def simulator_loss(simulator: Simulator, batch: int) -> Tensor:
     """Of the simulator, on B random windows whose history is its own."""
-    frames, chunk = config.simulator.frames + 1, config.env.chunk
+    robot, frames = simulator.embodiment, simulator.config.frames + 1
     windows = {
-        "image": _pictures(config, batch, frames),
-        "reference": _pictures(config, batch),
-        "proprio": torch.zeros(batch, frames, 8),
-        "action": torch.zeros(batch, frames, chunk, 7),
-        "previous_proprio": torch.zeros(batch, 8),
-        "previous_action": torch.zeros(batch, chunk, 7),
+        "image": _pictures(robot, batch, frames),
+        "reference": _pictures(robot, batch),
+        "proprio": torch.zeros(batch, frames, robot.P),
+        "action": torch.zeros(batch, frames, robot.chunk, robot.A),
+        "previous_proprio": torch.zeros(batch, robot.P),
+        "previous_action": torch.zeros(batch, robot.chunk, robot.A),
     }
     return simulator.loss(windows, generator("windows"), True)[0]
 
 
-def reflector_loss(reflector: Reflector, config: Config, batch: int) -> Tensor:
+def reflector_loss(reflector: Reflector, batch: int) -> Tensor:
     """Of the reflector, on B random pairs of frames."""
-    words = ["go"] * batch
-    return reflector(_pictures(config, batch, 2), torch.zeros(batch, 2, 8), words).square().mean()
+    robot, words = reflector.embodiment, ["go"] * batch
+    proprio = torch.zeros(batch, 2, robot.P)
+    return reflector(_pictures(robot, batch, 2), proprio, words).square().mean()
 
 
 @torch.no_grad()
@@ -167,7 +170,7 @@ def imagine(
 ) -> None:
     """One decision, frame and verdict in each of B imagined episodes."""
     state, live = simulator.start(rows), torch.ones(rows, dtype=torch.bool)
-    action = torch.zeros(rows, config.env.chunk, 7)
+    action = torch.zeros(rows, *simulator.chunk)
     image, proprio = simulator.step(state, action, config.sampling_steps(0), live.numpy())
     policy({"image": image, "proprio": proprio, "instruction": ["go"] * rows})
     Judge(reflector, rows).watch(image, proprio, ["go"] * rows, live)

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from worldenv.config import Config, fingerprint
+from worldenv.config import Config, fingerprint, from_dict, to_dict
+from worldenv.data.embodiment import Embodiment
 from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
@@ -232,9 +233,7 @@ def _adopt(run: Run, named: Mapping[str, _File], marks: Mapping[str, str]) -> No
             shutil.copyfile(file.path, draft)  # before `settle`: it may move the file itself
             if records.settle(run, file.step, file.mark) is None:
                 os.replace(draft, target)
-                env = run.config.env
-                sizes = {"image_size": env.image_size, "chunk": env.chunk}
-                record = {"adopted": str(file.path), **sizes}
+                record = {"adopted": str(file.path), "embodiment": to_dict(run.embodiment)}
                 records.finish(run, file.step, file.mark, record, 0.0)
         except OSError as error:
             raise write_error(target, error) from error
@@ -253,13 +252,12 @@ def _check_adopted(run: Run, step: Step, record: dict) -> None:
         raise UserError(
             f"{run.dir / changes[0]}, adopted from {record['adopted']}, is gone or changed. {mend}"
         )
-    for name in ("image_size", "chunk"):
-        asked = getattr(run.config.env, name)
-        if record[name] != asked:
-            raise UserError(
-                f"{step.name} was adopted from {record['adopted']}, of env.{name} {record[name]}; "
-                f"this configuration has {asked}. {mend}"
-            )
+    own = from_dict(Embodiment, record["embodiment"], f"{step.name}: embodiment")
+    what = f"{step.name} was adopted from {record['adopted']}, trained"
+    try:
+        store.check_fits(own, run.embodiment, what)
+    except UserError as error:
+        raise UserError(f"{error} {mend}") from error
 
 
 def _remember_peak(run: Run, peak: int) -> None:

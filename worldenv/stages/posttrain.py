@@ -62,7 +62,7 @@ def run(run: Run, mark: str, number: int) -> dict:
             totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
         if not rl.keep_best or totals["kept_success"] is None or real > totals["kept_success"]:
             totals.update(kept_iteration=step, kept_success=real)
-            store.save("policy", policy, config, best)
+            store.save("policy", policy, best)
 
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
@@ -86,7 +86,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     if rl.real_check_every:
         check(iterations)
     else:
-        store.save("policy", policy, config, best)
+        store.save("policy", policy, best)
     os.replace(best, checkpoints / f"policy-{number}.safetensors")
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
@@ -117,7 +117,7 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     """The imagined environments of a round, with the indices of its first-frame and its
     middle-of-episode contexts.
     """
-    config = run.config
+    config, robot = run.config, run.embodiment
     demonstrations, explored, _ = load_round(run, number)
     own = chunk_sequences(explored, config.env.chunk)
     shown = chunk_sequences(demonstrations, config.env.chunk)
@@ -125,7 +125,8 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     middles = [
         c
         for c in middle_frames(own, config.env.chunk)
-        if c.gripper_open and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
+        if robot.opening(c.proprio[-1].tolist()) > robot.gripper_open
+        and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
     checkpoints = run.path("checkpoints")
     simulator = store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device)
@@ -148,7 +149,7 @@ def _learner(run: Run, policy: Policy, reference: Policy, number: int) -> Learne
     if not rl.critic:
         return Learner(policy, reference, optimizer, rl)
     torch.manual_seed(derive(config.seed, "critic weights", number))
-    critic = Critic(config.policy, config.env.image_size).to(run.device)
+    critic = Critic(config.policy, run.embodiment).to(run.device)
     critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
     values = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)
     return Learner(policy, reference, optimizer, rl, critic, values)

@@ -67,7 +67,7 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
         reflector.threshold.fill_(_calibrated(run, number, policy, simulator, reflector))
-    store.save("reflector", reflector, config, run.path("checkpoints", f"{name}.safetensors"))
+    store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
     training.finish(run, name)
     return {
         "sequences": len(sequences),

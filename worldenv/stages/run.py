@@ -21,12 +21,12 @@ from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
-from worldenv.stages.reality import Reality
+from worldenv.stages.reality import Reality, embodiment
 
 
 class Run:
     """Everything a stage needs: `config`, `dir`, `device`, `logger`, `reality` (the real
-    benchmark) and the finished records.
+    benchmark), `embodiment` (its robot) and the finished records.
 
     writes: whether to be the only run at work in the folder (UserError if there is another).
     Whoever only reads disturbs nobody.
@@ -37,7 +37,7 @@ class Run:
         self.device = devices.pick(config.device)
         parallel.use_threads(config.threads)
         self._lock = FolderLock(self.dir) if writes else None
-        self.reality = Reality(config)
+        self.reality, self.embodiment = Reality(config), embodiment(config)
 
     @cached_property
     def logger(self) -> RunLogger:

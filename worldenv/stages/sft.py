@@ -7,29 +7,26 @@ never trades against accuracy.
 import torch
 from torch import Tensor
 
-from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import ActionWindows
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import augment
 from worldenv.ops import action_logprob
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
-from worldenv.stages.collect import statistics
+from worldenv.stages.collect import recorded, statistics
 from worldenv.stages.run import Run, Stage
-
-PROPRIO_NOISE = (0.01, 0.01, 0.01, 0.03, 0.03, 0.03, 0.001, 0.001)  # m, rad, m
 
 
 def run(run: Run, mark: str) -> dict:
     """Stage `sft`: writes checkpoints/policy-sft.safetensors."""
     config, sft = run.config, run.config.sft
-    episodes = read_episodes(run.dir / "data" / "demonstrations", config.env.image_size)
+    episodes = recorded(run, "demonstrations")
     windows = ActionWindows(episodes, config.env.chunk).to(run.device)
     torch.manual_seed(derive(config.seed, "sft weights"))
     policy = store.build("policy", config)
     policy.set_statistics(*statistics(episodes))
     policy.to(run.device)
-    noise = torch.tensor(PROPRIO_NOISE, device=run.device)
+    noise = torch.tensor([e.noise for e in run.embodiment.proprio], device=run.device)
 
     size = training.shard_size(run, sft.batch)
 
@@ -37,7 +34,7 @@ def run(run: Run, mark: str) -> dict:
         g = generator(config.seed, "sft", step, shard)
         batch = windows.sample(g, size)
         views = augment(views_to_channels(batch["image"]), sft.shift, g)
-        jitter = torch.randn(size, 8, generator=g).to(run.device) * noise
+        jitter = torch.randn(size, len(noise), generator=g).to(run.device) * noise
         words = policy.words([windows.instructions[t] for t in batch["task"].tolist()])
         mu, log_scale = policy.decode(views, batch["proprio"] + jitter, words)
         l1 = (mu - batch["action"]).abs().mean()
@@ -61,7 +58,7 @@ def run(run: Run, mark: str) -> dict:
         betas=(0.9, 0.999),
     )
     path = run.path("checkpoints", "policy-sft.safetensors")
-    store.save("policy", policy, config, path)
+    store.save("policy", policy, path)
     training.finish(run, "sft")
     return {"samples": len(windows), **tail}
 

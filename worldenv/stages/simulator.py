@@ -42,7 +42,7 @@ def run(run: Run, mark: str, number: int) -> dict:
 
     name = f"simulator-{number}"
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
-    store.save("simulator", simulator, config, run.path("checkpoints", f"{name}.safetensors"))
+    store.save("simulator", simulator, run.path("checkpoints", f"{name}.safetensors"))
     training.finish(run, name)
     parameters = sum(p.numel() for p in simulator.parameters())
     return {"windows": len(windows), "parameters": parameters, **tail}

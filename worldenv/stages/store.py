@@ -17,41 +17,35 @@ from worldenv.config import (
     from_dict,
     to_dict,
 )
-from worldenv.envs.libero.cameras import cameras
-from worldenv.models.action_map import Hand
+from worldenv.data.embodiment import Embodiment, differences
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import NonFiniteError, UserError
+from worldenv.stages.reality import embodiment
 
 _KINDS = {"policy": PolicyConfig, "simulator": SimulatorConfig, "reflector": ReflectorConfig}
 
 
 def build(kind: str, config: Config) -> nn.Module:
-    """A new model of `kind` (policy, simulator, reflector) with its preset's sizes."""
-    part, image_size, chunk = getattr(config, kind), config.env.image_size, config.env.chunk
-    if kind == "policy":
-        return Policy(part, image_size, chunk=chunk)
-    if kind == "simulator":
-        drawn = {}
-        if part.action_map:
-            env = config.env
-            hand = Hand((0, 1, 2), (3, 4, 5), (6, 7), 0.08)
-            drawn = {"cameras": cameras(env.suite, env.tasks), "hand": hand}
-        return Simulator(part, image_size, views=2, proprio=8, chunk=chunk, actions=7, **drawn)
-    return Reflector(part, image_size)
-
-
-def save(kind: str, model: nn.Module, config: Config, path: Path, **facts: object) -> None:
-    """Write a model with the configuration needed to build it again: its own sizes (it may come
-    from another run), and the run's image size and chunk.
+    """A new model of `kind` (policy, simulator, reflector) with its preset's sizes, for the robot
+    of its benchmark.
     """
+    return _build(kind, getattr(config, kind), embodiment(config))
+
+
+def _build(kind: str, part: object, robot: Embodiment) -> nn.Module:
+    models = {"policy": Policy, "simulator": Simulator, "reflector": Reflector}
+    return models[kind](part, robot)
+
+
+def save(kind: str, model: nn.Module, path: Path, **facts: object) -> None:
+    """Write a model with what is needed to build it again: its own sizes, and its robot."""
     metadata = {
         "kind": kind,
         "config": to_dict(model.config),
-        "image_size": config.env.image_size,
-        "chunk": config.env.chunk,
+        "embodiment": to_dict(model.embodiment),
         **facts,
     }
     checkpoint.save(path, model.state_dict(), metadata)
@@ -62,23 +56,16 @@ def load(
 ) -> nn.Module:
     """Read a model written by `save`, ready for inference.
 
-    fits: the configuration it is to be used with, of the same image size and chunk. UserError
-    naming the file for anything else than a whole model of this kind with finite weights.
+    fits: the configuration it is to be used with, of the same robot, image size and chunk.
+    UserError naming the file for anything else than a whole model of this kind with finite weights.
     """
     tensors, metadata = checkpoint.load(path, device)
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: expected a {kind} checkpoint, got {metadata.get('kind')!r}")
-    config = _config(kind, metadata, path)
+    part, robot = _facts(kind, metadata, path)
     if fits is not None:
-        for name in ("image_size", "chunk"):
-            own, asked = getattr(config.env, name), getattr(fits.env, name)
-            if own != asked:
-                flag = f"--env.{name.replace('_', '-')}"
-                raise UserError(
-                    f"{path}: this {kind} was trained with env.{name} {own}, got {asked}. Use the "
-                    f"preset or the run folder it was trained with (or worldenv-train {flag} "
-                    f"{own}), or another checkpoint."
-                )
+        drawn = getattr(part, "action_map", False)
+        check_fits(robot, embodiment(fits), f"{path}: this {kind} was trained", drawn)
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
@@ -86,28 +73,57 @@ def load(
                 f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
                 f"infinite value(s). This {kind} is of no use: name another, or train it anew."
             )
-    model = build(kind, config)
+    model = _build(kind, part, robot)
     checkpoint.load_module(model, tensors, path)
     return model.to(device).eval()
 
 
-def _config(kind: str, metadata: dict, path: Path) -> Config:
-    """The configuration, checked, that a model was built with; of others than its own part and the
-    sizes it depends on, nothing is known.
+def check_fits(own: Embodiment, asked: Embodiment, what: str, drawn: bool = False) -> None:
+    """UserError that begins with `what` unless both are the same robot, seen and commanded so;
+    drawn: from the same places.
     """
-    part = from_dict(
-        _KINDS[kind], checkpoint.fact(metadata, "config", dict, path), f"{path}: config"
-    )
-    sizes = {name: checkpoint.fact(metadata, name, int, path) for name in ("image_size", "chunk")}
+    for name, (mine, other) in differences(own, asked, drawn).items():
+        if name == "cameras":
+            raise UserError(
+                f"{what} with an action map of {len(mine)} cameras, got {len(other)} that do not "
+                "all stand where those did. Use a checkpoint trained on scenes of the same kind, "
+                "or one without action map."
+            )
+        if name in ("image_size", "chunk"):
+            raise UserError(
+                f"{what} with env.{name} {mine}, got {other}. Use the preset or the run folder it "
+                f"was trained with (or worldenv-train --env.{name.replace('_', '-')} {mine}), or "
+                "another checkpoint."
+            )
+        raise UserError(
+            f"{what} for the robot {own.name}, of which {name} is {_words(mine)}; this "
+            f"configuration's, {asked.name}, has {_words(other)}. Use a checkpoint of this robot."
+        )
+
+
+def _words(value: object) -> str:
+    entries = [getattr(v, "name", v) for v in value] if isinstance(value, tuple) else [value]
+    return ", ".join(map(str, entries))
+
+
+def _facts(kind: str, metadata: dict, path: Path) -> tuple[object, Embodiment]:
+    """Configuration and robot, checked, that a model was built with. Other parts of the
+    configuration are not known: what its part asks of them is checked with their defaults.
+    """
+    said = checkpoint.fact(metadata, "config", dict, path)
+    part = from_dict(_KINDS[kind], said, f"{path}: config")
+    said = checkpoint.fact(metadata, "embodiment", dict, path)
+    robot = from_dict(Embodiment, said, f"{path}: embodiment")
     try:
-        return replace(
+        replace(
             Config(),
-            env=EnvConfig(**sizes),
+            env=EnvConfig(image_size=robot.image_size, chunk=robot.chunk),
             collect=CollectConfig(record_every=1),
             **{"simulator": SimulatorConfig(patch=1), kind: part},
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return part, robot
 
 
 def digest(model: nn.Module) -> str:

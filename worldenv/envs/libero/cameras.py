@@ -6,20 +6,21 @@ camera at the hand. The episodes' images are what robosuite renders turned by ha
 begin with the bottom row, so what is upright then is also mirrored.
 """
 
+from collections.abc import Iterable
+
 from worldenv.data.camera import Camera
 from worldenv.data.libero_tasks import SUITES
-from worldenv.runtime.errors import UserError
 
-_TABLE = (0.6586131746834771, 0.0, 1.6103500240372423), (
-    0.6380177212, 0.3048497188, 0.3048498380, 0.6380177212)  # fmt: skip
+_HIGH = (0.6380177212, 0.3048497188, 0.3048498380, 0.6380177212)
 _LOW = (0.6182166364, 0.3432307225, 0.3432314079, 0.6182176496)
+_TABLE = (0.6586131746834771, 0.0, 1.6103500240372423), _HIGH
 # Position (m) and orientation (w, x, y, z) of agentview in the world, by kind of problem.
 AGENTVIEW = {
     "table": _TABLE,
     "kitchen": _TABLE,
     "floor": ((0.8965773716836134, 5.216182733499864e-07, 0.65), _LOW),
     "living room": ((0.6065773716836134, 0.0, 0.96), _LOW),
-    "study": ((0.4586131746834771, 0.0, 1.6103500240372423), _TABLE[1]),
+    "study": ((0.4586131746834771, 0.0, 1.6103500240372423), _HIGH),
 }
 _KIND = {"libero_spatial": "table", "libero_goal": "table", "libero_object": "floor"}
 _LOOKS_ALONG_THE_FINGERS = (
@@ -38,19 +39,14 @@ def kind_of(suite: str, task: int) -> str:
     return scene.lower().replace("_", " ")
 
 
-def cameras(suite: str, tasks: tuple[int, ...]) -> tuple[Camera, ...]:
-    """The cameras of tasks, in the order of the images' views.
-
-    UserError for tasks whose scenes are seen from different places: one world has one agentview.
+def of_tasks(suite: str, tasks: Iterable[int]) -> tuple[Camera, ...]:
+    """The cameras of tasks, in the order of the images' views; none where the tasks' scenes are not
+    all seen from the same place.
     """
-    kinds = {AGENTVIEW[kind_of(suite, task)]: kind_of(suite, task) for task in tasks}
-    if len(kinds) != 1:
-        raise UserError(
-            f"the cameras of {suite}: expected tasks of one kind of scene, got "
-            f"{', '.join(sorted(kinds.values()))}, seen from different places. Choose tasks of one "
-            "kind (env.tasks), or leave the action map out (simulator.action_map)."
-        )
-    (place,) = kinds
+    places = {AGENTVIEW[kind_of(suite, task)] for task in tasks}
+    if len(places) != 1:
+        return ()
+    (place,) = places
     return (
         Camera("agentview", 45.0, "world", _matrix(*place), mirrored=True),
         Camera("robot0_eye_in_hand", 75.0, "hand", _LOOKS_ALONG_THE_FINGERS, mirrored=True),

@@ -21,18 +21,19 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from worldenv.data.embodiment import Embodiment
 from worldenv.data.episode import Episode
 from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.envs.libero.assets import resolve_assets
 from worldenv.envs.libero.pool import Command, WorkerPool
+from worldenv.envs.libero.robot import ACTION_DIMS, PROPRIO_DIMS, RENDER_SIZES, embodiment
 from worldenv.envs.libero.server import Chunk, Demonstration
-from worldenv.envs.libero.worker import ACTION_DIMS, CAMERAS, PROPRIO_DIMS, read_init_state
+from worldenv.envs.libero.worker import read_init_state
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.runtime.seeds import derive
 
 INIT_STATES = 50
-RENDER_SIZE = 128
 _LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
@@ -83,14 +84,15 @@ class LiberoVectorEnv(VectorEnv):
         }.items():
             if value <= 0:
                 raise UserError(f"{name} must be positive, got {value}.")
-        if image_size > RENDER_SIZE:
-            raise UserError(f"image_size must be at most {RENDER_SIZE}, got {image_size}.")
+        if image_size > RENDER_SIZES[-1]:
+            raise UserError(f"image_size must be at most {RENDER_SIZES[-1]}, got {image_size}.")
         if terminate not in ("success", "never"):
             raise unknown("termination", terminate, ("success", "never"))
         self.suite, self.num_envs, self.chunk = suite, num_envs, chunk
         self.max_steps, self.terminate, self.record_every = max_steps, terminate, record_every
         self.assets = resolve_assets(assets, suite, None)
-        self.single_observation_space, self.single_action_space = _spaces(image_size, chunk)
+        self.embodiment = embodiment(image_size, chunk)
+        self.single_observation_space, self.single_action_space = _spaces(self.embodiment)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._workers = min(workers, num_envs)
@@ -98,7 +100,7 @@ class LiberoVectorEnv(VectorEnv):
             "suite": suite,
             "assets": str(self.assets.path),
             "image_size": image_size,
-            "render_size": RENDER_SIZE,
+            "render_size": self.embodiment.render_size,
         }
         self._pool = WorkerPool(
             self._workers, settings, timeout_s=timeout_s, recover=self._recovery
@@ -395,17 +397,17 @@ class LiberoEnv(gymnasium.Env):
         )
 
 
-def _spaces(image_size: int, chunk: int) -> tuple[spaces.Dict, spaces.Box]:
+def _spaces(robot: Embodiment) -> tuple[spaces.Dict, spaces.Box]:
     """One row's observation and action spaces."""
-    shape = (len(CAMERAS), image_size, image_size, 3)
+    shape = (robot.V, robot.image_size, robot.image_size, 3)
     observation = spaces.Dict(
         {
             "image": spaces.Box(0, 255, shape, np.uint8),
-            "proprio": spaces.Box(-np.inf, np.inf, (PROPRIO_DIMS,), np.float32),
+            "proprio": spaces.Box(-np.inf, np.inf, (robot.P,), np.float32),
             "instruction": spaces.Text(max_length=200, charset=_LETTERS),
         }
     )
-    return observation, spaces.Box(-1.0, 1.0, (chunk, ACTION_DIMS), np.float32)
+    return observation, spaces.Box(-1.0, 1.0, (robot.chunk, robot.A), np.float32)
 
 
 def _row_generators(

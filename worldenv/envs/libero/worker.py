@@ -29,12 +29,10 @@ import numpy as np
 from worldenv.data.episode import area_resize, continuous_axis_angle
 from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.envs.libero.assets import configure_libero, is_primitive, libero_root, robot_for
+from worldenv.envs.libero.robot import CAMERAS
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError, unknown
 
-CAMERAS = ("agentview", "robot0_eye_in_hand")
-ACTION_DIMS = 7
-PROPRIO_DIMS = 8
 SETTLING_STEPS = 10
 SETTLING_ACTION = np.array([0, 0, 0, 0, 0, 0, -1], dtype=np.float64)
 LETTING_DOWN = 250  # physics steps of 2 ms
