@@ -10,9 +10,6 @@ and compared with what was real. Differences are paired by place and resampled b
 is written into the run folders; trained simulators are kept in --work and not trained twice.
 """
 
-import argparse
-import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,20 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.__main__ import machine
-from worldenv.config import Config, fingerprint, load, to_dict
+from worldenv.config import Config, fingerprint, load
 from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.simulator import Simulator
-from worldenv.report.statistics import bootstrap_difference
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import simulator as stage
 from worldenv.stages import store
 from worldenv.stages.collect import load_round
-from worldenv.stages.fidelity import horizon_errors
-from worldenv.stages.replay import replay
-from worldenv.stages.run import Run, read_record, write_json, write_record
+from worldenv.stages.run import Run, read_record, write_record
 
 ROOT = Path(__file__).parents[1]
 ARMS = {

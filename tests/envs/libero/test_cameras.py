@@ -1,4 +1,4 @@
-"""The cameras written down are the simulator's: its matrices, its pixels, in every kind of scene."""
+"""The cameras written down are the simulator's, by its matrices and by what it renders."""
 
 import os
 
