@@ -211,7 +211,7 @@ def test_training_moves_what_reads_the_map(self_history):
         loss.backward()
         optimizer.step()
     drawn_on = model.columns_in.weight.abs().amax(0) > 1e-4
-    assert 0.05 < drawn_on.float().mean()
+    assert drawn_on.float().mean() > 0.05
 
 
 def test_what_the_map_shows_matters_to_the_frame_and_carries_no_gradient():
