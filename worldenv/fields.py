@@ -214,8 +214,10 @@ def _canonical_list(kind: Any, notes: tuple, value: Any, name: str) -> tuple:
         raise _refusal(name, words, value)
     try:
         canonical = tuple(_canonical(k, v, name) for k, v in zip(kinds, value, strict=True))
-    except UserError as error:  # of an entry: what is said is of the whole list
-        raise _refusal(name, words, value) from error
+    except UserError as error:
+        if dataclasses.is_dataclass(kinds[0]):
+            raise
+        raise _refusal(name, words, value) from error  # what is said is of the whole list
     for note in notes:
         if isinstance(note, Items):
             repeated = note.distinct and len(set(canonical)) < len(canonical)

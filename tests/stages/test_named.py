@@ -152,16 +152,17 @@ def test_what_is_no_such_checkpoint_is_refused_before_anything_is_written(
         ("config", None, "metadata 'config': expected dict, got none"),
         ("config", 3, "metadata 'config': expected dict, got 3"),
         ("config", {"size": 3}, "unknown key 'size'"),
-        ("image_size", "64", "metadata 'image_size': expected int, got '64'"),
-        ("image_size", None, "metadata 'image_size': expected int, got none"),
-        ("image_size", 32, r"trained with env.image_size 32, got 64.*--env.image-size 32"),
-        ("chunk", True, "metadata 'chunk': expected int, got True"),
-        ("chunk", 4, r"trained with env.chunk 4, got 8"),
-        ("image_size", 100, "image_size: expected"),
+        ("embodiment", None, "metadata 'embodiment': expected dict, got none"),
+        ("embodiment.image_size", "64", "embodiment image_size: expected a whole number"),
+        ("embodiment.image_size", 32, r"with env.image_size 32, got 64.*--env.image-size 32"),
+        ("embodiment.chunk", True, "embodiment chunk: expected a whole number"),
+        ("embodiment.chunk", 4, r"trained with env.chunk 4, got 8"),
+        ("embodiment.image_size", 100, "image_size: expected"),
     ):
         changed = {k: v for k, v in metadata.items() if k != key}
         if value is not None:
-            changed[key] = value
+            part, _, field = key.partition(".")
+            changed[part] = {**metadata[part], field: value} if field else value
         checkpoint.save(bad, tensors, changed)
         refused(words)
     for text, words in (("{", "expected JSON"), ("[1]", "expected a JSON object, got list")):
@@ -172,9 +173,9 @@ def test_what_is_no_such_checkpoint_is_refused_before_anything_is_written(
 def test_a_policy_of_other_sizes_is_saved_with_its_own(tmp_path):
     """Post-training an adopted policy wrote the run's sizes beside the policy's weights."""
     small = replace(BASE, policy=replace(BASE.policy, width=32, layers=1))
-    store.save("policy", store.build("policy", small), small, tmp_path / "small")
+    store.save("policy", store.build("policy", small), tmp_path / "small")
     policy = store.load("policy", tmp_path / "small", fits=BASE)
-    store.save("policy", policy, BASE, tmp_path / "again")
+    store.save("policy", policy, tmp_path / "again")
     again = store.load("policy", tmp_path / "again")
     assert again.config == small.policy
     assert store.digest(again) == store.digest(policy)
