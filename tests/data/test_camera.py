@@ -127,3 +127,10 @@ def test_tasks_seen_from_different_places_have_no_cameras():
     kinds = {of_tasks("libero_10", (t,))[0].pose for t in range(10)}
     assert len(kinds) == 3
     assert len(set(AGENTVIEW.values())) == 4
+
+
+def test_a_damaged_camera_of_a_robot_is_named():
+    values = to_dict(embodiment(64, cameras=of_tasks("libero_spatial", (8,))))
+    values["cameras"][1]["mount"] = "foot"
+    with pytest.raises(UserError, match=r"cameras\.mount: expected one of world, hand, got 'foot'"):
+        from_dict(Embodiment, values)
