@@ -156,13 +156,6 @@ class SFTConfig:
 class SimulatorConfig(PublishedSimulator):
     """Causal video denoiser over tokenizer latents, flow matching (paper section 3.3)."""
 
-    tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
-    """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
-    video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
-    tokenizer_folder: Path | None = None
-    """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
-    tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
-    """What a published tokenizer computes in."""
     patch: Annotated[int, Range(1, 128)] = 16
     """Pixels per token side: for a published tokenizer a multiple of the pixels of a latent. Wan's
     denoisers take two latents a side: 16 with the VAE of 2.1, 32 with that of 2.2."""
@@ -186,6 +179,11 @@ class SimulatorConfig(PublishedSimulator):
     processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
+    action_map: bool = False
+    """Draw the predicted next pose of the hand where the cameras see it, as the paper does, on
+    further columns of the tokens (results/action-map says what that brings)."""
+    ray_maps: bool = False
+    """Beside the action map, how the cameras move: origin and direction of every pixel's ray."""
     steps: Count = 1000
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300
@@ -219,11 +217,9 @@ class SimulatorConfig(PublishedSimulator):
         yield cached, "window", "at least 1 for a Wan, which sees the past through its cache alone"
         halved = self.tokenizer != "autoencoder" or self.patch.bit_count() == 1
         yield halved, "patch", "a power of two for the autoencoder, which halves"
-        named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
-        expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
-        yield named, "tokenizer_folder", expected
         needless = self.history_gradient and not self.window
         yield not needless, "history_gradient", "False without a window: nothing is remembered"
+        yield self.action_map or not self.ray_maps, "ray_maps", "false without action_map"
 
 
 @dataclass(frozen=True)

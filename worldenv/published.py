@@ -58,7 +58,7 @@ class PublishedPolicy:
 
 @dataclass(frozen=True)
 class PublishedSimulator:
-    """Which simulator, and what only published ones have."""
+    """Which simulator and which tokenizer, and what only published ones have."""
 
     kind: Literal["small", "wan", "wovr"] = "small"
     """Trained from nothing; a published Wan (2.1 T2V 1.3B, 2.2 TI2V 5B); or one of WoVR's
@@ -73,9 +73,20 @@ class PublishedSimulator:
     """Of the sampling schedule: above 1, more passes at high noise. Unset: 1 for the small one, 5
     for Wan (what TI2V 5B and WoVR use; 3 suits the 1.3B)."""
 
+    tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
+    """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
+    video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
+    tokenizer_folder: Path | None = None
+    """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
+    tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
+    """What a published tokenizer computes in."""
+
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
         needed = f"the folder of a published {self.kind}"
         yield self.kind == "small" or self.folder is not None, "folder", needed
         prompt = "the file of the text, where text is words"
         yield self.text != "words" or self.prompt is not None, "prompt", prompt
+        named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
+        expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
+        yield named, "tokenizer_folder", expected
