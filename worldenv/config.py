@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import arg
 
 from worldenv.fields import Items, Pattern, Range, build, check
-from worldenv.published import PublishedPolicy, PublishedSimulator, Rule
+from worldenv.published import PublishedPolicy, PublishedReflector, PublishedSimulator, Rule
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
@@ -179,13 +179,6 @@ class SFTConfig:
 class SimulatorConfig(PublishedSimulator):
     """Causal video denoiser over tokenizer latents, flow matching (paper section 3.3)."""
 
-    tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
-    """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
-    video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
-    tokenizer_folder: Path | None = None
-    """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
-    tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
-    """What a published tokenizer computes in."""
     patch: Annotated[int, Range(1, 128)] = 16
     """Pixels per token side: for a published tokenizer a multiple of the pixels of a latent. Wan's
     denoisers take two latents a side: 16 with the VAE of 2.1, 32 with that of 2.2."""
@@ -209,6 +202,11 @@ class SimulatorConfig(PublishedSimulator):
     processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
+    action_map: bool = False
+    """Draw the predicted next pose of the hand where the cameras see it, as the paper does, on
+    further columns of the tokens (results/action-map says what that brings)."""
+    ray_maps: bool = False
+    """Beside the action map, how the cameras move: origin and direction of every pixel's ray."""
     steps: Count = 1000
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300
@@ -244,39 +242,13 @@ class SimulatorConfig(PublishedSimulator):
         yield halved, "patch", "a power of two for the autoencoder, which halves"
         needless = self.history_gradient and not self.window
         yield not needless, "history_gradient", "False without a window: nothing is remembered"
-        named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
-        expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
-        yield named, "tokenizer_folder", expected
+        yield self.action_map or not self.ray_maps, "ray_maps", "false without action_map"
 
 
 @dataclass(frozen=True)
-class ReflectorConfig:
+class ReflectorConfig(PublishedReflector):
     """Reward and termination head (paper section 3.4)."""
 
-    kind: Literal["small", "vlm", "prompted"] = "small"
-    """A convolutional encoder trained with its head, a head on the hidden state of a frozen
-    image-text model, or that model's own answer to the prompt, without a head."""
-    folder: Path | None = None
-    """Folder of the image-text model, as published (vlm, prompted)."""
-    prompt: str = (
-        "{first}{now}These are the first and the latest picture of a robot at work. Its task: "
-        "{instruction}. Has the task been done? Answer Yes or No."
-    )
-    """What the image-text model is asked: {first} and {now} stand for the pictures of the first
-    and of the latest frame, once each, {instruction} for the task."""
-    answers: tuple[str, str] = ("Yes", "No")
-    """The answers that mean success and failure (prompted)."""
-    views: Literal["first", "all"] = "first"
-    """Which cameras the image-text model sees."""
-    use_proprio: bool = False
-    """Whether the head on an image-text model sees the proprio too (vlm)."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-    """What the image-text model computes in."""
-    keep_first: bool = True
-    """Keep the image-text model's keys and values of an episode's first frame, where that changes
-    nothing: half the work, for the memory that `models.vlm_cost` says."""
-    encode_batch: Batch = 16
-    """Frames that the image-text model sees at once."""
     width: Width = 128
     """Hidden width of the head."""
     encoder_channels: Channels = 16
@@ -295,14 +267,6 @@ class ReflectorConfig:
     """Choose eta anew in each round, such that the policy that explored succeeds as often in its
     imagination as it did in reality. With a fixed one some worlds call nearly everything a success,
     and nothing is learned there."""
-
-    def rules(self) -> Iterator[Rule]:
-        """What its fields require of each other."""
-        needed = f"the folder of an image-text model, for kind {self.kind}"
-        yield self.kind == "small" or self.folder is not None, "folder", needed
-        slots = ("{first}", "{now}", "{instruction}")
-        once = all(self.prompt.count(slot) == 1 for slot in slots)
-        yield once, "prompt", "{first}, {now} and {instruction}, once each"
 
 
 @dataclass(frozen=True)

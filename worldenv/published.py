@@ -58,7 +58,7 @@ class PublishedPolicy:
 
 @dataclass(frozen=True)
 class PublishedSimulator:
-    """Which simulator, and what only published ones have."""
+    """Which simulator and which tokenizer, and what only published ones have."""
 
     kind: Literal["small", "wan", "wovr"] = "small"
     """Trained from nothing; a published Wan (2.1 T2V 1.3B, 2.2 TI2V 5B); or one of WoVR's
@@ -73,9 +73,58 @@ class PublishedSimulator:
     """Of the sampling schedule: above 1, more passes at high noise. Unset: 1 for the small one, 5
     for Wan (what TI2V 5B and WoVR use; 3 suits the 1.3B)."""
 
+    tokenizer: Literal["patch", "autoencoder", "wan-vae", "kl-vae", "tiny-vae"] = "patch"
+    """Pixel patches (no training), a small convolutional autoencoder, or a published one: Wan's
+    video VAE, Stable Diffusion's AutoencoderKL, AutoencoderTiny."""
+    tokenizer_folder: Path | None = None
+    """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
+    tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
+    """What a published tokenizer computes in."""
+
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
         needed = f"the folder of a published {self.kind}"
         yield self.kind == "small" or self.folder is not None, "folder", needed
         prompt = "the file of the text, where text is words"
         yield self.text != "words" or self.prompt is not None, "prompt", prompt
+        named = (self.tokenizer_folder is not None) == self.tokenizer.endswith("-vae")
+        expected = f"a folder for a published tokenizer, none for another ({self.tokenizer!r})"
+        yield named, "tokenizer_folder", expected
+
+
+@dataclass(frozen=True)
+class PublishedReflector:
+    """Which reflector, and what only those of published image-text models have."""
+
+    kind: Literal["small", "vlm", "prompted"] = "small"
+    """A convolutional encoder trained with its head, a head on the hidden state of a frozen
+    image-text model, or that model's own answer to the prompt, without a head."""
+    folder: Path | None = None
+    """Folder of the image-text model, as published (vlm, prompted)."""
+    prompt: str = (
+        "{first}{now}These are the first and the latest picture of a robot at work. Its task: "
+        "{instruction}. Has the task been done? Answer Yes or No."
+    )
+    """What the image-text model is asked: {first} and {now} stand for the pictures of the first
+    and of the latest frame, once each, {instruction} for the task."""
+    answers: tuple[str, str] = ("Yes", "No")
+    """The answers that mean success and failure (prompted)."""
+    views: Literal["first", "all"] = "first"
+    """Which cameras the image-text model sees."""
+    use_proprio: bool = False
+    """Whether the head on an image-text model sees the proprio too (vlm)."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the image-text model computes in."""
+    keep_first: bool = True
+    """Keep the image-text model's keys and values of an episode's first frame, where that changes
+    nothing: half the work, for the memory that `models.vlm_cost` says."""
+    encode_batch: Annotated[int, Range(1, 10**6)] = 16
+    """Frames that the image-text model sees at once."""
+
+    def rules(self) -> Iterator[Rule]:
+        """What its fields require of each other."""
+        needed = f"the folder of an image-text model, for kind {self.kind}"
+        yield self.kind == "small" or self.folder is not None, "folder", needed
+        slots = ("{first}", "{now}", "{instruction}")
+        once = all(self.prompt.count(slot) == 1 for slot in slots)
+        yield once, "prompt", "{first}, {now} and {instruction}, once each"

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from worldenv.data.camera import Camera
 from worldenv.data.episode import Episode
 from worldenv.fields import Items, Range
 from worldenv.runtime.errors import UserError
@@ -56,11 +57,15 @@ class Embodiment:
     """Distance of the fingers in m above which nothing is held: a grasp may be to come."""
     normalisation: Literal["mean-std", "q99"] = "mean-std"
     """How proprio and actions are scaled for the models; the numbers lie in their weights."""
+    cameras: Annotated[tuple[Camera, ...], Items(0)] = ()
+    """Where the views are seen from, in their order; empty where that is not known."""
 
     def rules(self) -> Iterator[tuple[bool, str, str]]:
         """What its fields require of each other."""
         enough = f"at least image_size {self.image_size}"
         yield self.render_size >= self.image_size, "render_size", enough
+        names = tuple(camera.name for camera in self.cameras)
+        yield names in ((), self.views), "cameras", f"none, or {', '.join(self.views)}"
 
     @property
     def V(self) -> int:
@@ -90,12 +95,14 @@ class Embodiment:
         return sum(abs(proprio[i]) for i in self.entries("gripper"))
 
 
-def differences(one: Embodiment, other: Embodiment) -> dict[str, tuple]:
+def differences(one: Embodiment, other: Embodiment, drawn: bool = False) -> dict[str, tuple]:
     """Fields in which two differ, with both values: what is made for one does not fit the other.
 
-    How large the cameras' own images are does not matter to a model.
+    How large the cameras' own images are does not matter to a model, nor where they stand unless
+    it draws what they see.
     """
-    names = [name for name in one.__dataclass_fields__ if name != "render_size"]
+    apart = {"render_size"} if drawn else {"render_size", "cameras"}
+    names = [name for name in one.__dataclass_fields__ if name not in apart]
     pairs = {name: (getattr(one, name), getattr(other, name)) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
 from worldenv.data.embodiment import Embodiment
+from worldenv.models.action_map import ActionMap
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
@@ -49,6 +50,9 @@ class Network(nn.Module):
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
         grips = torch.tensor([kind == "grip" for kind in embodiment.action])
         self.register_buffer("grips", grips, persistent=False)  # [A] bool
+        self.action_map: ActionMap | None = None
+        if config.action_map:
+            self.action_map = ActionMap(embodiment, self.tokenizer.grid, config.ray_maps)
 
     def denoise(
         self,
@@ -94,7 +98,11 @@ class Network(nn.Module):
         (how fast the arm still moves is in neither pose) and the one from there.
         """
         known, predicted = self._dynamics(proprio, previous, led, action)
-        return Conditioning(self.action_in(torch.cat([known, predicted.detach()], -1)), predicted)
+        embedded, columns = self.action_in(torch.cat([known, predicted.detach()], -1)), None
+        if self.action_map is not None:
+            reached = predicted.detach() * self.proprio_std + self.proprio_mean
+            columns = self.action_map(reached, proprio)
+        return Conditioning(embedded, predicted, columns)
 
     def _dynamics(
         self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
@@ -138,6 +146,9 @@ class Denoiser(Network):
         self.proprio_out = nn.Linear(e, proprio)
         for layer in (self.time_out, self.dynamics[-1], self.proprio_out):
             zeroed(layer)
+        # Last, so that a model without one begins with the same numbers.
+        if self.action_map is not None:
+            self.columns_in = zeroed(nn.Linear(self.action_map.columns, e))
 
     def denoise(
         self,

@@ -8,9 +8,9 @@ The last `window` ones also reach it through the keys and values they left in th
 proprio is predicted from proprio and actions, conditions the frame, and is refined from the
 denoised tokens.
 
-Liberties: the paper draws the next pose as an image-plane map, we condition by modulation; in
-training the cached keys and values carry no gradient (as in Transformer-XL) unless the config asks
-for it; either way a training step sees exactly what generation sees.
+Liberties: the next pose conditions by modulation, and by the paper's image-plane map only if asked
+(`action_map.py`); in training the cached keys and values carry no gradient (as in Transformer-XL)
+unless the config asks for it; either way a training step sees exactly what generation sees.
 """
 
 import copy

@@ -32,7 +32,8 @@ class WanNetwork(Network):
     """A published Wan as a simulator's network, with what a simulator needs beside it."""
 
     def __init__(self, config: SimulatorConfig, embodiment: Embodiment, columns: int = 0) -> None:
-        """columns: M, of `Conditioning.columns`. UserError where the folder does not fit."""
+        """columns: how many of `Conditioning.columns` there are beside those of the action map.
+        UserError where the folder does not fit."""
         super().__init__(config, embodiment, shift=5.0)
         self.wan = wan_folder.load(
             config.folder, "wan", config.text == "constant", config.precision
@@ -55,6 +56,7 @@ class WanNetwork(Network):
         self.action_in = action_encoder(embodiment, _ACTION_WIDTH)
         self.dynamics = dynamics(embodiment)
         zeroed(self.dynamics[-1])
+        columns += self.action_map.columns if self.action_map is not None else 0
         # All that follows begins at zero, beside what is published.
         self.position = nn.Parameter(torch.zeros(self.tokens, e))
         self.columns_in = zeroed(nn.Linear(2 * z + columns, e))

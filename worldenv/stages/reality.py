@@ -16,6 +16,7 @@ import torch
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.envs.libero import robot
+from worldenv.envs.libero.cameras import of_tasks
 from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
@@ -24,7 +25,8 @@ from worldenv.rl.rollout import Actor, Stop, rollout
 
 def embodiment(config: Config) -> Embodiment:
     """The robot of the benchmark that a configuration names, as its models see it."""
-    return robot.embodiment(config.env.image_size, config.env.chunk)
+    env = config.env
+    return robot.embodiment(env.image_size, env.chunk, of_tasks(env.suite, env.tasks))
 
 
 def make_env(config: Config, rows: int = 1, **arguments: object) -> LiberoVectorEnv:

@@ -108,7 +108,8 @@ def read(
         raise UserError(f"{path}: expected a {kind} checkpoint, got {metadata.get('kind')!r}")
     part, robot = _facts(kind, metadata, path)
     if fits is not None:
-        check_fits(robot, embodiment(fits), f"{path}: this {kind} was trained")
+        drawn = getattr(part, "action_map", False)
+        check_fits(robot, embodiment(fits), f"{path}: this {kind} was trained", drawn)
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
@@ -131,9 +132,17 @@ def _check_folder(part: object, trained: str | None, path: Path) -> None:
         )
 
 
-def check_fits(own: Embodiment, asked: Embodiment, what: str) -> None:
-    """UserError that begins with `what` unless both are the same robot, seen and commanded so."""
-    for name, (mine, other) in differences(own, asked).items():
+def check_fits(own: Embodiment, asked: Embodiment, what: str, drawn: bool = False) -> None:
+    """UserError that begins with `what` unless both are the same robot, seen and commanded so;
+    drawn: from the same places.
+    """
+    for name, (mine, other) in differences(own, asked, drawn).items():
+        if name == "cameras":
+            raise UserError(
+                f"{what} with an action map of {len(mine)} cameras, got {len(other)} that do not "
+                "all stand where those did. Use a checkpoint trained on scenes of the same kind, "
+                "or one without action map."
+            )
         if name in ("image_size", "chunk"):
             raise UserError(
                 f"{what} with env.{name} {mine}, got {other}. Use the preset or the run folder it "

@@ -1,5 +1,6 @@
 """LIBERO's robot: a Panda arm moved by OSC_POSE deltas, seen by two cameras."""
 
+from worldenv.data.camera import Camera
 from worldenv.data.embodiment import Embodiment, Entry
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
@@ -14,8 +15,10 @@ _ACTION = ("translate",) * 3 + ("turn",) * 3 + ("grip",)
 PROPRIO_DIMS, ACTION_DIMS = len(_PROPRIO), len(_ACTION)
 
 
-def embodiment(image_size: int, chunk: int = 8) -> Embodiment:
-    """As models see it in images of `image_size` pixels, commanded `chunk` actions at a time."""
+def embodiment(image_size: int, chunk: int = 8, cameras: tuple[Camera, ...] = ()) -> Embodiment:
+    """As models see it in images of `image_size` pixels, commanded `chunk` actions at a time;
+    cameras: those of its tasks (`cameras.of_tasks`).
+    """
     return Embodiment(
         name="libero-panda",
         views=CAMERAS,
@@ -28,6 +31,7 @@ def embodiment(image_size: int, chunk: int = 8) -> Embodiment:
         control_hz=20.0,
         gripper_closes=1,
         gripper_open=0.07,
+        cameras=cameras,
     )
 
 
