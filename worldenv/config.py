@@ -180,8 +180,8 @@ class SimulatorConfig(PublishedSimulator):
     """Past frames attended to through the cache, besides the last one on the channels. On two CPU
     cores a window of 2 makes the default simulator learn 1.7 times slower."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the transformer computes in when it generates; it trains in float32. bfloat16 is for
-    processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
+    """What the transformer computes in when it generates; the small one trains in float32, a Wan in
+    this. bfloat16 is for processors that multiply it natively (`worldenv-doctor` says so)."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
     steps: Count = 1000
