@@ -235,7 +235,7 @@ def test_rows_begin_anew_when_they_are_reset(folder):
 
 def test_without_the_library_it_is_said_what_to_install(train, monkeypatch):
     monkeypatch.setattr(store, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"expected transformers, .* pip install 'worldenv\[models"):
+    with pytest.raises(UserError, match=r"expected transformers, .*pip install 'worldenv\[models"):
         train(kind="vlm")
 
 
