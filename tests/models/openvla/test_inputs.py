@@ -106,8 +106,8 @@ def test_training_crops_anywhere_and_changes_the_light():
     g = torch.Generator().manual_seed(0)
     x = pixels(image, g)[0]
     assert torch.equal(x, pixels(image, torch.Generator().manual_seed(0))[0])
-    assert (x.min(), x.max()) >= (0, 0.9)
-    assert x.max() <= 1
+    assert x.min() >= 0
+    assert 0.9 < x.max() <= 1
     # A ramp stays one; how steep it is says the contrast, on a side of sqrt 0.9.
     middle = x[:, 0, 28]
     slope = (middle[:, 30] - middle[:, 20]) / (10 * 4 / 255) / math.sqrt(0.9)
