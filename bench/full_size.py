@@ -44,12 +44,19 @@ class Case:
     load: Callable[[Path], Callable[[], object]]  # what to do once with the model
 
 
+def openvla_layout(small: bool) -> object:
+    """Sizes of the published OpenVLA, or an eighth of its widths."""
+    from tests.published import openvla
+
+    width = {"dino": 128, "siglip": 144, "siglip_hidden": 538, "width": 512, "hidden": 1376}
+    return replace(openvla.FULL, **width, heads=4) if small else openvla.FULL
+
+
 def write_openvla(folder: Path, small: bool) -> None:
     """An OpenVLA-OFT folder of four bf16 shards."""
     from tests.published import openvla
 
-    width = {"dino": 128, "siglip": 144, "siglip_hidden": 538, "width": 512, "hidden": 1376}
-    openvla.write(folder, replace(openvla.FULL, **width, heads=4) if small else openvla.FULL)
+    openvla.write(folder, openvla_layout(small))
 
 
 def load_openvla(folder: Path) -> Callable[[], object]:

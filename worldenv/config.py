@@ -135,13 +135,13 @@ class PolicyConfig(PublishedPolicy):
     @property
     def distribution(self) -> Literal["laplace", "categorical"]:
         """Of its actions."""
-        return "laplace"
+        return "categorical" if self.kind == "openvla-token" else "laplace"
 
     @property
     def large(self) -> bool:
         """Whether memory suffices for one of it alone, and only the run's device is fast enough for
         it to act."""
-        return False
+        return self.kind != "small"
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""

@@ -300,20 +300,27 @@ def component(
 
 
 def adapter_shapes(layers: Mapping[str, list[int]], rank: int) -> dict[str, list[int]]:
-    """Published names of an adapter's tensors; layers: weights' names and shapes, [out, in]."""
+    """Published names of an adapter's tensors; layers: weights' names and shapes."""
     out = {}
-    for name, (rows, columns) in layers.items():
+    for name, (rows, *inner) in layers.items():
+        last = [1] * (len(inner) - 1)  # of a convolution: one pixel
         start = f"base_model.model.{name.removesuffix('.weight')}"
-        out |= {f"{start}.lora_A.weight": [rank, columns], f"{start}.lora_B.weight": [rows, rank]}
+        out |= {f"{start}.lora_A.weight": [rank, *inner]}
+        out |= {f"{start}.lora_B.weight": [rows, rank, *last]}
     return out
 
 
-def write_adapter(folder: Path, layout: Layout = TINY, rank: int = 4, alpha: int = 2) -> None:
-    """lora_adapter/ as peft 0.11 wrote it: of all linear layers, the unused ones too."""
+def write_adapter(
+    folder: Path, layout: Layout = TINY, rank: int = 4, alpha: int = 2, more: bool = False
+) -> None:
+    """lora_adapter/ as peft 0.11 wrote it: of all linear layers, the unused ones too; `more`: of
+    patch embeddings and the language model's head as well, as RLinf's."""
+    also = ("patch_embed.proj.weight", "lm_head.weight") if more else ()
     layers = {
         n: s
         for n, s in shapes(layout).items()
-        if len(s) == 2 and not n.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if n.endswith(also)
+        or (len(s) == 2 and not n.endswith(("embed_tokens.weight", "lm_head.weight")))
     }
     (folder / "lora_adapter").mkdir()
     sizes = adapter_shapes(layers, rank)

@@ -2,9 +2,11 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from published import openvla as published
 
 from worldenv.config import PolicyConfig
 from worldenv.data.embodiment import Embodiment, Entry
@@ -25,6 +27,7 @@ ROBOT = Embodiment(
     gripper_open=0.06,
     normalisation="q99",
 )
+SHALLOW = replace(published.TINY, depths=(3, 4))
 PROMPTS = ("pick up the black bowl", "Open the drawer", "go")
 
 

@@ -68,8 +68,9 @@ class OpenVLA(nn.Module):
         super().__init__()
         self.config, self.embodiment, self.sizes = config, embodiment, sizes
         self.chunk, self.actions = embodiment.chunk, embodiment.A
+        self.feature_width = sizes.width
         self.images = config.images or (embodiment.V if config.kind == "openvla-oft" else 1)
-        self.distribution = "laplace" if config.kind == "openvla-oft" else "categorical"
+        self.distribution = config.distribution
         self.vision_backbone = nn.Module()
         first, second = (Vit(*tower) for tower in sizes.towers)
         self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer = first, second
@@ -113,9 +114,31 @@ class OpenVLA(nn.Module):
         log_scale = self.scale_head(said.detach().to(self.scale_head.weight.dtype)).float()
         return mu, log_scale.clamp(self.config.min_log_scale, 0.0)
 
-    def slots(self, observation: Mapping[str, Any]) -> Tensor:
-        """What the language model says one place before each slot `[B, C * A, E]`."""
-        before, keep = self.prefix(observation)
+    def augmented(
+        self,
+        observation: Mapping[str, Any],
+        generator: torch.Generator,
+        shift: int,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` for imitation: images cropped anywhere and lit otherwise, as published policies
+        are trained (`shift` is not needed then), proprio with noise of deviations `[P]`.
+        """
+        proprio = observation["proprio"]
+        jitter = torch.randn(proprio.shape, generator=generator).to(proprio.device) * noise
+        return self.heads(self.slots({**observation, "proprio": proprio + jitter}, generator))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Of demonstrations: not taken, for its weights belong to the statistics it came with."""
+
+    def slots(
+        self, observation: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> Tensor:
+        """What the language model says one place before each slot `[B, C * A, E]`.
+
+        generator: see `Pixels`.
+        """
+        before, keep = self.prefix(observation, generator)
         if self.config.decode == "autoregressive":
             return self._one_by_one(before, keep)
         rows, _, width = before.shape
@@ -137,7 +160,9 @@ class OpenVLA(nn.Module):
         start = before.shape[1] - 1
         return said[:, start : start + count]
 
-    def prefix(self, observation: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def prefix(
+        self, observation: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """All that precedes the slots `[B, N, E]`, and which of it is no padding, bool `[B, N]`."""
         images = observation["image"]
         if images.shape[1] < self.images:
@@ -146,7 +171,8 @@ class OpenVLA(nn.Module):
                 f"{images.shape[1]}. Give it as many, or set policy.images."
             )
         rows, device = len(images), self.units.edges.device
-        seen = self._seen(images[:, : self.images].to(device)).reshape(rows, -1, self.sizes.width)
+        seen = self._seen(images[:, : self.images].to(device), generator)
+        seen = seen.reshape(rows, -1, self.sizes.width)
         ids, keep = (x.to(device) for x in self.words.batch(observation["instruction"]))
         parts = [self._embedded(self.words.first).expand(rows, 1, -1), seen]
         if self.distribution == "laplace" and self.config.proprio:
@@ -157,10 +183,10 @@ class OpenVLA(nn.Module):
         x = torch.cat(parts, 1)
         return x, F.pad(keep, (x.shape[1] - keep.shape[1], 0), value=True)
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def _seen(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Images `[B, V, H, W, 3]` to tokens `[B * V, S, E]`, DINOv2's channels first."""
         towers = (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer)
-        pixels = self.pixels(images)
+        pixels = self.pixels(images, generator)
         seen = [t(x.to(t.pos_embed.dtype)) for t, x in zip(towers, pixels, strict=True)]
         return self.projector(torch.cat(seen, -1))
 

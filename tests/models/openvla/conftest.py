@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from published import openvla as published
+from published.openvla_policy import SHALLOW
 
 from worldenv.models import vit
-
-SHALLOW = replace(published.TINY, depths=(3, 4))
 
 
 @pytest.fixture(scope="session")

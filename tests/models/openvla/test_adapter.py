@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from published.openvla_policy import copied, look, policy
+from published import openvla as published
+from published.openvla_policy import SHALLOW, copied, look, policy
 from safetensors.torch import load_file, save_file
 
 from worldenv.models.openvla_adapter import save_adapter, save_heads
@@ -44,6 +45,30 @@ def test_a_published_adapter_is_applied_exactly(shallow):
         if hasattr(layer, "get_delta_weight"):
             layer.merge()
     assert (model(look())[0] - live).abs().max() < 1e-5 * live.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["openvla-token", "openvla-oft"])
+def test_adapters_of_convolutions_and_of_the_vocabulary_are_applied(shallow, tmp_path, kind):
+    """RLinf's; under OpenVLA-OFT's head the vocabulary's is not used."""
+    folder = bare(shallow, tmp_path / "more")
+    if kind == "openvla-token":
+        for path in folder.glob("*.pt"):
+            path.unlink()
+    published.write_adapter(folder, SHALLOW, rank=3, alpha=6, more=True)
+    # In float64: so strong an adapter magnifies what is rounded.
+    base = policy(folder, kind).double()
+    live = policy(folder, kind, adapter="apply").double()
+    delta = load_file(folder / "lora_adapter/adapter_model.safetensors")
+    for name, layer in base.named_modules():
+        key = f"base_model.model.{name}.lora_A.weight"
+        if key in delta:
+            a, b = delta[key].double(), delta[key.replace("lora_A", "lora_B")].double()
+            layer.weight += 2 * (b.flatten(1) @ a.flatten(1)).view_as(layer.weight)
+    want, got = base(look(2))[0], live(look(2))[0]
+    assert (want - got).abs().max() < 1e-6 * want.abs().max()
+    if kind == "openvla-token":
+        live.trainable_groups()  # all are listed once, the head's own weight among the heads
 
 
 def bare(folder, to):

@@ -99,6 +99,23 @@ def test_the_crop_is_the_published_one():
     assert torch.equal(whole.round(), image[:, 0].permute(0, 3, 1, 2).float())
 
 
+def test_training_crops_anywhere_and_changes_the_light():
+    ramp = torch.arange(56, dtype=torch.uint8) * 4
+    image = ramp.expand(64, 1, 56, 56)[..., None].repeat(1, 1, 1, 1, 3)
+    pixels = Pixels(56, 0.9, [([0.0] * 3, [1.0] * 3)] * 2)
+    g = torch.Generator().manual_seed(0)
+    x = pixels(image, g)[0]
+    assert torch.equal(x, pixels(image, torch.Generator().manual_seed(0))[0])
+    assert x.min() >= 0
+    assert 0.9 < x.max() <= 1
+    # A ramp stays one; how steep it is says the contrast, on a side of sqrt 0.9.
+    middle = x[:, 0, 28]
+    slope = (middle[:, 30] - middle[:, 20]) / (10 * 4 / 255) / math.sqrt(0.9)
+    assert 0.78 < slope.min() < 0.9
+    assert 1.1 < slope.max() < 1.22
+    assert x.mean((1, 2, 3)).std() > 0.05
+
+
 @pytest.mark.parametrize("size", [256, 100, 300])
 def test_images_are_resized_with_lanczos(size):
     """Pillow's, which rounds between rows and columns unless its pixels are floats."""

@@ -190,6 +190,30 @@ def test_the_head_of_a_token_policy_is_its_vocabulary(tokens):
     assert len(groups["adapter"]) == 2 * (23 * 4 + 26 * 4 + 3 + 2 * 7)
 
 
+def test_imitation_disturbs_what_is_seen(shallow):
+    model, observation = policy(shallow), look(2)
+    draw = lambda noise: model.augmented(  # noqa: E731
+        observation, torch.Generator().manual_seed(1), 4, noise
+    )[0]
+    once, still = draw(torch.full((8,), 0.1)), draw(torch.zeros(8))
+    assert torch.equal(once, draw(torch.full((8,), 0.1)))
+    assert not torch.equal(once, still)
+    assert not torch.equal(still, model(observation)[0])
+    bounds = model.units.action_low.clone()
+    model.set_statistics(torch.zeros(8), torch.ones(8))
+    assert torch.equal(model.units.action_low, bounds)
+
+
+def test_a_copy_shares_what_is_not_trained(shallow):
+    """As updates make a reference: parameters given in the memo are not copied."""
+    model = policy(shallow)
+    memo = {id(p): p for p in model.parameters()}
+    twin = copy.deepcopy(model, memo)
+    assert twin.words is model.words
+    assert all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+    assert torch.equal(twin(look(1))[0], model(look(1))[0])
+
+
 def test_the_scale_is_clamped(oft):
     model = policy(oft, min_log_scale=-1.5)
     assert (model(look(1))[1] == -1.5).all()
