@@ -16,9 +16,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import tyro
 
 from worldenv import doctor as doctor_module
-from worldenv.config import (
+from worldenv.config import Config
+from worldenv.data.episodes import read_episodes
+from worldenv.fields import Items, Range, bare, check
+from worldenv.models.policy import Policy
+from worldenv.presets import NAMES, preset
+from worldenv.ranges import (
     INIT_STATES,
-    Config,
     Episodes,
     Factor,
     FixtureSeeds,
@@ -29,10 +33,6 @@ from worldenv.config import (
     StartRange,
     Tasks,
 )
-from worldenv.data.episodes import read_episodes
-from worldenv.fields import Items, Range, bare, check
-from worldenv.models.policy import Policy
-from worldenv.presets import NAMES, preset
 from worldenv.report.statistics import wilson
 from worldenv.runtime import signals
 from worldenv.runtime.errors import UserError

@@ -16,35 +16,36 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from worldenv.fields import Items, Pattern, Range, build, check
+from worldenv.fields import Items, Range, build, check
 from worldenv.published import PublishedPolicy, PublishedReflector, PublishedSimulator, Rule
+from worldenv.ranges import (
+    INIT_STATES,
+    Batch,
+    Channels,
+    Count,
+    Device,
+    Episodes,
+    Factor,
+    FixtureSeeds,
+    Fraction,
+    FromZero,
+    Layers,
+    Noise,
+    Passes,
+    Rate,
+    Seed,
+    Shards,
+    StartRange,
+    Tasks,
+    Weight,
+    Width,
+)
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 Preset = Literal["default", "smoke", "libero-spatial", "libero-object", "libero-goal", "libero-10"]
-INIT_STATES = 50  # that the benchmark has of each task
 LARGEST_FILE = 1 << 20  # bytes; a config.json has four thousand
-
-Count = Annotated[int, Range(1, 10**9)]
-FromZero = Annotated[int, Range(0, 10**9)]
-Width = Annotated[int, Range(1, 16384)]
-Layers = Annotated[int, Range(1, 1000)]
-Channels = Annotated[int, Range(8, 4096, step=8)]  # normalised in eight groups
-Batch = Annotated[int, Range(1, 10**6)]
-Shards = Annotated[int, Range(4, 10**6, step=4)]  # a batch cut in runtime.parallel.SHARDS
-Fraction = Annotated[float, Range(0, 1)]
-Rate = Annotated[float, Range(0, above=True)]
-Weight = Annotated[float, Range(0)]
-Factor = Annotated[float, Range(0, 1000, above=True)]
-Noise = Annotated[float, Range(0, 10)]
-Passes = Annotated[int, Range(1, 1000)]
-Tasks = Annotated[tuple[Annotated[int, Range(0, 9)], ...], Items()]
-Episodes = Annotated[int, Range(1, 10**6)]
-StartRange = tuple[Annotated[int, Range(0, INIT_STATES)], Annotated[int, Range(0, INIT_STATES)]]
-FixtureSeeds = Annotated[tuple[Annotated[int, Range(0, 2**32 - 1)], ...], Items()]
-Seed = Annotated[int, Range(0, 2**63 - 1)]
-Device = Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]
 
 
 @dataclass(frozen=True)
@@ -131,17 +132,6 @@ class PolicyConfig(PublishedPolicy):
     """Channels of the first convolution of each camera's encoder (a multiple of 8)."""
     min_log_scale: Annotated[float, Range(-20, 0)] = -4.5
     """Lower clamp of the Laplace log-scale (units: log of normalised action)."""
-
-    @property
-    def distribution(self) -> Literal["laplace", "categorical"]:
-        """Of its actions."""
-        return "categorical" if self.kind == "openvla-token" else "laplace"
-
-    @property
-    def large(self) -> bool:
-        """Whether memory suffices for one of it alone, and only the run's device is fast enough for
-        it to act."""
-        return self.kind != "small"
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from worldenv.config import Config, Shards
+from worldenv.config import Config
 from worldenv.envs.libero.robot import embodiment
 from worldenv.models.policy import Policy
 from worldenv.models.simulator import Simulator
+from worldenv.ranges import Shards
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
 
