@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from bench.__main__ import machine
-from worldenv.config import Config, fingerprint, load, to_dict
+from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
+from worldenv.fields import fingerprint, to_dict
 from worldenv.models.simulator import Simulator
 from worldenv.report.statistics import bootstrap_difference
 from worldenv.runtime.revision import commit

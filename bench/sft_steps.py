@@ -17,7 +17,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from worldenv.config import Config, EvaluateConfig, SFTConfig, to_dict
+from worldenv.config import Config, EvaluateConfig, SFTConfig
+from worldenv.fields import to_dict
 from worldenv.models.policy import Policy
 from worldenv.report.statistics import paired_difference, wilson
 from worldenv.runtime import device as devices

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worldenv.config import Config, EnvConfig, fingerprint, from_dict, load, to_dict
+from worldenv.config import Config, EnvConfig, load
+from worldenv.fields import fingerprint, from_dict, to_dict
 from worldenv.presets import NAMES, preset
 from worldenv.runtime.errors import UserError
 from worldenv.stages import store

@@ -5,18 +5,14 @@ to the other, from the command line as from a `config.json`. A part's `rules` sa
 require of each other, `Config.rules` what the parts do. Named combinations live in `presets.py`.
 """
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from worldenv.fields import Items, Range, build, check
+from worldenv.fields import Items, Range, check, from_dict, named
 from worldenv.published import PublishedPolicy, PublishedReflector, PublishedSimulator, Rule
 from worldenv.ranges import (
     INIT_STATES,
@@ -433,36 +429,6 @@ class Config:
         return rl.refresh_sampling_steps if number else rl.sampling_steps
 
 
-def named(field: str, where: str = "config") -> str:
-    """What messages call a field of the configuration ("" for the whole)."""
-    return f"{where} {field}".strip()
-
-
-def to_dict(config: Any) -> dict:
-    """JSON-ready nested dict of a config dataclass."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def from_dict(cls: type, values: Any, where: str = "config") -> Any:
-    """Config dataclass `cls` from a nested dict, checked.
-
-    UserError that begins with `where` for unknown keys (naming the nearest) and for values of
-    another type, out of range, or at odds with each other.
-    """
-    label = partial(named, where=where)
-    config = build(cls, values, label)
-    check(config, label)
-    return config
-
-
 def load(path: Path) -> Config:
     """Read a config written by a run (`config.json`). UserError naming what is wrong with it."""
     try:
@@ -473,9 +439,3 @@ def load(path: Path) -> Config:
         return from_dict(Config, values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-
-
-def fingerprint(*parts: Any) -> str:
-    """Short stable hash of configs and strings: decides whether an artifact matches."""
-    plain = [to_dict(p) if dataclasses.is_dataclass(p) else p for p in parts]
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]

@@ -16,6 +16,8 @@ is NaN or infinite.
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 import numbers
 import os
@@ -23,7 +25,7 @@ import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -130,6 +132,42 @@ def build(cls: type, values: Any, label: Label, at: str = "") -> Any:
             name = f"{at}.{field.name}" if at else field.name
             raise UserError(f"{label(name)}: expected {expected(known[field.name])}, got none.")
     return cls(**kwargs)
+
+
+def named(field: str, where: str = "config") -> str:
+    """What messages call a field of the configuration ("" for the whole)."""
+    return f"{where} {field}".strip()
+
+
+def to_dict(config: Any) -> dict:
+    """JSON-ready nested dict of a config dataclass."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(v) for v in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(cls: type, values: Any, where: str = "config") -> Any:
+    """Config dataclass `cls` from a nested dict, checked.
+
+    UserError that begins with `where` for unknown keys (naming the nearest) and for values of
+    another type, out of range, or at odds with each other.
+    """
+    label = partial(named, where=where)
+    config = build(cls, values, label)
+    check(config, label)
+    return config
+
+
+def fingerprint(*parts: Any) -> str:
+    """Short stable hash of configs and strings: decides whether an artifact matches."""
+    plain = [to_dict(p) if dataclasses.is_dataclass(p) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @cache

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worldenv.config import from_dict, to_dict
 from worldenv.data.camera import Camera, Rig, hand_pose
 from worldenv.data.embodiment import Embodiment, differences
 from worldenv.envs.libero.cameras import AGENTVIEW, of_tasks
 from worldenv.envs.libero.robot import embodiment
+from worldenv.fields import from_dict, to_dict
 from worldenv.runtime.errors import UserError
 
 AT_ORIGIN = (1.0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1)

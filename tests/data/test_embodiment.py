@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from worldenv.config import from_dict, to_dict
 from worldenv.data.embodiment import Embodiment, Entry, check_fits, differences
 from worldenv.data.episode import Episode
 from worldenv.envs.libero.robot import embodiment
+from worldenv.fields import from_dict, to_dict
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.stages import store

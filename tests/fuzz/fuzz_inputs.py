@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from published import wan as published
 
-from worldenv.config import Config, EnvConfig, PolicyConfig, load, to_dict
+from worldenv.config import Config, EnvConfig, PolicyConfig, load
 from worldenv.data.episodes import Episode, EpisodeWriter, read_episodes
+from worldenv.fields import to_dict
 from worldenv.models import wan_folder
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics

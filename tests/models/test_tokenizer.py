@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from worldenv.config import SimulatorConfig, from_dict
+from worldenv.config import SimulatorConfig
+from worldenv.fields import from_dict
 from worldenv.models.tokenizer import AutoencoderTokenizer, PatchTokenizer, build_tokenizer
 from worldenv.runtime.errors import UserError
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from official_files import write_official
 
-from worldenv.config import Config, DataConfig, from_dict, to_dict
+from worldenv.config import Config, DataConfig
 from worldenv.data.episodes import read_episodes
 from worldenv.data.libero_tasks import SUITES
+from worldenv.fields import from_dict, to_dict
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.stages import demonstrations, pipeline

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from worldenv.config import Config, fingerprint
+from worldenv.config import Config
 from worldenv.data.embodiment import check_fits
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import NormalizationStats
 from worldenv.envs.start import Start
+from worldenv.fields import fingerprint
 from worldenv.models.policy import Policy
 from worldenv.rl.noise import Noise, exploration
 from worldenv.runtime import progress

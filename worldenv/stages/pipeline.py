@@ -14,8 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from worldenv.config import Config, fingerprint, from_dict, to_dict
+from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
+from worldenv.fields import fingerprint, from_dict, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown

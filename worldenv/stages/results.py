@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from worldenv.config import fingerprint
+from worldenv.fields import fingerprint
 from worldenv.report.page import write_report
 from worldenv.report.statistics import paired_difference
 from worldenv.runtime import device as devices

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from worldenv.config import Config, fingerprint, load, to_dict
+from worldenv.config import Config, load
+from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
 from worldenv.runtime.checkpoint import read_error, write_error

@@ -15,10 +15,9 @@ from worldenv.config import (
     PolicyConfig,
     ReflectorConfig,
     SimulatorConfig,
-    from_dict,
-    to_dict,
 )
 from worldenv.data.embodiment import Embodiment, differences
+from worldenv.fields import from_dict, to_dict
 from worldenv.models.folder import digest as digest_of_folder
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
