@@ -46,7 +46,7 @@ class Case:
 
 def openvla_layout(small: bool) -> object:
     """Sizes of the published OpenVLA, or an eighth of its widths."""
-    from tests.published import openvla
+    from worldenv.layouts import openvla
 
     width = {"dino": 128, "siglip": 144, "siglip_hidden": 538, "width": 512, "hidden": 1376}
     return replace(openvla.FULL, **width, heads=4) if small else openvla.FULL
@@ -54,7 +54,7 @@ def openvla_layout(small: bool) -> object:
 
 def write_openvla(folder: Path, small: bool) -> None:
     """An OpenVLA-OFT folder of four bf16 shards."""
-    from tests.published import openvla
+    from worldenv.layouts import openvla
 
     openvla.write(folder, openvla_layout(small))
 

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from published import wan as layout  # noqa: E402
+from worldenv.layouts import wan as layout  # noqa: E402
 
 KINDS = ("wan", "wovr")
 SHARD = 5 << 30  # bytes

@@ -256,6 +256,10 @@ def _train() -> None:
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
     files = {kind: path for kind, path in named.items() if path is not None}
+    if name == "published-tiny":  # its libraries take seconds to import
+        from worldenv.layouts import tiny
+
+        tiny.prepare(arguments.config)
     run = Run(arguments.config)
     try:
         if arguments.stage == "all":

@@ -40,7 +40,15 @@ from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-Preset = Literal["default", "smoke", "libero-spatial", "libero-object", "libero-goal", "libero-10"]
+Preset = Literal[
+    "default",
+    "smoke",
+    "published-tiny",
+    "libero-spatial",
+    "libero-object",
+    "libero-goal",
+    "libero-10",
+]
 LARGEST_FILE = 1 << 20  # bytes; a config.json has four thousand
 
 

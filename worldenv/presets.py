@@ -12,6 +12,7 @@ from worldenv.config import (
     Config,
     EnvConfig,
     EvaluateConfig,
+    PolicyConfig,
     PosttrainConfig,
     ReflectorConfig,
     SFTConfig,
@@ -53,6 +54,39 @@ def _smoke() -> Config:
             require_fidelity=False,
         ),
         evaluate=EvaluateConfig(starts=(20, 22), fixture_seeds=(1000,)),
+    )
+
+
+def _published_tiny() -> Config:
+    """The smoke preset's way with published models in place of the small ones, as tiny as they come
+    (`layouts.tiny` writes them): whether everything fits together, and nothing of what they can.
+    """
+    base, models = _smoke(), Path("runs/published-tiny/models")
+    return replace(
+        base,
+        preset="published-tiny",
+        run_dir=Path("runs/published-tiny"),
+        policy=PolicyConfig(
+            kind="openvla-oft", folder=models / "openvla-oft", lora_rank=4, checkpointing=True
+        ),
+        sft=replace(base.sft, steps=3, batch=8, head_lr=1e-4),
+        simulator=SimulatorConfig(
+            kind="wan",
+            folder=models / "wan",
+            tokenizer="wan-vae",
+            tokenizer_folder=models / "wan",
+            window=2,
+            steps=3,
+            refresh_steps=2,
+            batch=4,
+            frames=2,
+        ),
+        reflector=ReflectorConfig(
+            kind="vlm", folder=models / "image-text", steps=5, refresh_steps=3, batch=12
+        ),
+        posttrain=replace(
+            base.posttrain, rounds=1, iterations=1, value="head", head_lr=1e-5, micro_batch=8
+        ),
     )
 
 
@@ -108,6 +142,7 @@ def _suite(suite: str) -> Config:
 _PRESETS = {
     "default": Config,
     "smoke": _smoke,
+    "published-tiny": _published_tiny,
     "libero-spatial": lambda: _suite("libero_spatial"),
     "libero-object": lambda: _suite("libero_object"),
     "libero-goal": lambda: _suite("libero_goal"),

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import full_size  # noqa: E402
-from tests.published import openvla  # noqa: E402
+from worldenv.layouts import openvla  # noqa: E402
 from worldenv.runtime.errors import UserError  # noqa: E402
 
 

@@ -29,11 +29,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from published import wan as published
-
 from worldenv.config import Config, EnvConfig, PolicyConfig, load
 from worldenv.data.episodes import Episode, EpisodeWriter, read_episodes
 from worldenv.fields import to_dict
+from worldenv.layouts import wan as published
 from worldenv.models import wan_folder
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics

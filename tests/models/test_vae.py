@@ -13,11 +13,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders import autoencoder_kl_wan
-from published import vae as published
 from safetensors.torch import load_file, save_file
 
 from worldenv.config import SimulatorConfig
 from worldenv.envs.libero.robot import embodiment
+from worldenv.layouts import vae as published
 from worldenv.models import vae
 from worldenv.models.simulator import Simulator
 from worldenv.models.tokenizer import build_tokenizer, to_bytes, to_unit

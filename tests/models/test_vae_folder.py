@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import vae as published
 from safetensors.torch import load_file, save_file
 
 from worldenv.config import SimulatorConfig
+from worldenv.layouts import vae as published
 from worldenv.models import vae
 from worldenv.models.tokenizer import build_tokenizer
 from worldenv.models.vae_folder import WEIGHTS

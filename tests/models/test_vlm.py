@@ -9,12 +9,12 @@ import pytest
 import torch
 import transformers as hf
 from PIL import Image
-from published import vlm as published
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldenv.config import Config, ReflectorConfig
 from worldenv.envs.libero.robot import embodiment
+from worldenv.layouts import vlm as published
 from worldenv.models.folder import digest
 from worldenv.models.vlm import CAUSAL, ImageText
 from worldenv.models.vlm_cost import cost

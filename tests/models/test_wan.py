@@ -3,8 +3,8 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from published import wan as fixture
 
+from worldenv.layouts import wan as fixture
 from worldenv.models import wan_folder
 from worldenv.models.layers import DenoiserBlock, Rotary3D
 from worldenv.models.wan import from_tokens, full_attention, to_tokens

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import wan as fixture
 from safetensors.torch import load_file, save_file
 
+from worldenv.layouts import wan as fixture
 from worldenv.models import wan_folder
 from worldenv.runtime.errors import UserError
 

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from published import wan as fixture
 
 from worldenv.config import SimulatorConfig
 from worldenv.envs.libero.robot import embodiment
 from worldenv.fields import from_dict
+from worldenv.layouts import wan as fixture
 from worldenv.models.wan import from_tokens, full_attention
 from worldenv.models.wan_world import WanSimulator
 from worldenv.ops import spatiotemporal_attention

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from published import wan as fixture
 
 from worldenv.config import SimulatorConfig
 from worldenv.envs.libero.robot import embodiment
+from worldenv.layouts import wan as fixture
 from worldenv.models.wan import from_tokens
 from worldenv.models.wovr import WoVR
 from worldenv.runtime.errors import UserError

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from published import vae as published
 
+from worldenv.layouts import vae as published
 from worldenv.models.wovr_reward import ImageNet, TaskNet, WoVRReward, load_reward
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import generator

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from published import openvla as published
 
 from worldenv.config import PolicyConfig
 from worldenv.data.embodiment import Embodiment, Entry
+from worldenv.layouts import openvla as published
 from worldenv.models.openvla import OpenVLA
 from worldenv.models.openvla_folder import load
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from published import vlm as published
 from safetensors.torch import load_file
 
 from worldenv.config import PolicyConfig, ReflectorConfig, SimulatorConfig
@@ -16,6 +15,7 @@ from worldenv.data.episode import Episode
 from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import ImaginedVectorEnv, first_frames
 from worldenv.envs.libero.robot import embodiment
+from worldenv.layouts import vlm as published
 from worldenv.models.vlm_reflector import ImageTextReflector
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError

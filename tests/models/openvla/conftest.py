@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import openvla as published
 from published.openvla_policy import SHALLOW
 
+from worldenv.layouts import openvla as published
 from worldenv.models import vit
 
 

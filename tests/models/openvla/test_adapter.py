@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from published import openvla as published
 from published.openvla_policy import SHALLOW, copied, look, policy
 from safetensors.torch import load_file, save_file
 
+from worldenv.layouts import openvla as published
 from worldenv.models.openvla_adapter import save_adapter, save_heads
 from worldenv.runtime.errors import UserError
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from published import openvla as published
 from published.openvla_policy import ROBOT, copied, look, policy
 from safetensors.torch import load_file, save_file
 
 from worldenv.config import PolicyConfig
+from worldenv.layouts import openvla as published
 from worldenv.models.openvla import OpenVLA
 from worldenv.runtime.errors import UserError
 

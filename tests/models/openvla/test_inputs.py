@@ -7,9 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from published import openvla as published
 from published.openvla_policy import policy
 
+from worldenv.layouts import openvla as published
 from worldenv.models.openvla_inputs import Gripper, Pixels, Range, Units
 
 GRIPPER = Gripper((6,), opened=-1.0, closed=1.0)

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from published import openvla as published
 from published import openvla_plain as plain
 from published.openvla_policy import ROBOT, look, policy, row
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
+from worldenv.layouts import openvla as published
 from worldenv.ops import action_logprob
 from worldenv.runtime.errors import UserError
 

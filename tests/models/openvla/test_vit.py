@@ -128,7 +128,7 @@ def compare(vit: Vit, other: torch.nn.Module, prefix: int) -> None:
 
 @pytest.mark.parametrize(("name", "count"), zip(KINDS, (16, 27), strict=True))
 def test_the_last_block_and_what_follows_is_unused(name, count):
-    from published.openvla import shapes
+    from worldenv.layouts.openvla import shapes
 
     tower = "fused_featurizer" if "siglip" in name else "featurizer"
     start = f"vision_backbone.{tower}."
