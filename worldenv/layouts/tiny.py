@@ -1,4 +1,4 @@
-"""The models of preset `published-tiny`: one folder of each kind, written where the preset looks."""
+"""The models of preset `published-tiny`: one folder of each kind, where the preset looks for it."""
 
 import shutil
 
