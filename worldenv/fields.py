@@ -124,6 +124,11 @@ def build(cls: type, values: Any, label: Label, at: str = "") -> Any:
                 raise _refusal(label(inside), "a list of tables of fields", value)
             value = tuple(build(get_args(inner)[0], entry, label, inside) for entry in value)
         kwargs[key] = value
+    for field in dataclasses.fields(cls):
+        given = field.default is not dataclasses.MISSING or field.name in kwargs
+        if not given and field.default_factory is dataclasses.MISSING:
+            name = f"{at}.{field.name}" if at else field.name
+            raise UserError(f"{label(name)}: expected {expected(known[field.name])}, got none.")
     return cls(**kwargs)
 
 
@@ -153,6 +158,8 @@ def expected(hint: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         return _expected_list(get_args(kind), notes)
+    if dataclasses.is_dataclass(kind):
+        return "a table of fields"
     words = {int: "a whole number", float: "a number", bool: "true or false"}
     base = words.get(kind, {str: "text", Path: "a path"}.get(kind, str(kind)))
     for note in notes:
@@ -165,7 +172,7 @@ def expected(hint: Any) -> str:
 
 def _expected_list(kinds: tuple, notes: tuple) -> str:
     one = re.sub(r"^an? ", "", expected(kinds[0]))
-    one = re.sub(r"^(whole number|number|path)", r"\1s", one)
+    one = re.sub(r"^(whole number|number|path|table)", r"\1s", one)
     if kinds[-1] is not Ellipsis:
         return f"{len(kinds)} {one}"
     rules = [f"at least {n.least}" for n in notes if isinstance(n, Items) and n.least]
