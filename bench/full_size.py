@@ -112,28 +112,25 @@ def use(case: Case, folder: Path) -> dict[str, object]:
     begun = time.perf_counter()
     act = case.load(folder)
     loaded, held = time.perf_counter(), peak()
-    out = act()
-    acted, most = time.perf_counter(), peak()
+    with FlopCounterMode(display=False) as counter:
+        out = act()
+    spent, most = time.perf_counter() - loaded, peak()
     if not isinstance(out, torch.Tensor) or not out.isfinite().all():
         raise RuntimeError(f"expected finite numbers, got {out}")
-    with FlopCounterMode(display=False) as counter:
-        act()
-    again = time.perf_counter() - acted
     flops, size = counter.get_total_flops(), weights(folder)
     rates = {str(d)[6:]: multiplication(d) for d in (torch.bfloat16, torch.float32)}
     return {
         "weight_bytes": size,
         "load_seconds": loaded - begun,
-        "first_seconds": acted - loaded,
-        "second_seconds": again,
+        "use_seconds": spent,
         "peak_bytes_before": before,
         "peak_bytes_loaded": held,
         "peak_bytes": most,
         "peak_over_weights": most / size,
         "flops": flops,
-        "flops_per_second": flops / again,
+        "flops_per_second": flops / spent,
         "matmul_flops_per_second": rates,
-        "share_of_matmul": {name: flops / again / rate for name, rate in rates.items()},
+        "share_of_matmul": {name: flops / spent / rate for name, rate in rates.items()},
     }
 
 

@@ -26,6 +26,8 @@ from worldenv.models.openvla import HEADS, TOWERS, OpenVLA, Sizes
 from worldenv.models.openvla_inputs import BINS, EMPTY, Gripper, Pixels, Units, Words
 from worldenv.models.openvla_statistics import statistics
 from worldenv.models.shards import AGAIN, Shards, check_shapes, few, finite, read_json
+from worldenv.models.widened import widen
+from worldenv.runtime import device
 from worldenv.runtime.errors import UserError
 
 _FIXED = {  # of config.json: what this model is built for
@@ -86,6 +88,8 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     model.requires_grad_(False)
     if train:
         model.freeze()
+    if device.autocast_dtype("cpu") is torch.float32:
+        widen(model)
     return model.eval()
 
 
