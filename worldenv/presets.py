@@ -67,7 +67,7 @@ def _published_tiny() -> Config:
         preset="published-tiny",
         run_dir=Path("runs/published-tiny"),
         policy=PolicyConfig(
-            kind="openvla-oft", folder=models / "openvla-oft", lora_rank=4, checkpointing=True
+            kind="openvla-oft", folder=models / "openvla-oft", lora_rank=4, precision="float32"
         ),
         sft=replace(base.sft, steps=3, batch=8, head_lr=1e-4),
         simulator=SimulatorConfig(
@@ -82,7 +82,12 @@ def _published_tiny() -> Config:
             frames=2,
         ),
         reflector=ReflectorConfig(
-            kind="vlm", folder=models / "image-text", steps=5, refresh_steps=3, batch=12
+            kind="vlm",
+            folder=models / "image-text",
+            precision="float32",
+            steps=5,
+            refresh_steps=3,
+            batch=12,
         ),
         posttrain=replace(
             base.posttrain, rounds=1, iterations=1, value="head", head_lr=1e-5, micro_batch=8

@@ -1,6 +1,7 @@
 """The models of preset `published-tiny`: one folder of each kind, where the preset looks for it."""
 
 import shutil
+from pathlib import Path
 
 from worldenv.config import Config
 from worldenv.layouts import openvla, vae, vlm, wan
@@ -11,10 +12,9 @@ def prepare(config: Config) -> None:
     """Write the folders that `config` names and that are not there yet; a folder is whole or not
     there. UserError if the disk refuses.
     """
-    world = config.simulator
     writers = {
-        config.policy.folder: lambda at: openvla.write(at),
-        world.folder: lambda at: (vae.wan_vae(at), wan.write(at / "transformer")),
+        config.policy.folder: openvla.write,
+        config.simulator.folder: _wan,
         config.reflector.folder: lambda at: vlm.write(at, "qwen2_5_vl"),
     }
     for folder, write in writers.items():
@@ -31,3 +31,10 @@ def prepare(config: Config) -> None:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         print(f"random weights in the published layout: {folder}")
+
+
+def _wan(folder: Path) -> None:
+    """A pipeline's folder: the transformer, and the autoencoder of Wan 2.1 with its 16 channels."""
+    made = vae.wan_vae(folder)
+    channels = made.config.z_dim
+    wan.write(folder / "transformer", in_channels=channels, out_channels=channels)

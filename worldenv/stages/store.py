@@ -13,6 +13,7 @@ from worldenv.config import (
     Config,
     EnvConfig,
     PolicyConfig,
+    PosttrainConfig,
     ReflectorConfig,
     SimulatorConfig,
 )
@@ -161,7 +162,7 @@ def _words(value: object) -> str:
 
 def _facts(kind: str, metadata: dict, path: Path) -> tuple[object, Embodiment]:
     """Configuration and robot, checked, that a model was built with. Other parts of the
-    configuration are not known: what its part asks of them is checked with their defaults.
+    configuration are not known: what its part asks of them is checked with such as suit all.
     """
     said = checkpoint.fact(metadata, "config", dict, path)
     part = from_dict(_KINDS[kind], said, f"{path}: config")
@@ -171,7 +172,8 @@ def _facts(kind: str, metadata: dict, path: Path) -> tuple[object, Embodiment]:
         replace(
             Config(),
             env=EnvConfig(image_size=robot.image_size, chunk=robot.chunk),
-            collect=CollectConfig(record_every=1),
+            collect=CollectConfig(record_every=1, push=0),
+            posttrain=PosttrainConfig(value="head", push=0),
             **{"simulator": SimulatorConfig(patch=1), kind: part},
         )
     except UserError as error:
