@@ -175,8 +175,8 @@ class SimulatorConfig(PublishedSimulator):
     history_gradient: bool = False
     """Train what past frames leave in the cache too, not only the use of it. Needs a window."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """What the transformer computes in when it generates; it trains in float32. bfloat16 is for
-    processors that multiply it natively (`worldenv-doctor` says whether this one does)."""
+    """What the transformer computes in when it generates; the small one trains in float32, a Wan in
+    this. bfloat16 is for processors that multiply it natively (`worldenv-doctor` says so)."""
     prediction: Literal["sample", "velocity"] = "sample"
     """The network's target: the clean frame, redrawn from the last one, or Wan's velocity."""
     action_map: bool = False

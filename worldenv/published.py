@@ -48,6 +48,17 @@ class PublishedPolicy:
     """Whether a published policy computes its activations again in the backward pass: a third more
     time, a fraction of the memory."""
 
+    @property
+    def distribution(self) -> Literal["laplace", "categorical"]:
+        """Of its actions."""
+        return "categorical" if self.kind == "openvla-token" else "laplace"
+
+    @property
+    def large(self) -> bool:
+        """Whether memory suffices for one of it alone, and only the run's device is fast enough for
+        it to act."""
+        return self.kind != "small"
+
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
         needed = f"the folder of a published {self.kind} policy"

@@ -3,7 +3,8 @@
     python tests/fuzz/fuzz_inputs.py 50000 [first mutation] [kind]
 
 A mutation is determined by its number, so a failure is repeated by naming it. Kinds: config,
-checkpoint, hdf5, log, record, outcomes. pytest runs two thousand (test_fuzz.py).
+checkpoint, hdf5, log, record, outcomes, "wan config", "wan weights". pytest runs two thousand
+(test_fuzz.py).
 """
 
 from __future__ import annotations
@@ -26,8 +27,13 @@ import h5py
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from published import wan as published
+
 from worldenv.config import Config, EnvConfig, PolicyConfig, load, to_dict
 from worldenv.data.episodes import Episode, EpisodeWriter, read_episodes
+from worldenv.models import wan_folder
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.stages import evaluate, store
@@ -43,6 +49,8 @@ ODD = (
     *(2**63, 10**400, "", "1", "é", "\ud800", "x\0y", "x" * 5000, [], {}, [1], [[]], [None]),
     *({"a": 1}, "libero_spatial", "policy", "before", [8, 8], [0.5] * 3),
 )
+WAN = ("config.json", "diffusion_pytorch_model.safetensors")
+TINY = {"num_attention_heads": 1, "attention_head_dim": 12, "num_layers": 1, "ffn_dim": 8}
 SHAPES = ((), (0,), (1,), (6,), (6, 7), (6, 3), (6, 2), (6, 16, 16, 3), (7, 8, 8, 4))
 KINDS = (
     *("bool", "i1", "u1", "i8", "u8", "f2", "f4", "f8", "c8", "S3"),
@@ -130,7 +138,7 @@ def damage_header(rng: random.Random, path: Path) -> None:
     data = path.read_bytes()
     length = struct.unpack("<Q", data[:8])[0]
     header, content = json.loads(data[8 : 8 + length]), data[8 + length :]
-    if rng.random() < 0.8:
+    if "worldenv" in header["__metadata__"] and rng.random() < 0.8:
         facts = damaged_json(rng, json.loads(header["__metadata__"]["worldenv"]))
         header["__metadata__"]["worldenv"] = json_bytes(rng, facts).decode("utf-8", "surrogatepass")
     else:
@@ -299,6 +307,8 @@ def targets(folder: Path) -> list[Target]:
     done = [{"task": 8, "start": s, "seed": 1000, "success": True, "steps": 9} for s in (20, 21)]
     outcomes = json.dumps({"mark": "m", "episodes": done}).encode()
     weights = (folder / "policy.safetensors").read_bytes()
+    published.write(folder / "wan", **TINY, dtype=torch.bfloat16)
+    wan = {name: (folder / "wan" / name).read_bytes() for name in WAN}
     own, official = ((folder / f"{n}.hdf5").read_bytes() for n in ("own", "official"))
     hdf5 = (damage_bytes, damage_tree, damage_tree, damage_tree)
     text = (damage_bytes, damage_json, damage_json)
@@ -315,7 +325,24 @@ def targets(folder: Path) -> list[Target]:
         Target("log", lines, (damage_bytes, damage_lines), lambda p: read_metrics(p.parent)),
         Target("record", record, text, record_of),
         Target("outcomes", outcomes, text, outcomes_of),
+        Target("wan config", wan[WAN[0]], text, beside(WAN[1], wan[WAN[1]])),
+        Target(
+            "wan weights",
+            wan[WAN[1]],
+            (damage_bytes, damage_header, damage_header, damage_weights),
+            beside(WAN[0], wan[WAN[0]]),
+        ),
     ]
+
+
+def beside(name: str, whole: bytes) -> Callable[[Path], Any]:
+    """Reads a published Wan's folder, in which the file `name` is whole."""
+
+    def read(path: Path) -> Any:
+        (path.parent / name).write_bytes(whole)
+        return wan_folder.load(path.parent, "wan", True, "float32")
+
+    return read
 
 
 PLACES = {
@@ -325,6 +352,8 @@ PLACES = {
     "log": "metrics.jsonl",
     "record": "stages/sft.json",
     "outcomes": "evaluation/sft.json",
+    "wan config": f"wan/{WAN[0]}",
+    "wan weights": f"wan/{WAN[1]}",
 }
 
 

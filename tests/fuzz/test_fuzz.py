@@ -13,6 +13,8 @@ from fuzz_inputs import fuzz
         ("log", 100),
         ("record", 150),
         ("outcomes", 150),
+        ("wan config", 150),
+        ("wan weights", 200),
     ],
 )
 def test_damaged_inputs_end_in_a_named_error(kind, count):

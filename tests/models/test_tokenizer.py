@@ -1,10 +1,13 @@
 """Tokenizers: patches are lossless, the autoencoder learns."""
 
+import sys
+
 import pytest
 import torch
 
-from worldenv.config import SimulatorConfig
+from worldenv.config import SimulatorConfig, from_dict
 from worldenv.models.tokenizer import AutoencoderTokenizer, PatchTokenizer, build_tokenizer
+from worldenv.runtime.errors import UserError
 
 
 def test_patches_are_lossless_and_ordered_by_squares():
@@ -47,3 +50,21 @@ def test_the_autoencoder_keeps_shapes_and_learns():
 def test_patch_sides_must_be_powers_of_two_for_the_autoencoder():
     with pytest.raises(ValueError, match="power of two"):
         AutoencoderTokenizer(24, 6, 4)
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.delitem(sys.modules, "worldenv.models.vae", raising=False)
+    config = SimulatorConfig(tokenizer="kl-vae", tokenizer_folder=tmp_path)
+    with pytest.raises(UserError, match=r"expected the package diffusers.*pip install"):
+        build_tokenizer(config, 16)
+
+
+def test_a_published_tokenizer_has_a_folder_and_ours_has_none():
+    for tokenizer, folder in (("wan-vae", None), ("patch", "somewhere")):
+        with pytest.raises(UserError, match="tokenizer_folder: expected a folder for a published"):
+            from_dict(SimulatorConfig, {"tokenizer": tokenizer, "tokenizer_folder": folder})
+
+
+def test_clipping_keeps_latents_where_an_images_are():
+    assert PatchTokenizer(16, 4).clip(torch.tensor([-3.0, 0.5, 2.0])).tolist() == [-1.0, 0.5, 1.0]

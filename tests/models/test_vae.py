@@ -2,11 +2,11 @@
 
 import copy
 import inspect
-import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -14,13 +14,14 @@ from diffusers import AutoencoderKLWan
 from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 from diffusers.models.autoencoders import autoencoder_kl_wan
 from published import vae as published
+from safetensors.torch import load_file, save_file
 
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.models import vae
 from worldenv.models.simulator import Simulator
 from worldenv.models.tokenizer import build_tokenizer, to_bytes, to_unit
 from worldenv.models.vae_folder import WAN_2_2, WEIGHTS
-from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import generator
 
 VERSIONS = ("2.1", "2.2")
@@ -218,15 +219,19 @@ def test_what_streaming_relies_on_inside_diffusers():
 
 
 def test_two_threads_do_not_mix_their_caches(folders):
-    tokenizer, image = wan(folders / "wan-2.2", "2.2"), images(8, 1, 32, 32)
-    expected = [tokenizer.encode(one[None]) for one in image]
-    with ThreadPoolExecutor(4) as pool:
-        for _ in range(3):
-            got = list(pool.map(lambda one: tokenizer.encode(one[None]), image))
-            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-            seen = list(pool.map(lambda z: tokenizer.decode(z, 1), expected))
-            alone = [tokenizer.decode(z, 1) for z in expected]
-            assert all(torch.equal(a, b) for a, b in zip(seen, alone, strict=True))
+    """diffusers' `decode` makes its caches before this convolution and looks them up after it."""
+    tokenizer = wan(folders / "wan-2.2", "2.2")
+    latents = [tokenizer.encode(image[None]) for image in images(2, 1, 32, 32)]
+    expected = [tokenizer.decode(z, 1) for z in latents]
+    meeting = Barrier(2, timeout=60)
+
+    def meet(*_):
+        meeting.wait()
+
+    tokenizer.vae.post_quant_conv.register_forward_hook(meet)
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda z: tokenizer.decode(z, 1), latents))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", ["kl", "kl-shifted", "tiny"])
@@ -249,8 +254,6 @@ def test_image_autoencoders_equal_diffusers(folders, name, patch):
 
 
 def test_old_names_of_attention_are_read(folders, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(folders / "kl", tmp_path / "old")
     tensors = load_file(folders / "kl" / WEIGHTS)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -282,17 +285,17 @@ def test_weights_are_in_no_checkpoint_shared_by_copies_and_moved(folders):
     named = {"tokenizer": "kl-vae", "tokenizer_folder": folders / "kl", "patch": 4}
     config = replace(small, prediction="velocity", **named)
     torch.manual_seed(0)
-    simulator = Simulator(config, 16, views=1, proprio=3, chunk=2, actions=4)
+    simulator = Simulator(config, embodiment(16))
     assert not [name for name in simulator.state_dict() if name.startswith("tokenizer.")]
     assert not list(simulator.tokenizer.parameters())
     assert simulator.for_generation().tokenizer is simulator.tokenizer
     state = simulator.start(2)
     everyone = torch.ones(2, dtype=torch.bool).numpy()
-    past = torch.zeros(2, 1, 2, 4)
-    frames = images(2, 1, 1, 16, 16)
-    simulator.prefill(state, everyone, frames, torch.zeros(2, 1, 3), past, torch.arange(2))
+    past = torch.zeros(2, 1, 8, 7)
+    frames = images(2, 1, 2, 16, 16)
+    simulator.prefill(state, everyone, frames, torch.zeros(2, 1, 8), past, torch.arange(2))
     image, _ = simulator.step(state, past[:, 0], 2, everyone)
-    assert image.shape == (2, 1, 16, 16, 3)
+    assert image.shape == (2, 2, 16, 16, 3)
     assert state.latents.abs().max() > 1  # normalised latents are not held to [-1, 1]
     assert next(simulator.to("meta").tokenizer.vae.parameters()).is_meta
     assert simulator.tokenizer.mean.is_meta
@@ -328,131 +331,3 @@ def test_bytes_of_the_state_as_measured(folders, version):
     stream = wan(folder, version).stream(3, 2)
     stream.decode(stream.encode(images(3, 9, 2, 32, 32)))
     assert stream.bytes == vae.StateBytes(6 * small.encoder, 6 * small.decoder)
-
-
-def spoil_config(**entries):
-    return lambda folder: published.extend(folder / "vae", **entries)
-
-
-def without(key):
-    def spoil(folder):
-        path = folder / "vae" / "config.json"
-        config = json.loads(path.read_text())
-        config.pop(key)
-        path.write_text(json.dumps(config))
-
-    return spoil
-
-
-def spoil_weights(change):
-    def spoil(folder):
-        from safetensors.torch import load_file, save_file
-
-        path = folder / "vae" / WEIGHTS
-        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        change(tensors)
-        path.unlink()
-        save_file(tensors, path)
-
-    return spoil
-
-
-def nan(tensors):
-    tensors["quant_conv.bias"][3] = float("nan")
-
-
-BAD = {
-    "no folder": (shutil.rmtree, "no such folder"),
-    "an empty one": (lambda f: shutil.rmtree(f) or f.mkdir(), "got nothing"),
-    "two": (lambda f: published.wan_vae_of_authors(f), "got vae/config.json, Wan2.1_VAE.pth"),
-    "no weights": (lambda f: (f / "vae" / WEIGHTS).unlink(), f"expected {WEIGHTS} beside"),
-    "cut weights": (
-        lambda f: (f / "vae" / WEIGHTS).write_bytes(b"1234567" * 99),
-        "is truncated or no safetensors",
-    ),
-    "no JSON": (lambda f: (f / "vae" / "config.json").write_text("{"), "is not valid JSON"),
-    "a list": (lambda f: (f / "vae" / "config.json").write_text("[]"), "expected a table, got a"),
-    "another class": (
-        spoil_config(_class_name="AutoencoderTiny"),
-        "_class_name: expected 'AutoencoderKLWan', got 'AutoencoderTiny'. That is "
-        "simulator.tokenizer 'tiny-vae'",
-    ),
-    "no class": (without("_class_name"), "expected 'AutoencoderKLWan', got None"),
-    "a new key": (spoil_config(sparse=1), "unknown key 'sparse'"),
-    "other widths": (
-        spoil_config(base_dim=6),
-        "encoder.conv_in.weight: expected [6, 3, 3, 3, 3], got [4, 3, 3, 3, 3]",
-    ),
-    "text for a number": (spoil_config(base_dim="4"), "base_dim: expected int of at most"),
-    "endless": (spoil_config(num_res_blocks=10**12), "num_res_blocks: expected int of at most"),
-    "no stages": (spoil_config(dim_mult=[]), "AutoencoderKLWan cannot be built from it"),
-    "patches of a 2.2": (spoil_config(patch_size=2), "in_channels: expected 12, the colours"),
-    "few statistics": (spoil_config(latents_mean=[0.0]), "latents_mean: expected 16 numbers"),
-    "no deviation": (
-        spoil_config(latents_std=[0.0] * 16),
-        "latents_std: expected positive numbers",
-    ),
-    "a missing tensor": (
-        spoil_weights(lambda t: t.pop("quant_conv.bias")),
-        "missing quant_conv.bias",
-    ),
-    "one too many": (spoil_weights(lambda t: t.update(x=torch.ones(1))), "unexpected x"),
-    "NaN": (spoil_weights(nan), "quant_conv.bias: expected finite numbers"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_folders_are_named(folders, tmp_path, name):
-    spoil, words = BAD[name]
-    folder = tmp_path / "model"
-    shutil.copytree(folders / "wan-2.1", folder)
-    spoil(folder)
-    with pytest.raises(UserError) as caught:
-        wan(folder, "2.1")
-    assert words in str(caught.value)
-    assert str(folder) in str(caught.value)
-
-
-class Payload:
-    def __reduce__(self):
-        return print, ("code ran",)
-
-
-BAD_FILES = {
-    "a payload": ({"conv1.weight": Payload()}, "expected tensors alone, got a pickle"),
-    "no tensors": ([1, 2], "expected a table of tensors, got a list"),
-    "nothing": ({}, "expected a table of tensors, got an empty table"),
-    "numbers": ({"conv1.weight": 3}, "'conv1.weight': expected a tensor, got a int"),
-    "another model": ({"fc.weight": torch.ones(2)}, "got none called 'encoder.conv1.weight'"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_bad_files_of_the_authors_are_named(tmp_path, capsys, name):
-    held, words = BAD_FILES[name]
-    path = tmp_path / "Wan2.1_VAE.pth"
-    torch.save(held, path)
-    with pytest.raises(UserError) as caught:
-        wan(tmp_path, "2.1")
-    assert words in str(caught.value)
-    assert str(path) in str(caught.value)
-    assert "code ran" not in capsys.readouterr().out
-
-
-def test_a_file_cut_short_and_a_vae_of_other_channels_are_named(folders, tmp_path):
-    whole = folders / "authors-2.1" / "Wan2.1_VAE.pth"
-    path = tmp_path / "Wan2.1_VAE.pth"
-    path.write_bytes(whole.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"Wan2\.1_VAE\.pth"):
-        wan(tmp_path, "2.1")
-    tensors = torch.load(whole, weights_only=True)
-    torch.save({**tensors, "conv2.weight": torch.zeros(4, 4, 1, 1, 1)}, path)
-    with pytest.raises(UserError, match=r"conv2\.weight: expected 16 latent channels"):
-        wan(tmp_path, "2.1")
-
-
-def test_what_the_config_must_say(folders):
-    with pytest.raises(UserError, match=r"simulator\.patch: expected a multiple of 16"):
-        wan(folders / "wan-2.2", "2.2", patch=8)
-    with pytest.raises(UserError, match="tokenizer_folder: expected the folder"):
-        wan(None, "2.1")

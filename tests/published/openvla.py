@@ -2,7 +2,7 @@
 
 write(folder)                     a tiny OpenVLA-OFT
 write(folder, heads=False)        a tiny token policy
-write(folder, layout=FULL)        7.54 billion parameters in four shards
+write(folder, FULL)               7.54 billion parameters in four shards
 """
 
 import json
@@ -22,7 +22,7 @@ PIECE = 1 << 24  # numbers written at once
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of what the published names leave open; those of the towers' depths are fixed."""
+    """Sizes. The towers' depths follow from their timm names: others need those changed too."""
 
     image: int = 28
     dino: int = 32
@@ -35,6 +35,7 @@ class Layout:
     vocabulary: int = 32064
     proprio: int = 8
     actions: int = 7
+    depths: tuple[int, int] = (24, 27)
 
 
 TINY = Layout()
@@ -46,8 +47,8 @@ def shapes(layout: Layout = TINY) -> dict[str, list[int]]:
     side, e = (layout.image // 14) ** 2, layout.width
     out: dict[str, list[int]] = {}
     for tower, d, hidden, depth, dino in (
-        ("featurizer", layout.dino, 4 * layout.dino, 24, True),
-        ("fused_featurizer", layout.siglip, layout.siglip_hidden, 27, False),
+        ("featurizer", layout.dino, 4 * layout.dino, layout.depths[0], True),
+        ("fused_featurizer", layout.siglip, layout.siglip_hidden, layout.depths[1], False),
     ):
         own: dict[str, list[int]] = {"cls_token": [1, 1, d], "reg_token": [1, 4, d]} if dino else {}
         own |= {"pos_embed": [1, side, d], **_layer("patch_embed.proj", d, 3, 14, 14)}
@@ -113,22 +114,23 @@ def random(name: str, shape: list[int], generator: torch.Generator, count: int) 
 def write_shards(
     folder: Path,
     sizes: Mapping[str, list[int]],
-    count: int = 4,
+    limit: float,
     stem: str = "model",
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Random tensors in `count` safetensors files and their index, streamed."""
+    """Random tensors in files of at most `limit` bytes and their index, streamed."""
     code = {torch.bfloat16: ("BF16", 2), torch.float32: ("F32", 4)}[dtype]
     total = code[1] * sum(map(math.prod, sizes.values()))
     files: list[dict[str, list[int]]] = [{}]
     filled = 0
     for name, shape in sizes.items():
-        if filled > total / (count - 0.9 if count > 1 else 1) and len(files) < count:
+        more = code[1] * math.prod(shape)
+        if files[-1] and filled + more > limit:
             files.append({})
             filled = 0
         files[-1][name] = shape
-        filled += code[1] * math.prod(shape)
+        filled += more
     generator = torch.Generator().manual_seed(seed)
     table = {}
     for number, held in enumerate(files, 1):
@@ -260,7 +262,9 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(model)
     steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     tokenizer.normalizer = normalizers.Sequence(steps)
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
     )
@@ -296,24 +300,31 @@ def component(
 
 
 def adapter_shapes(layers: Mapping[str, list[int]], rank: int) -> dict[str, list[int]]:
-    """Published names of an adapter's tensors; layers: weights' names and shapes, [out, in]."""
+    """Published names of an adapter's tensors; layers: weights' names and shapes."""
     out = {}
-    for name, (rows, columns) in layers.items():
+    for name, (rows, *inner) in layers.items():
+        last = [1] * (len(inner) - 1)  # of a convolution: one pixel
         start = f"base_model.model.{name.removesuffix('.weight')}"
-        out |= {f"{start}.lora_A.weight": [rank, columns], f"{start}.lora_B.weight": [rows, rank]}
+        out |= {f"{start}.lora_A.weight": [rank, *inner]}
+        out |= {f"{start}.lora_B.weight": [rows, rank, *last]}
     return out
 
 
-def write_adapter(folder: Path, layout: Layout = TINY, rank: int = 4, alpha: int = 2) -> None:
-    """lora_adapter/ as peft 0.11 wrote it: of all linear layers, the unused ones too."""
+def write_adapter(
+    folder: Path, layout: Layout = TINY, rank: int = 4, alpha: int = 2, more: bool = False
+) -> None:
+    """lora_adapter/ as peft 0.11 wrote it: of all linear layers, the unused ones too; `more`: of
+    patch embeddings and the language model's head as well, as RLinf's."""
+    also = ("patch_embed.proj.weight", "lm_head.weight") if more else ()
     layers = {
         n: s
         for n, s in shapes(layout).items()
-        if len(s) == 2 and not n.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if n.endswith(also)
+        or (len(s) == 2 and not n.endswith(("embed_tokens.weight", "lm_head.weight")))
     }
     (folder / "lora_adapter").mkdir()
     sizes = adapter_shapes(layers, rank)
-    write_shards(folder / "lora_adapter", sizes, 1, "adapter_model", 3, torch.float32)
+    write_shards(folder / "lora_adapter", sizes, math.inf, "adapter_model", 3, torch.float32)
     (folder / "lora_adapter/adapter_model.safetensors.index.json").unlink()
     only = folder / "lora_adapter/adapter_model-00001-of-00001.safetensors"
     only.rename(folder / "lora_adapter/adapter_model.safetensors")
@@ -344,7 +355,10 @@ def write(
 ) -> Path:
     """The whole folder; heads: OpenVLA-OFT's .pt files, which token policies lack."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_shards(folder, shapes(layout), dtype=dtype)
+    sizes = shapes(layout)
+    # As published where the size is; always four files.
+    limit = 5e9 if layout == FULL else 0.3 * dtype.itemsize * sum(map(math.prod, sizes.values()))
+    write_shards(folder, sizes, limit, dtype=dtype)
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config(layout), indent=2))
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))

@@ -12,6 +12,7 @@ changes nothing else. No scale head is published: ours is one linear map, which 
 backbone.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,15 +23,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaModel
+from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from worldenv.config import PolicyConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.openvla_inputs import BINS, Pixels, Units, Words
 from worldenv.models.vit import Vit, VitKind
 from worldenv.runtime.errors import UserError
 
 TOWERS = ("vision_backbone.featurizer", "vision_backbone.fused_featurizer")
 HEADS = ("action_head", "proprio_projector", "scale_head")
+# Named otherwise before transformers 5.24.
+_CACHE = "cache"
+if _CACHE not in inspect.signature(LlamaModel.forward).parameters:
+    _CACHE = "past_key_values"
 
 
 @dataclass(frozen=True)
@@ -58,20 +64,13 @@ class OpenVLA(nn.Module):
     pixels: Pixels
     words: Words
 
-    def __init__(
-        self,
-        config: PolicyConfig,
-        sizes: Sizes,
-        *,
-        images: int,
-        proprio: int,
-        chunk: int,
-        actions: int,
-    ) -> None:
+    def __init__(self, config: PolicyConfig, embodiment: Embodiment, sizes: Sizes) -> None:
         super().__init__()
-        self.config, self.sizes = config, sizes
-        self.images, self.chunk, self.actions = images, chunk, actions
-        self.distribution = "laplace" if config.kind == "openvla-oft" else "categorical"
+        self.config, self.embodiment, self.sizes = config, embodiment, sizes
+        self.chunk, self.actions = embodiment.chunk, embodiment.A
+        self.feature_width = sizes.width
+        self.images = config.images or (embodiment.V if config.kind == "openvla-oft" else 1)
+        self.distribution = config.distribution
         self.vision_backbone = nn.Module()
         first, second = (Vit(*tower) for tower in sizes.towers)
         self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer = first, second
@@ -82,10 +81,10 @@ class OpenVLA(nn.Module):
             vocabulary = sizes.llama.vocab_size
             self.language_model.lm_head = nn.Linear(sizes.width, vocabulary, bias=False)
         else:
-            self.action_head = ActionHead(actions, sizes.width)
-            self.scale_head = nn.Linear(actions * sizes.width, actions)
+            self.action_head = ActionHead(self.actions, sizes.width)
+            self.scale_head = nn.Linear(self.actions * sizes.width, self.actions)
             if config.proprio:
-                self.proprio_projector = ProprioProjector(proprio, sizes.width)
+                self.proprio_projector = ProprioProjector(embodiment.P, sizes.width)
         blocks = [*first.blocks, *second.blocks, *self.language_model.model.layers]
         for block in blocks if config.checkpointing else ():
             block.forward = partial(_recomputed, block)
@@ -115,9 +114,31 @@ class OpenVLA(nn.Module):
         log_scale = self.scale_head(said.detach().to(self.scale_head.weight.dtype)).float()
         return mu, log_scale.clamp(self.config.min_log_scale, 0.0)
 
-    def slots(self, observation: Mapping[str, Any]) -> Tensor:
-        """What the language model says one place before each slot `[B, C * A, E]`."""
-        before, keep = self.prefix(observation)
+    def augmented(
+        self,
+        observation: Mapping[str, Any],
+        generator: torch.Generator,
+        shift: int,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` for imitation: images cropped anywhere and lit otherwise, as published policies
+        are trained (`shift` is not needed then), proprio with noise of deviations `[P]`.
+        """
+        proprio = observation["proprio"]
+        jitter = torch.randn(proprio.shape, generator=generator).to(proprio.device) * noise
+        return self.heads(self.slots({**observation, "proprio": proprio + jitter}, generator))
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Of demonstrations: not taken, for its weights belong to the statistics it came with."""
+
+    def slots(
+        self, observation: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> Tensor:
+        """What the language model says one place before each slot `[B, C * A, E]`.
+
+        generator: see `Pixels`.
+        """
+        before, keep = self.prefix(observation, generator)
         if self.config.decode == "autoregressive":
             return self._one_by_one(before, keep)
         rows, _, width = before.shape
@@ -139,7 +160,9 @@ class OpenVLA(nn.Module):
         start = before.shape[1] - 1
         return said[:, start : start + count]
 
-    def prefix(self, observation: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def prefix(
+        self, observation: Mapping[str, Any], generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """All that precedes the slots `[B, N, E]`, and which of it is no padding, bool `[B, N]`."""
         images = observation["image"]
         if images.shape[1] < self.images:
@@ -147,21 +170,23 @@ class OpenVLA(nn.Module):
                 f"The policy of {self.config.folder} sees {self.images} cameras, got "
                 f"{images.shape[1]}. Give it as many, or set policy.images."
             )
-        rows = len(images)
-        seen = self._seen(images[:, : self.images]).reshape(rows, -1, self.sizes.width)
-        ids, keep = (x.to(seen.device) for x in self.words.batch(observation["instruction"]))
+        rows, device = len(images), self.units.edges.device
+        seen = self._seen(images[:, : self.images].to(device), generator)
+        seen = seen.reshape(rows, -1, self.sizes.width)
+        ids, keep = (x.to(device) for x in self.words.batch(observation["instruction"]))
         parts = [self._embedded(self.words.first).expand(rows, 1, -1), seen]
         if self.distribution == "laplace" and self.config.proprio:
-            state = self.units.state(observation["proprio"]).to(self.proprio_projector.fc1.weight)
+            state = self.units.state(observation["proprio"].to(device))
+            state = state.to(self.proprio_projector.fc1.weight.dtype)
             parts.append(self.proprio_projector(state)[:, None].to(seen.dtype))
         parts.append(self.language_model.model.embed_tokens(ids))
         x = torch.cat(parts, 1)
         return x, F.pad(keep, (x.shape[1] - keep.shape[1], 0), value=True)
 
-    def _seen(self, images: Tensor) -> Tensor:
+    def _seen(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
         """Images `[B, V, H, W, 3]` to tokens `[B * V, S, E]`, DINOv2's channels first."""
         towers = (self.vision_backbone.featurizer, self.vision_backbone.fused_featurizer)
-        pixels = self.pixels(images)
+        pixels = self.pixels(images, generator)
         seen = [t(x.to(t.pos_embed.dtype)) for t, x in zip(towers, pixels, strict=True)]
         return self.projector(torch.cat(seen, -1))
 
@@ -176,23 +201,20 @@ class OpenVLA(nn.Module):
 
     def _one_by_one(self, x: Tensor, keep: Tensor) -> Tensor:
         """As `slots`, causally: each slot after the likeliest token of the slot before it."""
-        said, cache, steps = [], None, self.chunk * self.actions
+        said, cache, steps = [], DynamicCache(), self.chunk * self.actions
         positions = _positions(keep)
         for step in range(steps):
             out = self.language_model.model(
                 inputs_embeds=x,
                 attention_mask=keep,
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{_CACHE: cache},
             )
             said.append(out.last_hidden_state[:, -1])
             if step + 1 < steps:
                 token = self._logits(said[-1]).argmax(-1) + self.sizes.tokens - BINS
-                x, cache = (
-                    self.language_model.model.embed_tokens(token)[:, None],
-                    out.past_key_values,
-                )
+                x = self.language_model.model.embed_tokens(token)[:, None]
                 keep, positions = F.pad(keep, (0, 1), value=True), positions[:, -1:] + 1
         return torch.stack(said, 1)
 
@@ -239,7 +261,7 @@ class OpenVLA(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The backbone as it was published, heads as they are."""
-        layers = [m for m in self.modules() if hasattr(m, "enable_adapters")]
+        layers = [m for m in self.modules() if hasattr(m, "lora_A")]
         for layer in layers:
             layer.enable_adapters(False)
         try:

@@ -1,7 +1,6 @@
 """An OpenVLA folder, as published, to a policy: found, checked, then memory-mapped.
 
-    policy = load(PolicyConfig(kind="openvla-oft", folder=folder), views=2, proprio=8, chunk=8,
-                  actions=7, gripper=Gripper((6,), opened=-1.0, closed=1.0))
+    policy = load(PolicyConfig(kind="openvla-oft", folder=folder), embodiment)
 
 Shapes are those of the tensors, held against config.json and the timm names in it. Nothing is
 downloaded, no code of the folder runs, no pickle is opened. The peak of memory is the weights once
@@ -21,6 +20,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from worldenv.config import PolicyConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models import vit
 from worldenv.models.openvla import HEADS, TOWERS, OpenVLA, Sizes
 from worldenv.models.openvla_inputs import BINS, EMPTY, Gripper, Pixels, Units, Words
@@ -38,38 +38,34 @@ _FIXED = {  # of config.json: what this model is built for
 _WRAPPERS = ("module.", "_orig_mod.")  # that training puts around a component's names
 
 
-def load(
-    config: PolicyConfig,
-    *,
-    views: int,
-    proprio: int,
-    chunk: int,
-    actions: int,
-    gripper: Gripper,
-    train: bool = True,
-) -> OpenVLA:
-    """The policy in `config.folder`, on the CPU.
+def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> OpenVLA:
+    """The policy in `config.folder` for a robot, on the CPU.
 
-    views, proprio, actions: V, P and A of its surroundings; chunk: C. train: whether it gets its
-    adapters, and its heads float32; otherwise everything is as on disk. UserError, before any
-    tensor is read, for whatever is missing, foreign, or at odds.
+    train: whether it gets its adapters, and its heads float32; otherwise everything is as on disk.
+    UserError, before any tensor is read, for whatever is missing, foreign, or at odds.
     """
     folder = config.folder
     if not folder.is_dir():
         raise UserError(f"policy.folder {folder}: expected a published folder, got none. Mend it.")
-    images = config.images or (views if config.kind == "openvla-oft" else 1)
-    if images > views:
-        raise UserError(f"policy.images: expected at most the {views} cameras there are: {images}.")
-    if config.decode == "autoregressive" and chunk != 1:
-        raise UserError(f"policy.decode autoregressive: expected chunks of 1 action, got {chunk}.")
+    if config.images is not None and config.images > embodiment.V:
+        raise UserError(
+            f"policy.images: expected at most the {embodiment.V} cameras of {embodiment.name}, got "
+            f"{config.images}."
+        )
+    if config.decode == "autoregressive" and embodiment.chunk != 1:
+        raise UserError(
+            f"policy.decode autoregressive: expected chunks of 1 action, got {embodiment.chunk}."
+        )
     described, shards = describe(folder), Shards(folder)
     sizes = _sizes(folder, described, shards)
     with torch.device("meta"):
-        model = OpenVLA(config, sizes, images=images, proprio=proprio, chunk=chunk, actions=actions)
+        model = OpenVLA(config, embodiment, sizes)
     wanted = _backbone(model, shards, folder / "config.json")
     parts = _components(model, folder)
     uses_proprio = hasattr(model, "proprio_projector")
-    bounds = statistics(config, described.get("norm_stats"), actions, proprio, uses_proprio)
+    bounds = statistics(config, described.get("norm_stats"), embodiment, uses_proprio)
+    closed = float(embodiment.gripper_closes)
+    gripper = Gripper(embodiment.actions("grip"), opened=-closed, closed=closed)
     model.units, model.words = Units(*bounds, gripper), _words(folder, sizes)
     model.pixels = Pixels(described["image_sizes"][0], config.crop, _normalisations(folder))
     # From here on, data.
@@ -79,7 +75,7 @@ def load(
         tensors |= {f"{part}.{n}": finite(t, n, path) for n, t in found.items()}
     if hasattr(model, "scale_head") and "scale_head" not in parts:
         tensors["scale_head.weight"] = torch.zeros(model.scale_head.weight.shape)
-        tensors["scale_head.bias"] = torch.full((actions,), -2.0)
+        tensors["scale_head.bias"] = torch.full((embodiment.A,), -2.0)
     model.load_state_dict(tensors, assign=True)
     # Angles are no weights: made anew, where the others were read.
     model.language_model.model.rotary_emb = LlamaRotaryEmbedding(sizes.llama)

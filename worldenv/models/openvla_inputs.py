@@ -77,7 +77,8 @@ class Units(nn.Module):
         """
         x = action.double()
         span = self.action_high - self.action_low + _TINY
-        out = torch.where(self.action_mask, 0.5 * (x + 1) * span + self.action_low, x)
+        unit = 0.5 * (action + 1)  # in its own precision, as published
+        out = torch.where(self.action_mask, unit * span + self.action_low, x)
         g = self.gripper
         share = (x[..., g.dims] - g.trained_closed) / (g.trained_open - g.trained_closed)
         sign = (2 * share - 1).sign()
@@ -116,25 +117,42 @@ class Pixels(nn.Module):
         self, size: int, crop: float, normalisations: Sequence[tuple[Sequence[float], ...]]
     ) -> None:
         super().__init__()
-        self.size = size
-        view = _centre(size, crop) if crop < 1 else None
+        self.size, self.side = size, math.sqrt(crop)
+        middle = torch.tensor((1 - self.side) / 2, dtype=torch.float64)
+        view = _window(size, self.side, middle) if crop < 1 else None
         self.register_buffer("view", view, persistent=False)
         stats = torch.tensor(normalisations)[..., None, None]  # [towers, mean and std, 3, 1, 1]
         self.register_buffer("normalisations", stats, persistent=False)
         self.resizing: dict[tuple, Tensor] = {}
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> list[Tensor]:
+        """generator: disturb each image as `_disturbed` says, in place of the crop's centre."""
         x = images.flatten(0, 1).permute(0, 3, 1, 2).to(self.normalisations.dtype)
         height, width = x.shape[-2:]
         if (height, width) != (self.size, self.size):
             x = self._matrix(height, x.device) @ x @ self._matrix(width, x.device).mT
             x = x.round().clamp(0, 255)
-        if self.view is not None:
+        if generator is not None:
+            x = (255 * self._disturbed(x / 255, generator)).round()
+        elif self.view is not None:
             x = self.view @ (x * (1 / 255)) @ self.view.mT
             x = (
                 (x.clamp(0, 1) * 255.5).floor().clamp(max=255)
             )  # as TensorFlow's convert_image_dtype
         return [(x / 255 - mean) / std for mean, std in self.normalisations]
+
+    def _disturbed(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """Cropped anywhere, brighter or darker, of more or less contrast: `[N, 3, H, W]` in 0..1.
+
+        As policies are trained, without their changes of saturation and hue.
+        """
+        draws = torch.rand(4, len(x), 1, 1, 1, generator=generator, dtype=torch.float64)
+        starts = ((1 - self.side) * draws[:2, :, :, 0, 0]).unbind()
+        rows, columns = (_window(self.size, self.side, s).to(x.device) for s in starts)
+        light, contrast = (0.4 * draws[2:] - 0.2).to(x).unbind()
+        x = rows @ x @ columns.mT + light
+        mean = x.mean((-2, -1), keepdim=True)
+        return torch.lerp(mean, x, 1 + contrast).clamp(0, 1)
 
     def _matrix(self, size: int, device: torch.device) -> Tensor:
         key = (size, device)
@@ -152,14 +170,13 @@ def _lanczos3(size: int, to: int) -> Tensor:
     return (weight / weight.sum(1, keepdim=True)).float()
 
 
-def _centre(size: int, area: float) -> Tensor:
-    """Weights `[size, size]` that cut the middle of a row and enlarge it, bilinear, ends on ends.
+def _window(size: int, side: float, start: Tensor) -> Tensor:
+    """Weights `[..., size, size]` that cut a part of a row and enlarge it, bilinear, ends on ends.
 
-    area: of the square that is cut, as a share of the image.
+    side: of the part; start `[...]`: where it begins; both as a share of the row.
     """
-    side = math.sqrt(area)
-    at = torch.linspace((1 - side) / 2, (1 + side) / 2, size, dtype=torch.float64) * (size - 1)
-    distance = (torch.arange(size, dtype=torch.float64) - at[:, None]).abs()
+    at = (start[..., None] + side * torch.linspace(0, 1, size, dtype=torch.float64)) * (size - 1)
+    distance = (torch.arange(size, dtype=torch.float64) - at[..., None]).abs()
     return (1 - distance).clamp_min(0).float()
 
 
@@ -171,6 +188,9 @@ class Words:
         self.first, self.last = tokenizer.bos_token_id, tokenizer.eos_token_id
         self.empty = tokenizer.convert_tokens_to_ids(EMPTY)
         self.known: dict[str, list[int]] = {}
+
+    def __deepcopy__(self, memo: dict) -> "Words":
+        return self  # nothing in it is trained
 
     def ids(self, instruction: str) -> list[int]:
         """From the first token to the empty one, after which the actions are written."""

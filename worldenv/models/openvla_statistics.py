@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from worldenv.config import PolicyConfig
+from worldenv.data.embodiment import Embodiment
 from worldenv.models.openvla_inputs import Range
 from worldenv.models.shards import few
 from worldenv.runtime import strict_json
@@ -13,12 +14,12 @@ SUFFIX = "_no_noops"  # of data from which idle steps were dropped
 
 
 def statistics(
-    config: PolicyConfig, described: Any, actions: int, proprio: int, uses_proprio: bool
+    config: PolicyConfig, described: Any, embodiment: Embodiment, uses_proprio: bool
 ) -> tuple[Range, Range | None]:
     """Bounds of actions and of proprio (None unless it is used).
 
     described: norm_stats of config.json, used without a dataset_statistics.json. UserError where
-    they lack the key, or are not of `actions` and `proprio` dimensions.
+    they lack the key, or are of other dimensions than the embodiment.
     """
     path, where = config.folder / "dataset_statistics.json", ""
     try:
@@ -34,10 +35,10 @@ def statistics(
     key = _key(config.unnorm_key, table, str(path))
     entry = table[key] if isinstance(table[key], dict) else {}
     place = f"{path}: {where}{key}"
-    action = _range(entry.get("action"), actions, f"{place}.action")
+    action = _range(entry.get("action"), embodiment.A, f"{place}.action")
     if not uses_proprio:
         return action, None
-    state = _range(entry.get("proprio"), proprio, f"{place}.proprio")
+    state = _range(entry.get("proprio"), embodiment.P, f"{place}.proprio")
     if not any(state.low) and not any(state.high):
         raise UserError(
             f"{place}.proprio: expected bounds of measured proprio, got zeros only, as where a "

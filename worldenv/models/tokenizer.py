@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
+from worldenv.runtime.errors import UserError
 
 
 class Tokenizer(Protocol):
@@ -125,6 +126,11 @@ def build_tokenizer(config: SimulatorConfig, image_size: int) -> nn.Module:
     if config.tokenizer == "autoencoder":
         return AutoencoderTokenizer(image_size, config.patch, config.latent_channels)
     # Here, because diffusers takes seconds to import and is no dependency of the small models.
-    from worldenv.models.vae import load_tokenizer
-
+    try:
+        from worldenv.models.vae import load_tokenizer
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"config simulator.tokenizer {config.tokenizer!r}: expected the package {error.name}, "
+            "which is not installed. Install the models' libraries: pip install 'worldenv[models]'."
+        ) from error
     return load_tokenizer(config, image_size)
