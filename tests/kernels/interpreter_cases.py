@@ -95,9 +95,9 @@ def teacher_forcing_leaves(shape, kv_heads, halves):
     [
         ((1, 5, 7, 2, 32), 1, {"window": 2, "sinks": 1}),
         ((2, 1, 1, 1, 64), 1, {}),
-        ((1, 2, 63, 1, 32), 1, {"window": 2}),
-        ((1, 3, 20, 3, 24), 3, {"window": 1}),
-        ((1, 5, 20, 1, 16), 1, {"window": 3, "sinks": 2}),
+        ((1, 2, 33, 1, 32), 1, {"window": 2}),
+        ((1, 2, 5, 3, 24), 3, {"window": 1}),
+        ((1, 5, 9, 1, 16), 1, {"window": 3, "sinks": 2}),
         ((1, 2, 17, 1, 128), 1, {"window": 9}),
     ],
 )
@@ -118,7 +118,7 @@ def test_teacher_forcing_with_a_constant_history():
 
 
 @pytest.mark.parametrize("halves", [0, 1, 2])
-@pytest.mark.parametrize(("window", "sinks"), [(2, 0), (3, 1), (None, 0)])
+@pytest.mark.parametrize(("window", "sinks"), [(2, 1), (None, 0)])
 def test_masked_tiles_are_not_visited(monkeypatch, window, sinks, halves):
     """With frames of whole tiles, exactly those are visited of which something is seen; and a
     history that needs no gradient gets none."""

@@ -1,5 +1,7 @@
 """The simulator's generation against recomputation, its noise, and its training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -240,8 +242,9 @@ def test_gradients_into_history_are_those_of_one_pass_over_clean_and_noisy_frame
     model._targets(*targets(model))
     (noisy, last, reference, sigma, condition, rotary, _), now = passes[-2:]
     both = [torch.cat(pair, 1) for pair in ((noisy, now[0]), (last, now[1]), (sigma, now[3]))]
-    led = (condition.action, now[4].action), (condition.proprio, now[4].proprio)
-    condition = Conditioning(*(torch.cat(pair, 1) for pair in led))
+    action = torch.cat((condition.action, now[4].action), 1)
+    proprio = torch.cat((condition.proprio, now[4].proprio), 1)
+    condition = replace(condition, action=action, proprio=proprio)
     rotary = torch.cat((rotary, now[5]), 1)
     joint = denoise(*both[:2], reference, both[2], condition, rotary, [attend] * 2)[0][:, 4:]
     torch.testing.assert_close(joint, frames, rtol=1e-4, atol=1e-5)

@@ -204,12 +204,10 @@ def spatiotemporal_attention(
         exactly the outputs that see that frame (in triton and reference it may spread further).
 
     Raises:
-        ValueError, TypeError: an argument has the wrong shape, dtype or device; the message names
-            it.
+        ValueError, TypeError: shape, dtype or device of an argument; the message names it.
         BackendUnavailable: a forced backend cannot run.
     """
     _check(q, k, v, window, sinks, causal, history)
-    past_k, past_v = history or (None, None)
     if q.numel() == 0:
         return torch.empty_like(q) + 0 * sum(x.sum() for x in (k, v, *(history or ())))
     only_full = (
@@ -227,7 +225,8 @@ def spatiotemporal_attention(
         },
     )
     if name == "triton":
-        return triton_ops.attention_fwd(q, k, v, past_k, past_v, window, sinks, causal)[0]
+        past = history or (None, None)
+        return triton_ops.attention_fwd(q, k, v, *past, window, sinks, causal)[0]
     if name == "sdpa":
         return _sdpa(q, k, v, history, window, sinks, causal)
     if name == "reference":
