@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from worldenv.config import SimulatorConfig
 from worldenv.envs.libero.robot import embodiment
-from worldenv.models.denoiser import Conditioning
 from worldenv.models.heads import FrameHead, zeroed
 from worldenv.models.simulator import Simulator
 from worldenv.ops import spatiotemporal_attention
