@@ -79,7 +79,27 @@ def load_openvla(folder: Path) -> Callable[[], object]:
     return lambda: policy.command(policy(observation)[0])
 
 
-CASES = {"openvla-oft": Case(15.5, write_openvla, load_openvla)}
+def world(kind: str) -> Case:
+    """A world simulator of the size of Wan 2.2 TI2V 5B: one chunk."""
+
+    def write(folder: Path, small: bool) -> None:
+        from bench import full_size_wan
+
+        full_size_wan.write(kind, folder, 50 if small else 1)
+
+    def load(folder: Path) -> Callable[[], object]:
+        from bench import full_size_wan
+
+        return full_size_wan.load(kind, folder)
+
+    return Case(11.6, write, load)
+
+
+CASES = {
+    "openvla-oft": Case(15.5, write_openvla, load_openvla),
+    "wan": world("wan"),
+    "wovr": world("wovr"),
+}
 
 
 def multiplication(dtype: torch.dtype) -> float:

@@ -1,34 +1,21 @@
-"""Published world simulators at their full size on a plain machine: random Wan 2.2 TI2V 5B and WoVR
-folders, loaded memory-mapped and run once.
+"""Random folders of Wan 2.2 TI2V 5B and of WoVR for `bench.full_size`, and one chunk with them.
 
-    python -m bench.full_size_wan wan /scratch           writes a folder (11 GB), loads it, a frame
-    python -m bench.full_size_wan wovr /scratch --of 50  at a fiftieth of the parameters
-
-Writing is streamed; loading and running happen in a fresh process, which prints one JSON object:
-seconds, peak memory over the weights' bytes, share of the machine's matmul rate. Weights are
-random, so nothing is said of the pictures; `tests/models/test_wan*.py` say that they are right.
+Writing is streamed: a few MB are in memory at a time. The video VAE, of 2.2, is beside the
+transformer. What is imagined is noise; `tests/models/test_wan*.py` say that it is the right one.
 """
 
-import argparse
 import dataclasses
 import json
 import math
-import resource
-import shutil
 import struct
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from worldenv.layouts import wan as layout  # noqa: E402
+from worldenv.layouts import wan as layout
 
 KINDS = ("wan", "wovr")
 SHARD = 5 << 30  # bytes
@@ -52,7 +39,7 @@ def sizes(part: int) -> dict[str, object]:
     return layout.SIZES | FULL | small | text | {"num_layers": max(1, round(30 / less))}
 
 
-def write(kind: str, folder: Path, part: int = 1) -> None:
+def write(kind: str, folder: Path, part: int) -> None:
     """A published folder of random bf16 weights, transformer and video VAE, tensor by tensor."""
     chosen = sizes(part)
     shapes = layout.shapes(chosen)
@@ -124,14 +111,10 @@ def write_vae(folder: Path, part: int) -> None:
     torch.set_default_dtype(torch.float32)
 
 
-def measure(kind: str, folder: Path) -> dict[str, object]:
-    """Load the folder and imagine one chunk, in this process."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from bench.timing import limits
+def load(kind: str, folder: Path) -> Callable[[], Tensor]:
+    """What imagines one chunk, in one pass, with the model in the folder."""
     from worldenv.config import SimulatorConfig
     from worldenv.envs.libero.robot import embodiment
-    from worldenv.models import vae  # noqa: F401  (its imports are not the model's)
     from worldenv.models.wan_world import WanSimulator
     from worldenv.models.wovr import WoVR
 
@@ -148,76 +131,10 @@ def measure(kind: str, folder: Path) -> dict[str, object]:
         patch=32,
         window=8,
     )
-    before, seconds = peak(), {}
-    model = timed(
-        seconds, "load", lambda: (WoVR if kind == "wovr" else WanSimulator)(config, robot)
-    )
-    model, loaded, rows = model.eval(), peak(), np.ones(1, bool)
-    state, still = model.start(1), torch.zeros(1, 1, robot.chunk, robot.A)
+    model = {"wan": WanSimulator, "wovr": WoVR}[kind](config, robot).eval()
+    state, rows = model.start(1), np.ones(1, bool)
+    still = torch.zeros(1, 1, robot.chunk, robot.A)
     image = torch.randint(256, (1, 1, robot.V, 256, 256, 3), dtype=torch.uint8)
     context = (image, torch.zeros(1, 1, robot.P), still, torch.zeros(1, dtype=torch.int64))
-    timed(seconds, "prefill", lambda: model.prefill(state, rows, *context))
-    with FlopCounterMode(display=False) as counter:
-        frame, _ = timed(seconds, "chunk", lambda: model.step(state, still[:, 0], 1, rows))
-    weights = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    rate = limits("cpu", torch.bfloat16, 2048).flops
-    return {
-        "model": kind,
-        "parameters": sum(p.numel() for p in model.wan.parameters()),
-        "weights_bytes": weights,
-        "seconds": seconds,
-        "peak_bytes": {"imports": before, "loaded": loaded, "in all": peak()},
-        "loaded_over_weights": (loaded - before) / weights,
-        "peak_over_weights": (peak() - before) / weights,
-        "chunk_flops": counter.get_total_flops(),
-        "of_matmul_rate": counter.get_total_flops() / seconds["chunk"] / rate,
-        "matmul_flops_per_second": rate,
-        "threads": torch.get_num_threads(),
-        "frame": list(frame.shape),
-    }
-
-
-def timed(seconds: dict[str, float], name: str, work: Callable[[], object]) -> object:
-    began = time.perf_counter()
-    result = work()
-    seconds[name] = time.perf_counter() - began
-    return result
-
-
-def peak() -> int:
-    """Most memory that this process has had, mapped weights included; bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def run(kind: str, scratch: Path, part: int = 1) -> dict[str, object]:
-    """Write a folder below `scratch`, measure it in a fresh process, remove it."""
-    folder = scratch / f"random-{kind}"
-    try:
-        command = [sys.executable, "-m", "bench.full_size_wan", kind, str(folder)]
-        for step in (["--write", "--of", str(part)], ["--measure"]):
-            done = subprocess.run(
-                [*command, *step], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-            )
-        return json.loads(done.stdout.splitlines()[-1]) | {"of": part}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=KINDS)
-    parser.add_argument("scratch", type=Path, help="folder with room for 13 GB")
-    parser.add_argument("--of", type=int, default=1, help="of how many parts of the parameters one")
-    parser.add_argument("--write", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.write:
-        write(given.kind, given.scratch, given.of)
-    elif given.measure:
-        print(json.dumps(measure(given.kind, given.scratch)))
-    else:
-        print(json.dumps(run(given.kind, given.scratch, given.of), indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    model.prefill(state, rows, *context)
+    return lambda: model.step(state, still[:, 0], 1, rows)[0]

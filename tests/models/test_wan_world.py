@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from worldenv.config import SimulatorConfig
+from worldenv.envs.libero.cameras import of_tasks
 from worldenv.envs.libero.robot import embodiment
 from worldenv.fields import from_dict
 from worldenv.layouts import wan as fixture
@@ -18,6 +19,7 @@ from worldenv.runtime.seeds import counter_normal, generator
 from worldenv.stages import store
 
 ALL = np.ones(3, bool)
+ROBOT = embodiment(16, cameras=of_tasks("libero_spatial", (8,)))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def world(folder, moved=True, columns=0, **changes) -> WanSimulator:
     torch.manual_seed(0)
     settings = {"kind": "wan", "folder": folder / "wan", "patch": 4, "window": 2, "frames": 2}
     config = SimulatorConfig(**(settings | changes))
-    model = WanSimulator(config, embodiment(16), columns).eval()
+    model = WanSimulator(config, ROBOT, columns).eval()
     if moved:
         with torch.no_grad():
             for p in model.parameters():
@@ -92,6 +94,23 @@ def test_every_addition_matters_once_it_is_not_zero(folder):
         frame(reference=0 * reference),
     ):
         assert (other - frame()).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_action_map_enters_at_zero(folder, moved):
+    model = world(folder, moved=moved, action_map=True, columns=2)
+    noisy, last, reference, sigma, known = draws()
+    condition = model.condition(*known)
+    assert condition.columns.shape == (2, 3, 32, 48)
+    assert condition.columns.any()
+    condition.columns = torch.cat([condition.columns, torch.randn(2, 3, 32, 2)], -1)
+    rotary, attends = model.rotary(torch.arange(3)[None]), [full_attention] * 2
+    with_map, without = (
+        model.denoise(noisy, last, reference, sigma, c, rotary, attends)[0]
+        for c in (condition, dataclasses.replace(condition, columns=0 * condition.columns))
+    )
+    assert torch.equal(with_map, without) != moved
 
 
 @torch.no_grad()

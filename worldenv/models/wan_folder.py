@@ -226,7 +226,8 @@ def _sizes(where: Path, shapes: Mapping[str, list[int]], config: Mapping[str, An
         raise UserError(f"{where / 'config.json'} contradicts the weights: {few(wrong, '; ')}.")
     for key in ("image_dim", "added_kv_proj_dim"):
         if config.get(key):
-            print(f"{where / 'config.json'}: {key} {config[key]}: no such tensors; left out")
+            said = f"{config[key]!r}"[:40]
+            print(f"{where / 'config.json'}: {key} {said}: no such tensors; left out")
     actions = shapes.get("action_mlp1.0.weight", [0, 0])[1]
     return WanSizes(heads, width // heads, layers, ffn[0], channels, text, time[1], actions)
 
