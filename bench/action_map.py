@@ -160,7 +160,8 @@ def over_runs(table: list[dict], by_run: dict[str, list[dict]]) -> None:
         for arm in row["difference_percent"]:
             changes = [rows[k]["difference_percent"][arm][0] / 100 for rows in by_run.values()]
             d = paired_difference([0.0] * len(changes), changes, list(by_run))
-            row["over_runs_percent"][arm] = [round(100 * x, 2) for x in (d.mean, d.low, d.high)]
+            bounds = (d.mean, d.low, d.high)
+            row["over_runs_percent"][arm] = [round(100 * float(x), 2) for x in bounds]
 
 
 def main() -> None:
@@ -198,11 +199,10 @@ def main() -> None:
     write_json(given.out, report)
     for row in whole:
         means = ", ".join(f"{arm} {m:.5g}" for arm, m in row["mean"].items())
-        change = ", ".join(
-            f"{arm} {d:+.1f}% ({low:+.1f} to {high:+.1f}; over runs {row['over_runs_percent'][arm]})"
-            for arm, (d, low, high) in row["difference_percent"].items()
-        )
-        print(f"{row['from']}, {row['ahead']} ahead, {row['error']}: {means}; {change}")
+        print(f"{row['from']}, {row['ahead']} ahead, {row['error']}: {means}")
+        for name in ("difference_percent", "over_runs_percent"):
+            for arm, (d, low, high) in row[name].items():
+                print(f"    {arm}: {name} {d:+.1f} ({low:+.1f} to {high:+.1f})")
 
 
 def _bare(argument: str) -> str:
