@@ -7,8 +7,9 @@ each arm: the same seed, weights, batches and noise; only `simulator.action_map`
 differ. Then real actions are replayed in it on episodes it was not trained on (those held out of
 the first round, and the second round's), from their first frames as the stage `fidelity` does, and
 from two places in mid-episode. Errors are means over replays; differences to the first arm are
-paired by replay, their bootstrap intervals resample episodes. The run folders are only read;
-trained simulators stay in --work and are not trained twice.
+paired by replay. Their bootstrap intervals resample episodes and say nothing of what another
+training would give; the t intervals over the runs do. The run folders are only read; trained
+simulators stay in --work and are not trained twice.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.fields import fingerprint, to_dict
 from worldenv.models.simulator import Simulator
-from worldenv.report.statistics import bootstrap_difference
+from worldenv.report.statistics import bootstrap_difference, paired_difference
 from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import simulator as stage
@@ -45,7 +46,6 @@ ARMS = {
 AHEAD = (1, 8)  # chunks
 MIDDLE = (4, 8)  # frames from where replays in mid-episode begin
 MOVED = 0.15 * 127.5  # grey levels since the frame before, as the simulator's loss has it
-UNITS = {"effector_mm": "mm", "mse": "", "mse_moving": ""}
 
 Row = dict[str, float | int | str | None]
 
@@ -154,6 +154,17 @@ def compared(arms: dict[str, list[Row]]) -> list[dict]:
     return table
 
 
+def over_runs(table: list[dict], by_run: dict[str, list[dict]]) -> None:
+    """Adds to each row the mean of the runs' differences in percent, with its 95% t interval."""
+    for k, row in enumerate(table):
+        row["over_runs_percent"] = {}
+        for arm in row["difference_percent"]:
+            changes = [rows[k]["difference_percent"][arm][0] / 100 for rows in by_run.values()]
+            d = paired_difference([0.0] * len(changes), changes, list(by_run))
+            bounds = (d.mean, d.low, d.high)
+            row["over_runs_percent"][arm] = [round(100 * float(x), 2) for x in bounds]
+
+
 def main() -> None:
     """Parses the command line, trains, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -175,23 +186,24 @@ def main() -> None:
             own[arm] = [{"run": run.name, **row} for row in found]
             rows[arm] += own[arm]
         by_run[run.name] = compared(own)
+    whole = compared(rows)
+    over_runs(whole, by_run)
     report = {
         "command": " ".join(["python", "-m", "bench.action_map", *map(_bare, sys.argv[1:])]),
         "commit": code,
         "machine": {**machine(), "threads": 1},
         "config": to_dict(replace(config, run_dir=Path("."))),
         "trainings": trainings,
-        "all": compared(rows),
+        "all": whole,
         "by_run": by_run,
     }
     write_json(given.out, report)
-    for row in report["all"]:
+    for row in whole:
         means = ", ".join(f"{arm} {m:.5g}" for arm, m in row["mean"].items())
-        change = ", ".join(
-            f"{arm} {d:+.1f}% ({low:+.1f} to {high:+.1f})"
-            for arm, (d, low, high) in row["difference_percent"].items()
-        )
-        print(f"{row['from']}, {row['ahead']} ahead, {row['error']}: {means}; {change}")
+        print(f"{row['from']}, {row['ahead']} ahead, {row['error']}: {means}")
+        for name in ("difference_percent", "over_runs_percent"):
+            for arm, (d, low, high) in row[name].items():
+                print(f"    {arm}: {name} {d:+.1f} ({low:+.1f} to {high:+.1f})")
 
 
 def _bare(argument: str) -> str:

@@ -1,6 +1,7 @@
 """Checkpoints named on the command line stand in for a stage, and are never written over."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from toy import NAMES, Toy
 
+from worldenv.envs.libero import cameras
 from worldenv.presets import preset
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import UserError
@@ -93,7 +95,8 @@ def test_the_second_rounds_simulator_can_be_named(toy, files):
 
 def test_a_runs_own_checkpoint_named_again_changes_nothing(toy, monkeypatch):
     toy.run()
-    monkeypatch.setattr(store, "load", lambda *a, **k: None)  # toys are no checkpoints
+    toys = SimpleNamespace(config=BASE)  # are no checkpoints
+    monkeypatch.setattr(store, "load", lambda *a, **k: toys)
     own = toy.folder / "checkpoints/simulator-0.safetensors"
     assert toy.run("posttrain", files={"simulator": own}) == []
     assert toy.run() == []
@@ -117,6 +120,20 @@ def test_a_damaged_adopted_checkpoint_is_not_trained_silently(toy, files):
         match=r"adopted from .*, trained with env.chunk 8, got 4.*Name a checkpoint again",
     ):
         toy.run(env__chunk=4)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_an_adopted_simulator_that_draws_is_of_the_same_cameras(toy, tmp_path, monkeypatch, drawn):
+    path = tmp_path / "drawing.safetensors"
+    config = replace(BASE, simulator=replace(BASE.simulator, action_map=drawn))
+    store.save("simulator", store.build("simulator", config), path)
+    toy.run(files={"simulator": path})
+    monkeypatch.setitem(cameras.AGENTVIEW, "table", cameras.AGENTVIEW["floor"])
+    if drawn:
+        with pytest.raises(UserError, match=r"adopted from .* do not all stand where those did"):
+            toy.run()
+    else:
+        assert toy.run() == []
 
 
 @pytest.mark.parametrize("kind", KINDS)

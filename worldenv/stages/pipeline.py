@@ -11,7 +11,7 @@ refused otherwise.
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from worldenv.config import Config
@@ -205,6 +205,8 @@ class _File:
     path: Path
     step: Step
     sha256: str
+    robot: Embodiment
+    """Without cameras where the model draws nothing of theirs."""
 
     @property
     def mark(self) -> str:
@@ -217,9 +219,11 @@ def _named(run: Run, files: Mapping[str, Path], number: int) -> dict[str, _File]
     does not fit the run's configuration."""
     named = {}
     for kind, path in files.items():
-        store.load(kind, path, fits=run.config)
+        model = store.load(kind, path, fits=run.config)
+        drawn = getattr(model.config, "action_map", False)
+        robot = run.embodiment if drawn else replace(run.embodiment, cameras=())
         step = steps(run.config)["sft" if kind == "policy" else f"{kind}-{number}"]
-        named[step.name] = _File(Path(path), step, records.sha256(Path(path)))
+        named[step.name] = _File(Path(path), step, records.sha256(Path(path)), robot)
     return named
 
 
@@ -234,7 +238,7 @@ def _adopt(run: Run, named: Mapping[str, _File], marks: Mapping[str, str]) -> No
             shutil.copyfile(file.path, draft)  # before `settle`: it may move the file itself
             if records.settle(run, file.step, file.mark) is None:
                 os.replace(draft, target)
-                record = {"adopted": str(file.path), "embodiment": to_dict(run.embodiment)}
+                record = {"adopted": str(file.path), "embodiment": to_dict(file.robot)}
                 records.finish(run, file.step, file.mark, record, 0.0)
         except OSError as error:
             raise write_error(target, error) from error
@@ -256,7 +260,7 @@ def _check_adopted(run: Run, step: Step, record: dict) -> None:
     own = from_dict(Embodiment, record["embodiment"], f"{step.name}: embodiment")
     what = f"{step.name} was adopted from {record['adopted']}, trained"
     try:
-        store.check_fits(own, run.embodiment, what)
+        store.check_fits(own, run.embodiment, what, drawn=bool(own.cameras))
     except UserError as error:
         raise UserError(f"{error} {mend}") from error
 
