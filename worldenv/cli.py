@@ -42,7 +42,7 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import Run, open_run, write_json
+from worldenv.stages.run import Run, open_run, world_of, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -52,6 +52,7 @@ _Stage = Literal[
     "sft",
     "explore",
     "simulator",
+    "distill",
     "reflector",
     "fidelity",
     "posttrain",
@@ -72,7 +73,7 @@ class TrainArguments:
     stage: tyro.conf.Positional[_Stage] = "all"
     """One stage to run, or all of them."""
     round: FromZero = 0
-    """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
+    """Round of that stage (explore, simulator, distill, reflector, fidelity, posttrain)."""
     policy: Path | None = None
     """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
@@ -355,10 +356,11 @@ def _imagine() -> None:
     config = run.config
     last = config.posttrain.rounds - 1
     checkpoints = run.dir / "checkpoints"
-    pipeline.check_made(run, [f"simulator-{last}", f"reflector-{last}"])
+    names = {"simulator": world_of(config, last), "reflector": f"reflector-{last}"}
+    pipeline.check_made(run, names.values())
     simulator, reflector = (
-        store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
-        for kind in ("simulator", "reflector")
+        store.load(kind, checkpoints / f"{name}.safetensors", run.device, config)
+        for kind, name in names.items()
     )
     policy = None
     if arguments.episodes is None or arguments.drive == "policy":
