@@ -12,8 +12,10 @@ from worldenv.config import SimulatorConfig
 from worldenv.layouts import vae as published
 from worldenv.models import vae
 from worldenv.models.tokenizer import build_tokenizer
-from worldenv.models.vae_folder import WEIGHTS
+from worldenv.models.vae_folder import STEM
 from worldenv.runtime.errors import UserError
+
+WEIGHTS = f"{STEM}.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +64,16 @@ BAD = {
     "no folder": (shutil.rmtree, "no such folder"),
     "an empty one": (lambda f: shutil.rmtree(f) or f.mkdir(), "got nothing"),
     "two": (lambda f: published.wan_vae_of_authors(f), "got vae/config.json, Wan2.1_VAE.pth"),
-    "no weights": (lambda f: (f / "vae" / WEIGHTS).unlink(), f"expected {WEIGHTS} beside"),
+    "no weights": (lambda f: (f / "vae" / WEIGHTS).unlink(), f"or {WEIGHTS}; got config.json"),
     "cut weights": (
         lambda f: (f / "vae" / WEIGHTS).write_bytes(b"1234567" * 99),
-        "is truncated or no safetensors",
+        "is cut short or no safetensors",
     ),
     "no JSON": (lambda f: (f / "vae" / "config.json").write_text("{"), "is not valid JSON"),
-    "a list": (lambda f: (f / "vae" / "config.json").write_text("[]"), "expected a table, got a"),
+    "a list": (
+        lambda f: (f / "vae" / "config.json").write_text("[]"),
+        "a table, got list",
+    ),
     "another class": (
         spoil_config(_class_name="AutoencoderTiny"),
         "_class_name: expected 'AutoencoderKLWan', got 'AutoencoderTiny'. That is "
@@ -94,7 +99,7 @@ BAD = {
         "missing quant_conv.bias",
     ),
     "one too many": (spoil_weights(lambda t: t.update(x=torch.ones(1))), "unexpected x"),
-    "NaN": (spoil_weights(nan), "quant_conv.bias: expected finite numbers"),
+    "NaN": (spoil_weights(nan), "quant_conv.bias [32]: expected finite weights, got 1 NaN"),
 }
 
 

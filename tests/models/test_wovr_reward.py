@@ -130,7 +130,7 @@ def test_bad_folders_are_named(tmp_path, capsys):
     torch.save({**good, "net.7.weight": torch.zeros(2, 32)}, file)
     refused("net.7.weight: expected [1, 32], got [2, 32]")
     torch.save({**good, "net.7.bias": torch.tensor([float("nan")])}, file)
-    refused("net.7.bias: expected finite numbers")
+    refused("net.7.bias [1]: expected finite weights, got 1 NaN")
     torch.save({"backbone.0.weight": torch.zeros(2)}, file)
     refused("got backbone.0.weight")
     # A public port had to stand in for a function that some of these files refer to.

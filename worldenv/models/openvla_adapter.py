@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldenv.models import vit
+from worldenv.models.folder import read_json
 from worldenv.models.openvla import HEADS, TOWERS, OpenVLA, linears
-from worldenv.models.shards import Shards, check_shapes, read_json
+from worldenv.models.weights import Shards, check_shapes
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 

@@ -233,8 +233,11 @@ def nan_head(tensors):
 
 SECOND, INDEX = "model-00002-of-00004.safetensors", "model.safetensors.index.json"
 ROWS = {
-    "no folder": (lambda f: f.rename(f.with_name("away")), "expected a published folder, got none"),
-    "no config": (drop("config.json"), "expected config.json, got none"),
+    "no folder": (
+        lambda f: f.rename(f.with_name("away")),
+        "policy.folder: expected the folder",
+    ),
+    "no config": (drop("config.json"), "expected config.json, got "),
     "config is no JSON": (put("config.json", "{"), "config.json is not valid JSON"),
     "config is a list": (put("config.json", "[]"), "config.json: expected a table, got list"),
     "of another model": (
@@ -268,7 +271,7 @@ ROWS = {
     ),
     "no weights": (
         lambda f: [p.unlink() for p in f.glob("model*")],
-        "expected model.safetensors.index.json and its shards, or model.safetensors; got neither",
+        "expected model.safetensors.index.json and its shards, or model.safetensors; got action",
     ),
     "a shard is missing": (drop(SECOND), f"expected 4 shards.* missing: {SECOND}"),
     "a shard is cut": (cut(SECOND), f"{SECOND} .* is cut short or no safetensors file"),
@@ -295,7 +298,7 @@ ROWS = {
         rf"{FC1}: expected \[192, 48\], got \[192, 47\]",
     ),
     "a NaN": (nan, rf"{FC1} \[192, 48\]: expected finite weights, got 48 NaN"),
-    "no tokenizer": (drop("tokenizer.json"), "expected tokenizer.json, got none"),
+    "no tokenizer": (drop("tokenizer.json"), "expected tokenizer.json, got "),
     "a tokenizer of nothing": (put("tokenizer.json", "{}"), "tokenizer.json: no tokenizer"),
     "no preprocessor": (drop("preprocessor_config.json"), "expected preprocessor_config.json"),
     "no normalisation": (
@@ -335,10 +338,13 @@ ROWS = {
         "expected one action_head checkpoint, got 2: action_head--150000_checkpoint.pt, action_h",
     ),
     "no proprio projector": (drop(PROPRIO), r"expected proprio_projector--.*policy.proprio false"),
-    "a payload": (head(lambda t: {**t, "x": Payload()}), f"{HEAD}: expected tensors only"),
-    "a head cut short": (cut(HEAD), f"{HEAD} is cut short or no PyTorch file"),
+    "a payload": (head(lambda t: {**t, "x": Payload()}), f"{HEAD}: expected tensors alone"),
+    "a head cut short": (cut(HEAD), f"{HEAD} is damaged"),
     "a head of text": (put(HEAD, "version https://git-lfs"), f"{HEAD}"),
-    "a list of tensors": (head(lambda t: list(t.values())), "expected tensors by name, got list"),
+    "a list of tensors": (
+        head(lambda t: list(t.values())),
+        "expected a table of tensors",
+    ),
     "a head of another width": (
         head(lambda t: {**t, "module.model.fc2.weight": torch.zeros(14, 16)}),
         r"model.fc2.weight: expected \[7, 16\], got \[14, 16\].*robot of other sizes",
