@@ -34,6 +34,7 @@ from worldenv.ranges import (
     Tasks,
 )
 from worldenv.report.statistics import wilson
+from worldenv.runtime import device as devices
 from worldenv.runtime import signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -42,7 +43,7 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import Run, open_run, write_json
+from worldenv.stages.run import Run, acting, open_run, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -344,6 +345,7 @@ def _collect() -> None:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
         policy = store.load("policy", arguments.policy, fits=config)
+        policy.to(acting(devices.pick(config.device), policy.config))
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
@@ -391,4 +393,5 @@ def _policy(run: Run, named: Path | None) -> Policy:
     if named is None:
         pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
     path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
-    return store.load("policy", path, run.acting, fits=run.config)
+    policy = store.load("policy", path, fits=run.config)
+    return policy.to(acting(run.device, policy.config))

@@ -63,7 +63,10 @@ def digest(folder: Path) -> str:
     numbers were edited may have the same.
     """
     if not folder.exists():
-        raise UserError(f"{folder}: expected the folder of a published model, got none there.")
+        raise UserError(
+            f"{folder}: expected the folder of a published model, got none there. Name the one you "
+            "downloaded."
+        )
     found = hashlib.sha256()
     try:
         for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):

@@ -31,6 +31,9 @@ class ImageTextReflector(nn.Module):
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
+        # Here and now, whether its processor shows it the frames of this robot.
+        side = embodiment.image_size
+        self.encoder.layout("", 1 if config.views == "first" else embodiment.V, side, side)
         self.answers = self.encoder.answers() if config.kind == "prompted" else None
         if self.answers is None:
             size = self.encoder.size

@@ -21,6 +21,9 @@ from worldenv.runtime.checkpoint import read_error
 from worldenv.runtime.errors import NonFiniteError, UserError
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
+_FINITE: set[tuple] = set()
+"""Tensors, by file as it was, that have no NaN: each stage loads its models anew, and needs not
+read all of their weights anew for that."""
 # What torch's reader ends in where a file is not what it was.
 _DAMAGE = (
     *(RuntimeError, OSError, EOFError, ValueError, LookupError, TypeError, AttributeError),
@@ -83,9 +86,14 @@ class Shards:
             )
         out = {}
         for path, wanted in by_file.items():
+            found = path.stat()
+            seen = (path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
             with _opened(path) as file:
                 for name in wanted:
-                    out[name] = finite(file.get_tensor(name), name, path)
+                    out[name] = file.get_tensor(name)
+                    if (*seen, name) not in _FINITE:
+                        finite(out[name], name, path)
+                        _FINITE.add((*seen, name))
         return out
 
 

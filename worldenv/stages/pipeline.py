@@ -27,6 +27,7 @@ from worldenv.stages import (
     evaluate,
     fidelity,
     posttrain,
+    published,
     records,
     reflector,
     results,
@@ -57,6 +58,7 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     demonstrations.check(run.config)
     named = _named(run, files or {}, number)
     marks = _marks(run, named)
+    published.check(run, _left(run, marks, named, steps(run.config)))
     run.save_config()
     _adopt(run, named, marks)
     _announce(run, marks)
@@ -76,6 +78,15 @@ def _announce(run: Run, marks: Mapping[str, str]) -> None:
         print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
 
 
+def _left(
+    run: Run, marks: Mapping[str, str], named: Mapping[str, "_File"], names: Iterable[str]
+) -> list[str]:
+    """Stages of those of the steps `names` that have work to do."""
+    every = steps(run.config)
+    left = [n for n in names if not records.at_hand(run.dir, every[n], marks[n])]
+    return [every[name].stage.name for name in left if name not in named]
+
+
 def run_stage(
     run: Run, stage: str, number: int = 0, files: Mapping[str, Path] | None = None
 ) -> dict | Path:
@@ -93,6 +104,8 @@ def run_stage(
     target = target or every.get(stage)  # none: the report, of everything
     needs = target.needs(run.config) if target else tuple(every)
     before = _before(run, stage if target is None else target.name, needs, marks, named)
+    todo = before if target is None else [*before, target.name]
+    published.check(run, _left(run, marks, named, todo))
     run.save_config()
     _adopt(run, named, marks)
     for name in before:

@@ -55,7 +55,7 @@ def run(run: Run, mark: str, number: int) -> dict:
 STAGE = Stage(
     "simulator",
     run,
-    settings=lambda config, n: (config.simulator,),
+    settings=lambda config, n: (config.simulator, *store.digests(config.simulator)),
     needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
     makes=("checkpoints/simulator-{n}.safetensors",),
     logs=lambda name, n: (name,) if n else (name, "tokenizer"),
