@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from published.damage import RAN, Payload, cut, drop, edit, put, repickle, retensor
 from published.openvla_policy import ROBOT, copied, look, policy
 from safetensors.torch import load_file, save_file
 
@@ -19,40 +20,6 @@ from worldenv.models.openvla import OpenVLA
 from worldenv.runtime.errors import UserError
 
 HEAD, PROPRIO = (f"{n}--150000_checkpoint.pt" for n in ("action_head", "proprio_projector"))
-
-
-def edit(path: Path, change) -> None:
-    """Rewrite a JSON file; `change` gets what is in it, and returns what shall be."""
-    value = json.loads(path.read_text())
-    path.unlink()
-    path.write_text(json.dumps(change(value)))
-
-
-def shard_of(folder: Path, name: str) -> Path:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    return folder / index["weight_map"][name]
-
-
-def retensor(folder: Path, name: str, change) -> None:
-    """Replace one tensor; None takes it out."""
-    path = shard_of(folder, name)
-    tensors = load_file(path)
-    tensors = {n: t.clone() for n, t in tensors.items()}
-    value = change(tensors.pop(name))
-    path.unlink()
-    save_file(tensors if value is None else {**tensors, name: value}, path)
-
-
-def repickle(path: Path, value) -> None:
-    path.unlink()
-    torch.save(value, path)
-
-
-class Payload:
-    """What must never run."""
-
-    def __reduce__(self):
-        return os.system, ("touch /tmp/worldenv-payload-ran",)
 
 
 def test_the_layout_is_in_four_shards_with_an_index(oft):
@@ -168,27 +135,6 @@ def test_the_key_is_the_suite_without_or_with_its_suffix(shallow):
 
 NORM = "language_model.model.norm.weight"
 FC1 = "projector.fc1.weight"
-
-
-def drop(name):
-    return lambda f: (f / name).unlink()
-
-
-def put(name, text):
-    def act(folder):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text(text)
-
-    return act
-
-
-def cut(name):
-    def act(folder):
-        data = (folder / name).read_bytes()
-        (folder / name).unlink()
-        (folder / name).write_bytes(data[: len(data) // 2])
-
-    return act
 
 
 def stats(change):
@@ -366,7 +312,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_bad_folder_is_named(name, shallow, tmp_path):
+def test_a_bad_folder_is_named(name, shallow, tmp_path, capsys):
     act, message = ROWS[name]
     folder = copied(shallow, tmp_path / "copy")
     act(folder)
@@ -375,7 +321,7 @@ def test_a_bad_folder_is_named(name, shallow, tmp_path):
     text = str(caught.value)
     assert re.search(message, text), text
     assert str(folder) in text
-    assert not Path("/tmp/worldenv-payload-ran").exists()
+    assert RAN not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
