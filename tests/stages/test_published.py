@@ -20,7 +20,7 @@ from worldenv.layouts import wan as wan_layout
 from worldenv.models import weights
 from worldenv.presets import preset
 from worldenv.runtime.seeds import numpy_generator
-from worldenv.stages import pipeline, published, records, sft, store
+from worldenv.stages import folders, pipeline, records, sft, store
 from worldenv.stages.run import Run
 
 HEAD = "action_head--150000_checkpoint.pt"
@@ -234,12 +234,12 @@ def run(models, tmp_path):
 def test_whole_folders_are_built_once(run, models, monkeypatch):
     built, build = [], store.build
     monkeypatch.setattr(store, "build", lambda kind, config: built.append(kind))
-    published.check(run, ["demonstrations", *published.KINDS])
+    folders.check(run, ["demonstrations", *folders.KINDS])
     assert built == ["policy", "simulator", "reflector"]
-    published.check(run, published.KINDS)
+    folders.check(run, folders.KINDS)
     assert len(built) == 3
     run.config = replace(run.config, policy=replace(run.config.policy, images=1))
-    published.check(run, published.KINDS)
+    folders.check(run, folders.KINDS)
     assert built[3:] == ["policy"]
     # Weights that have been looked through are mapped alone when they are loaded again.
     build("policy", run.config)

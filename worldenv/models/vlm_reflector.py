@@ -45,11 +45,6 @@ class ImageTextReflector(nn.Module):
             print(f"reflector: o_1 is encoded anew with every frame: {self.encoder.why_anew}")
 
     @property
-    def folder_digest(self) -> str:
-        """Which folder the image-text model came from: saved with the head, compared on loading."""
-        return self.encoder.digest
-
-    @property
     def feature_digest(self) -> str:
         """Of all that features depend on, but the frames and the instruction."""
         config = self.config

@@ -26,8 +26,8 @@ from worldenv.stages import (
     estimate,
     evaluate,
     fidelity,
+    folders,
     posttrain,
-    published,
     records,
     reflector,
     results,
@@ -58,7 +58,7 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     demonstrations.check(run.config)
     named = _named(run, files or {}, number)
     marks = _marks(run, named)
-    published.check(run, _left(run, marks, named, steps(run.config)))
+    folders.check(run, _left(run, marks, named, steps(run.config)))
     run.save_config()
     _adopt(run, named, marks)
     _announce(run, marks)
@@ -105,7 +105,7 @@ def run_stage(
     needs = target.needs(run.config) if target else tuple(every)
     before = _before(run, stage if target is None else target.name, needs, marks, named)
     todo = before if target is None else [*before, target.name]
-    published.check(run, _left(run, marks, named, todo))
+    folders.check(run, _left(run, marks, named, todo))
     run.save_config()
     _adopt(run, named, marks)
     for name in before:
