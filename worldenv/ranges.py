@@ -12,6 +12,8 @@ Preset = Literal[
     "libero-object",
     "libero-goal",
     "libero-10",
+    "openvla-oft-wan",
+    "openvla-oft-wovr",
 ]
 INIT_STATES = 50  # that the benchmark has of each task
 
