@@ -32,7 +32,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.tokenizer import to_bytes, to_unit
+from worldenv.models.pixels import to_bytes, to_unit
 from worldenv.models.vae_folder import Published, find
 from worldenv.models.weights import fill
 from worldenv.runtime.errors import UserError
