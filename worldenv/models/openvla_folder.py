@@ -93,6 +93,11 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     return model.eval()
 
 
+def sizes(folder: Path) -> Sizes:
+    """What a folder's config.json and the headers of its shards say. UserError as `load`'s."""
+    return _sizes(folder, describe(folder), Shards(folder))
+
+
 def describe(folder: Path) -> dict[str, Any]:
     """config.json, sure to be of an OpenVLA that this model is built for."""
     path = folder / "config.json"
