@@ -135,10 +135,10 @@ class WoVR(Network):
         """The frame after a chunk of actions `[B, 8, A]`, in `steps` passes (5 as published)."""
         keep = torch.as_tensor(active).to(self.device, non_blocking=True)
         actions = torch.cat([state.actions, self._executed(action)], 1)
-        clean = self.tokenizer.stream(len(keep), self.views).encode(state.frames)
+        clean = self.tokenizer.encode_video(state.frames)
         noise = counter_normal(state.seeds, state.step, (_LATENTS - _CLEAN, *clean.shape[2:]))
         latents = self.generate(torch.cat([clean, noise], 1), actions, steps)
-        frames = self.tokenizer.stream(len(keep), self.views).decode(latents)
+        frames = self.tokenizer.decode_video(latents, self.views)
         # [B, 5, ...]: the first frame for good, and the last four
         after = torch.cat([state.frames[:, :1], frames[:, 1 - CONTEXT :]], 1)
         led = torch.cat([state.actions[:, :1], actions[:, 1 - CONTEXT :]], 1)

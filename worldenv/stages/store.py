@@ -25,6 +25,7 @@ from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.models.wan_world import WanSimulator
 from worldenv.models.wovr import WoVR
+from worldenv.models.wovr_reward import WoVRReflector
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.stages.reality import embodiment
@@ -32,6 +33,7 @@ from worldenv.stages.reality import embodiment
 _SMALL = {
     ("policy", "small"): Policy,
     ("reflector", "small"): Reflector,
+    ("reflector", "wovr"): WoVRReflector,
     ("simulator", "small"): Simulator,
     ("simulator", "wan"): WanSimulator,
     ("simulator", "wovr"): WoVR,
