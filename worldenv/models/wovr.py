@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
 from worldenv.data.embodiment import Embodiment
