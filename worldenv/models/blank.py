@@ -28,7 +28,7 @@ def policy(config: PolicyConfig, robot: Embodiment, widened: bool) -> Made:
     """widened: whether frozen bfloat16 layers multiply in float32 (see `models.widened`)."""
     if config.kind == "small":
         return _on_meta(lambda: Policy(config, robot)), "config"
-    from worldenv.models import openvla_adapter
+    from worldenv.models import openvla_adapter, openvla_folder
     from worldenv.models.openvla import OpenVLA
     from worldenv.models.openvla_inputs import Gripper, Pixels, Range, Units
     from worldenv.models.widened import widen
@@ -42,8 +42,10 @@ def policy(config: PolicyConfig, robot: Embodiment, widened: bool) -> Made:
         bounds = (_some(Range, robot.A), _some(Range, robot.P))
         closed = float(robot.gripper_closes)
         grip = Gripper(robot.actions("grip"), opened=-closed, closed=closed)
-        model.units, model.words = Units(*bounds, grip), _Words()
+        model.units = Units(*bounds, grip)
         model.pixels = Pixels(sizes.towers[0][1], config.crop, [([0.5] * 3, [0.5] * 3)] * 2)
+    there = config.folder.is_dir()
+    model.words = openvla_folder.words(config.folder, sizes) if there else _Words()
     model.requires_grad_(False)
     model.freeze()
     if widened:

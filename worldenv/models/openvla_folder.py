@@ -68,7 +68,7 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     bounds = statistics(config, described.get("norm_stats"), embodiment, uses_proprio)
     closed = float(embodiment.gripper_closes)
     gripper = Gripper(embodiment.actions("grip"), opened=-closed, closed=closed)
-    model.units, model.words = Units(*bounds, gripper), _words(folder, sizes)
+    model.units, model.words = Units(*bounds, gripper), words(folder, sizes)
     model.pixels = Pixels(described["image_sizes"][0], config.crop, _normalisations(folder))
     # From here on, data.
     read, dtype = shards.read(wanted.values()), getattr(torch, config.precision)
@@ -236,7 +236,8 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     return out
 
 
-def _words(folder: Path, sizes: Sizes) -> Words:
+def words(folder: Path, sizes: Sizes) -> Words:
+    """A folder's tokenizer. UserError where it is not Llama-2's."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder}: expected {path.name}, got none. {AGAIN}")

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
@@ -34,7 +32,7 @@ class Spent:
 
 def measure(work: Callable[[], object]) -> Spent:
     """What `work` takes. Its tensors may be on any device; on `meta` it takes no memory."""
-    with _Attention(), Counter() as counter:
+    with Counter() as counter:
         result = work()
         kept = counter.alive
     del result
@@ -81,23 +79,26 @@ def _place(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-class _Attention(TorchFunctionMode):
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """Torch's attention as its kernels keep memory: on `meta` it would write all scores down."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention or not args[0].is_meta:
-            return func(*args, **kwargs)
-        q, k, v = args[:3]
-        if q.shape[1] != k.shape[1]:  # what grouped heads cost the kernel of a CPU
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        mask, causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
-        return _FLASH(q, k, v, 0.0, causal, attn_mask=mask, scale=kwargs.get("scale"))[0]
+    if enable_gqa:  # what grouped heads cost the kernel of a CPU
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_ON_META = torch.library.Library("aten", "IMPL")
+_ON_META.impl("scaled_dot_product_attention", _attention, "AutogradMeta")  # without gradients too
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
