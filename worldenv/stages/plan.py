@@ -5,10 +5,7 @@ Where that is more than the machine has, changes are looked for that make it fit
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -80,7 +77,9 @@ def machine(config: Config, memory: float | None) -> Machine:
 def rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s at which this machine multiplies matrices, on all threads that a run would use: on
     the device, or on the CPU where that is not here. Takes a second at most."""
-    here = torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
+    here = (
+        torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
+    )
     side = 8192 if here.type == "cuda" else 1024
     if here.type == "cpu" and dtype is torch.bfloat16:
         dtype = devices.autocast_dtype("cpu")  # what `models.widened` multiplies in

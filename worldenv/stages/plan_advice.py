@@ -131,7 +131,12 @@ _LADDER = {
         ("simulator", "frames", _halves("simulator", "frames")),
         ("simulator", "window", _halves("simulator", "window")),
     ),
-    "reflector": (("reflector", "batch", _halves("reflector", "batch", 4)), _ROWS, *_JUDGE, *_WORLD),
+    "reflector": (
+        ("reflector", "batch", _halves("reflector", "batch", 4)),
+        _ROWS,
+        *_JUDGE,
+        *_WORLD,
+    ),
     "posttrain": (
         ("posttrain", "micro_batch", _micro("posttrain", "minibatch")),
         _ROWS,

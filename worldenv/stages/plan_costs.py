@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from worldenv.config import Config
 from worldenv.models import blank
-from worldenv.models.published_sizes import image_text
 from worldenv.models.policy import Critic, ValueHead
+from worldenv.models.published_sizes import image_text
 from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.rl.loss import imitation_loss, policy_loss
@@ -33,6 +33,7 @@ from worldenv.stages.reflector import _Pictures
 
 INSTRUCTION = "pick up the black bowl between the plate and the ramekin and place it on the plate"
 CONTEXT = 2  # frames that a world in the middle of an episode begins with
+STREAMED = 4  # rows that videos are streamed for; more take as much more
 _TOKENS = 256  # of an action
 
 
@@ -258,7 +259,9 @@ class Costs:
             from worldenv.models.vae import state_bytes  # a published model's library
 
             dtype = getattr(torch, self.config.simulator.tokenizer_precision)
-            vae = robot.V * sum(state_bytes(dict(world.tokenizer.vae.config), size, dtype))
+            said = {k: v for k, v in world.tokenizer.vae.config.items() if k[0] != "_"}
+            vae = robot.V * sum(state_bytes(said, size, dtype))
+            rows = min(rows, STREAMED)  # its pieces are all alike
 
         def begin(n: int) -> Callable[[], object]:
             state, everyone = world.start(n), np.ones(n, bool)

@@ -135,17 +135,13 @@ def _reflector(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
         step = _step(here, line, size, here.shards, model.trained_bytes)
         yield Moment("a step", _held(here, reflector=model) | step | data)
     if part.calibrate:
-        everyone = _held(
-            here, policy=costs.policy, simulator=costs.simulator, reflector=model
-        )
+        everyone = _held(here, policy=costs.policy, simulator=costs.simulator, reflector=model)
         yield Moment("calibration", _imagine(config, costs, here, everyone) | data)
 
 
 def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     rl, policy = config.posttrain, costs.policy
-    held = _held(
-        here, policy=policy, simulator=costs.simulator, reflector=costs.reflector
-    )
+    held = _held(here, policy=policy, simulator=costs.simulator, reflector=costs.reflector)
     held["optimiser"] = 2 * policy.trained_bytes
     trained = policy.trained_bytes
     if rl.kl_weight:
