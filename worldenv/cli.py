@@ -6,6 +6,7 @@ A `UserError` is printed without a traceback and exits with 2; Ctrl-C, SIGTERM a
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -82,6 +83,13 @@ class TrainArguments:
     """Use this simulator checkpoint for the round, instead of training one."""
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
+    plan: bool = False
+    """Build and write nothing: print the models' parameters, the memory of each stage at its highest
+    (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer), the time
+    per iteration, and where it does not fit what to change. The exit code is 1 then. Folders that
+    are not there yet are planned for with the published sizes."""
+    plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
+    """GiB to plan for, in place of the device's own: of a GPU too that is not here."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -251,9 +259,11 @@ def _named_path(word: str) -> Path:
     return Path(word)
 
 
-def _train() -> None:
+def _train() -> int | None:
     name = _preset_name(sys.argv[1:])
     arguments = parse(TrainArguments, TrainArguments(config=preset(name)))
+    if arguments.plan:
+        return _plan(arguments)
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
     files = {kind: path for kind, path in named.items() if path is not None}
@@ -275,6 +285,19 @@ def _train() -> None:
     else:
         shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
         print("\n".join(f"{k}: {v}" for k, v in shown.items()))
+
+
+def _plan(arguments: TrainArguments) -> int:
+    from worldenv.stages import plan  # for one command; its libraries take seconds to import
+
+    if arguments.config.preset != "published-tiny":
+        return plan.main(arguments.config, arguments.plan_memory)
+    from worldenv.layouts import tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny.moved(arguments.config, Path(folder))
+        tiny.prepare(config)
+        return plan.main(config, arguments.plan_memory)
 
 
 def _preset_name(argv: list[str]) -> str:

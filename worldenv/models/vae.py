@@ -339,6 +339,15 @@ def load_tokenizer(config: SimulatorConfig, image_size: int) -> PublishedTokeniz
     return kind(vae, image_size, config.patch)
 
 
+def blank(config: SimulatorConfig, image_size: int, said: Mapping[str, Any]) -> PublishedTokenizer:
+    """The tokenizer that a config names, of an autoencoder of the config `said`, without weights:
+    on `meta`."""
+    kind = KINDS[config.tokenizer]
+    vae = _on_meta(kind.published, said, "the config")
+    nn.Module.to(vae, getattr(torch, config.tokenizer_precision))  # diffusers' own `to` warns
+    return kind(vae, image_size, config.patch).to("meta")
+
+
 def _find(kind: str, folder: Path | None) -> Published:
     names = {k.published.__name__: name for name, k in KINDS.items()}
     return find(folder, KINDS[kind].published.__name__, names)

@@ -23,11 +23,17 @@ class ImageTextReflector(nn.Module):
     frozen = True
     """Features of a frame do not change in training: they are computed once."""
 
-    def __init__(self, config: ReflectorConfig, embodiment: Embodiment) -> None:
-        """UserError for a folder that holds no whole image-text model."""
+    def __init__(
+        self,
+        config: ReflectorConfig,
+        embodiment: Embodiment,
+        encoder: ImageText | None = None,
+    ) -> None:
+        """encoder: in place of the folder's. UserError for a folder that holds no whole image-text
+        model."""
         super().__init__()
         self.config, self.embodiment = config, embodiment
-        self.encoder = ImageText(config)
+        self.encoder = encoder or ImageText(config)
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))

@@ -17,6 +17,7 @@ from pathlib import Path
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
+from worldenv.models.folder import weight_bytes
 from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
@@ -37,6 +38,7 @@ from worldenv.stages import (
 )
 from worldenv.stages.run import Run, Stage, Step, read_record, write_record
 
+LARGEST_TIMED = 1 << 30  # bytes of weights that are run to say how long a run takes
 FIRST = (collect.DEMONSTRATIONS, sft.STAGE)
 ROUND = (collect.EXPLORE, simulator.STAGE, reflector.STAGE, fidelity.STAGE, posttrain.STAGE)
 STAGES = (*(s.name for s in (*FIRST, *ROUND, evaluate.STAGE)), "report")
@@ -70,10 +72,13 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
 
 
 def _announce(run: Run, marks: Mapping[str, str]) -> None:
-    """Say how long what is left to do will take. On a GPU it is not known."""
+    """Say how long what is left to do will take. On a GPU it is not known, and of published models
+    in their full size only `worldenv-train --plan` says it: it runs none of them."""
     every = steps(run.config)
     left = [n for n, step in every.items() if not records.at_hand(run.dir, step, marks[n])]
-    if left and run.device.type == "cpu":
+    parts = (run.config.policy, run.config.simulator, run.config.reflector)
+    folders = {part.folder for part in parts if part.kind != "small"}
+    if left and run.device.type == "cpu" and sum(map(weight_bytes, folders)) < LARGEST_TIMED:
         seconds = estimate.estimate(run.config, estimate.calibrate(run.config))
         print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
 
