@@ -44,7 +44,7 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import Run, acting, open_run, write_json
+from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -54,6 +54,7 @@ _Stage = Literal[
     "sft",
     "explore",
     "simulator",
+    "distill",
     "reflector",
     "fidelity",
     "posttrain",
@@ -74,7 +75,7 @@ class TrainArguments:
     stage: tyro.conf.Positional[_Stage] = "all"
     """One stage to run, or all of them."""
     round: FromZero = 0
-    """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
+    """Round of that stage (explore, simulator, distill, reflector, fidelity, posttrain)."""
     policy: Path | None = None
     """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
@@ -84,7 +85,7 @@ class TrainArguments:
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
     plan: bool = False
-    """Build and write nothing: print the models' parameters, the memory of each stage at its highest
+    """Build and write nothing: print the models' parameters, the memory of each stage at its most
     (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer), the time
     per iteration, and where it does not fit what to change. The exit code is 1 then. Folders that
     are not there yet are planned for with the published sizes."""
@@ -380,10 +381,11 @@ def _imagine() -> None:
     config = run.config
     last = config.posttrain.rounds - 1
     checkpoints = run.dir / "checkpoints"
-    pipeline.check_made(run, [f"simulator-{last}", f"reflector-{last}"])
+    names = {"simulator": world_of(config, last), "reflector": f"reflector-{last}"}
+    pipeline.check_made(run, names.values())
     simulator, reflector = (
-        store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
-        for kind in ("simulator", "reflector")
+        store.load(kind, checkpoints / f"{name}.safetensors", run.device, config)
+        for kind, name in names.items()
     )
     policy = None
     if arguments.episodes is None or arguments.drive == "policy":
