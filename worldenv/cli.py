@@ -83,9 +83,9 @@ class TrainArguments:
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
     plan: bool = False
-    """Build and write nothing: print the models' parameters, the memory of each stage at its highest
-    (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer), the time
-    per iteration, and where it does not fit what to change. The exit code is 1 then. Folders that
+    """Build and write nothing: print the models' parameters, the memory of each stage at its
+    highest (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer),
+    the time per iteration, and where it does not fit what to change. The exit code is 1 then. Folders that
     are not there yet are planned for with the published sizes."""
     plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
     """GiB to plan for, in place of the device's own: of a GPU too that is not here."""

@@ -1,4 +1,4 @@
-"""Sizes of the published models, in one place: what is planned with where a folder is not there yet,
+"""Sizes of the published models, in one place: what is planned with where a folder is not there, and
 what random folders of the full size are written with.
 
 Sources: the models' config.json as published, and the shapes of their tensors.
