@@ -200,9 +200,12 @@ def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     assert all(s > 0 for s in found.seconds.values())
 
 
-@pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.35, 0.1])
-def test_advice_that_is_followed_fits(folders, share):
-    base = published(folders)
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("small", 0.95), ("small", 0.8), ("small", 0.65), ("small", 0.1), ("published", 0.6)],
+)
+def test_advice_that_is_followed_fits(folders, kind, share):
+    base = published(folders) if kind == "published" else small()
     config = replace(
         base,
         device="cpu",
@@ -218,7 +221,7 @@ def test_advice_that_is_followed_fits(folders, share):
     for change in found.changes:
         changed = change.applied(changed)
     if not found.changes:
-        assert share < 0.4  # weights and optimisers alone need more
+        assert share < 0.2  # weights and optimisers alone need more
         return
     again = plan.plan(changed, memory / plan.GIB)
     assert again.fits, {k: m.bytes for k, m in again.stages.items()}
