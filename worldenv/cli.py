@@ -35,6 +35,7 @@ from worldenv.ranges import (
     Tasks,
 )
 from worldenv.report.statistics import wilson
+from worldenv.runtime import device as devices
 from worldenv.runtime import signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -43,7 +44,7 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import Run, open_run, write_json
+from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -53,6 +54,7 @@ _Stage = Literal[
     "sft",
     "explore",
     "simulator",
+    "distill",
     "reflector",
     "fidelity",
     "posttrain",
@@ -73,7 +75,7 @@ class TrainArguments:
     stage: tyro.conf.Positional[_Stage] = "all"
     """One stage to run, or all of them."""
     round: FromZero = 0
-    """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
+    """Round of that stage (explore, simulator, distill, reflector, fidelity, posttrain)."""
     policy: Path | None = None
     """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
@@ -367,6 +369,7 @@ def _collect() -> None:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
         policy = store.load("policy", arguments.policy, fits=config)
+        policy.to(acting(devices.pick(config.device), policy.config))
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
@@ -378,10 +381,11 @@ def _imagine() -> None:
     config = run.config
     last = config.posttrain.rounds - 1
     checkpoints = run.dir / "checkpoints"
-    pipeline.check_made(run, [f"simulator-{last}", f"reflector-{last}"])
+    names = {"simulator": world_of(config, last), "reflector": f"reflector-{last}"}
+    pipeline.check_made(run, names.values())
     simulator, reflector = (
-        store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
-        for kind in ("simulator", "reflector")
+        store.load(kind, checkpoints / f"{name}.safetensors", run.device, config)
+        for kind, name in names.items()
     )
     policy = None
     if arguments.episodes is None or arguments.drive == "policy":
@@ -414,4 +418,5 @@ def _policy(run: Run, named: Path | None) -> Policy:
     if named is None:
         pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
     path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
-    return store.load("policy", path, run.acting, fits=run.config)
+    policy = store.load("policy", path, fits=run.config)
+    return policy.to(acting(run.device, policy.config))

@@ -49,6 +49,11 @@ class PublishedPolicy:
     time, a fraction of the memory."""
 
     @property
+    def reads(self) -> tuple[Path, ...]:
+        """What on the disk it is built from."""
+        return () if self.kind == "small" else (self.folder,)
+
+    @property
     def distribution(self) -> Literal["laplace", "categorical"]:
         """Of its actions."""
         return "categorical" if self.kind == "openvla-token" else "laplace"
@@ -91,6 +96,16 @@ class PublishedSimulator:
     """Where the published one lies: a pipeline's folder, its vae folder, or Wan2.x_VAE.pth."""
     tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
     """What a published tokenizer computes in."""
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """What on the disk it is built from."""
+        named = (
+            self.folder if self.kind != "small" else None,
+            self.prompt if self.kind == "wan" and self.text == "words" else None,
+            self.tokenizer_folder,
+        )
+        return tuple(path for path in named if path is not None)
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
@@ -135,6 +150,11 @@ class PublishedReflector:
     nothing: half the work, for the memory that `models.vlm_cost` says."""
     encode_batch: Annotated[int, Range(1, 10**6)] = 16
     """Frames that the image-text model sees at once."""
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """What on the disk it is built from."""
+        return () if self.kind == "small" else (self.folder,)
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""

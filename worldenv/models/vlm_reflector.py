@@ -37,6 +37,9 @@ class ImageTextReflector(nn.Module):
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
+        # Here and now, whether its processor shows it the frames of this robot.
+        side = embodiment.image_size
+        self.encoder.layout("", 1 if config.views == "first" else embodiment.V, side, side)
         self.answers = self.encoder.answers() if config.kind == "prompted" else None
         if self.answers is None:
             size = self.encoder.size
@@ -46,11 +49,6 @@ class ImageTextReflector(nn.Module):
             self.out = nn.Linear(config.width, 1)
         if self.encoder.why_anew:
             print(f"reflector: o_1 is encoded anew with every frame: {self.encoder.why_anew}")
-
-    @property
-    def folder_digest(self) -> str:
-        """Which folder the image-text model came from: saved with the head, compared on loading."""
-        return self.encoder.digest
 
     @property
     def feature_digest(self) -> str:

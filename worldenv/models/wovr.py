@@ -1,4 +1,4 @@
-"""WoVR's released simulators of LIBERO (RLinf-Wan-LIBERO-*) as worlds to post-train a policy in.
+"""WoVR's released simulators (RLinf-Wan-LIBERO-*) as worlds to post-train a policy in.
 
 Wan 2.2 TI2V 5B, fine-tuned so that thirteen frames are thirteen actions: five of context (the first
 real frame, which stays, and the last four), eight to come. Four latent frames, two of them clean,

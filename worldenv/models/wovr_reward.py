@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
 from worldenv.data.embodiment import Embodiment
-from worldenv.models import weights
-from worldenv.models.tokenizer import to_unit
+from worldenv.models.pixels import to_unit
+from worldenv.models.weights import fill, read_pth
 from worldenv.runtime.errors import UserError, unknown
 
 FILES = ("resnet_rm.pth", "taskemb_resnet_rm.pth")
@@ -198,7 +198,7 @@ def load_reward(
         raise UserError(
             f"{path}: expected one reward network, {' or '.join(FILES)}; got {got}. Name the file."
         )
-    tensors = weights.read_pth(found[0])
+    tensors = read_pth(found[0])
     network = _network(tensors, found[0])
     if not isinstance(network, TaskNet):
         tasks = ()
@@ -207,7 +207,7 @@ def load_reward(
             f"{found[0]}: task_embedding.weight: expected instructions for its {count} tasks, got "
             f"{len(tasks)}. Name the suite it was trained on."
         )
-    weights.fill(network, tensors, found[0])
+    fill(network, tensors, found[0])
     return WoVRReward(network, tasks, view, threshold)
 
 

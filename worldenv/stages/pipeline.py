@@ -1,7 +1,7 @@
 """The whole method, stage by stage, and its results.
 
-    demonstrations -> sft -> (explore -> simulator -> reflector -> fidelity -> posttrain) x rounds
-    -> evaluate -> videos -> results.json, report.html
+    demonstrations -> sft -> (explore -> simulator [-> distill] -> reflector -> fidelity ->
+    posttrain) x rounds -> evaluate -> videos -> results.json, report.html
 
 Every stage is skipped where its artifacts match the configuration, so this is also how a run is
 resumed. A stage run alone works on what stages before it made with the same configuration, and is
@@ -24,9 +24,11 @@ from worldenv.runtime.errors import UserError, unknown
 from worldenv.stages import (
     collect,
     demonstrations,
+    distill,
     estimate,
     evaluate,
     fidelity,
+    folders,
     posttrain,
     records,
     reflector,
@@ -39,13 +41,21 @@ from worldenv.stages.run import Run, Stage, Step, read_record, write_record
 
 LARGEST_TIMED = 1 << 30  # bytes of weights that are run to say how long a run takes
 FIRST = (collect.DEMONSTRATIONS, sft.STAGE)
-ROUND = (collect.EXPLORE, simulator.STAGE, reflector.STAGE, fidelity.STAGE, posttrain.STAGE)
+ROUND = (
+    collect.EXPLORE,
+    simulator.STAGE,
+    distill.STAGE,
+    reflector.STAGE,
+    fidelity.STAGE,
+    posttrain.STAGE,
+)
 STAGES = (*(s.name for s in (*FIRST, *ROUND, evaluate.STAGE)), "report")
 
 
 def steps(config: Config) -> dict[str, Step]:
     """All that a run records, by name, in order."""
-    loop = [(stage, n) for n in range(config.posttrain.rounds) for stage in ROUND]
+    wanted = [stage for stage in ROUND if stage.wanted(config)]
+    loop = [(stage, n) for n in range(config.posttrain.rounds) for stage in wanted]
     order: list[tuple[Stage, int]] = [*((s, 0) for s in FIRST), *loop, (evaluate.STAGE, 0)]
     return {step.name: step for step in (Step(stage, number) for stage, number in order)}
 
@@ -59,6 +69,7 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     demonstrations.check(run.config)
     named = _named(run, files or {}, number)
     marks = _marks(run, named)
+    folders.check(run, _left(run, marks, named, steps(run.config)))
     run.save_config()
     _adopt(run, named, marks)
     _announce(run, marks)
@@ -81,6 +92,15 @@ def _announce(run: Run, marks: Mapping[str, str]) -> None:
         print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
 
 
+def _left(
+    run: Run, marks: Mapping[str, str], named: Mapping[str, "_File"], names: Iterable[str]
+) -> list[str]:
+    """Stages of those of the steps `names` that have work to do."""
+    every = steps(run.config)
+    left = [n for n in names if not records.at_hand(run.dir, every[n], marks[n])]
+    return [every[name].stage.name for name in left if name not in named]
+
+
 def run_stage(
     run: Run, stage: str, number: int = 0, files: Mapping[str, Path] | None = None
 ) -> dict | Path:
@@ -96,8 +116,15 @@ def run_stage(
     marks = _marks(run, named)
     target = next((s for s in every.values() if (s.stage.name, s.number) == (stage, number)), None)
     target = target or every.get(stage)  # none: the report, of everything
+    if target is None and stage != "report":
+        raise UserError(
+            f"{stage}: expected a configuration that has this stage, got {stage}.steps 0. Set "
+            f"--{stage}.steps."
+        )
     needs = target.needs(run.config) if target else tuple(every)
     before = _before(run, stage if target is None else target.name, needs, marks, named)
+    todo = before if target is None else [*before, target.name]
+    folders.check(run, _left(run, marks, named, todo))
     run.save_config()
     _adopt(run, named, marks)
     for name in before:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from worldenv.config import Config, load
+from worldenv.config import Config, PolicyConfig, load
 from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
@@ -25,6 +25,12 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
 from worldenv.stages.reality import Reality, embodiment
+
+
+def acting(device: torch.device, part: PolicyConfig) -> torch.device:
+    """Where a policy acts in the real benchmark: on the CPU, on a thread for each episode, or where
+    it trains if only that device is fast enough."""
+    return device if part.large else torch.device("cpu")
 
 
 class Run:
@@ -44,9 +50,8 @@ class Run:
 
     @property
     def acting(self) -> torch.device:
-        """Where policies act in the real benchmark: on the CPU, on a thread for each episode, or
-        where they train if only that device is fast enough."""
-        return self.device if self.config.policy.large else torch.device("cpu")
+        """Where this run's policies act in the real benchmark."""
+        return acting(self.device, self.config.policy)
 
     @cached_property
     def logger(self) -> RunLogger:
@@ -104,6 +109,8 @@ class Stage:
     """Its names in the metrics, of the step's name and round."""
     rounds: bool = True
     """Whether it runs once in every round."""
+    wanted: Callable[[Config], bool] = lambda config: True
+    """Whether a configuration has it at all."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,11 @@ def policy_before(number: int) -> str:
 def stage_before(number: int) -> str:
     """Name of the step that made this policy."""
     return f"posttrain-{number - 1}" if number else "sft"
+
+
+def world_of(config: Config, number: int) -> str:
+    """Name of the step, and of its checkpoint, that made the world a round imagines in."""
+    return f"{'distill' if config.distill.on else 'simulator'}-{number}"
 
 
 def data_up_to(number: int) -> tuple[str, ...]:
