@@ -85,10 +85,10 @@ class TrainArguments:
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
     plan: bool = False
-    """Build and write nothing: print the models' parameters, the memory of each stage at its most
-    (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer), the time
-    per iteration, and where it does not fit what to change. The exit code is 1 then. Folders that
-    are not there yet are planned for with the published sizes."""
+    """Build and write nothing: print the models' parameters, the memory of each stage at its
+    highest (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer),
+    the time per iteration, and where it does not fit what to change; the exit code is 1 then.
+    Folders that are not there yet are planned for with the published sizes."""
     plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
     """GiB to plan for, in place of the device's own: of a GPU too that is not here."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)

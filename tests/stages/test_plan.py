@@ -72,7 +72,9 @@ def config(request, folders, tmp_path):
         "published": lambda: published(folders),
         "checkpointed": lambda: published(folders, checkpointing=True),
     }[request.param]()
-    return replace(made, run_dir=tmp_path / "run", device="cpu")
+    # No update is undone: that would forget the optimiser's moments.
+    rl = replace(made.posttrain, max_mu_change=1e9, max_clip_fraction=1.0)
+    return replace(made, posttrain=rl, run_dir=tmp_path / "run", device="cpu")
 
 
 def observation(config, robot, n):
@@ -170,10 +172,11 @@ def test_an_iteration_of_post_training(config):
     trained, critic = costs.policy.trained_bytes, sum(p.nbytes for p in learner.critic.parameters())
     size = min(rl.micro_batch or rl.minibatch, rl.minibatch)
     several = 2 * trained * (size < rl.minibatch)
-    # The old gradients and moments were there before.
-    policies = 3 * trained + several + max(costs.improve(size).peak(size), 2 * trained)
+    # The old gradients and moments were there before; the critic's new gradient is not yet old.
+    policies = critic + 3 * trained + several + max(costs.improve(size).peak(size), 2 * trained)
     critics = max(costs.value(rl.minibatch).peak(rl.minibatch), 2 * critic)
-    assert max(policies, critics) == CLOSE(counter.peak, rel=0.15)
+    # Moments are copied as storages, past the dispatcher that counts.
+    assert max(policies, critics) == CLOSE(counter.peak + 2 * trained, rel=0.15)
 
 
 def test_interpolation_never_says_too_little(config):
@@ -197,9 +200,12 @@ def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     assert all(s > 0 for s in found.seconds.values())
 
 
-@pytest.mark.parametrize("share", [0.95, 0.7, 0.5, 0.35, 0.1])
-def test_advice_that_is_followed_fits(folders, share):
-    base = published(folders)
+@pytest.mark.parametrize(
+    ("kind", "share"),
+    [("small", 0.95), ("small", 0.8), ("small", 0.65), ("small", 0.1), ("published", 0.6)],
+)
+def test_advice_that_is_followed_fits(folders, kind, share):
+    base = published(folders) if kind == "published" else small()
     config = replace(
         base,
         device="cpu",
@@ -214,8 +220,16 @@ def test_advice_that_is_followed_fits(folders, share):
     changed = config
     for change in found.changes:
         changed = change.applied(changed)
-    if not found.changes:
-        assert share < 0.4  # weights and optimisers alone need more
+    if not found.changes:  # nor does the smallest there is
+        least = replace(
+            config,
+            sft=replace(config.sft, micro_batch=1),
+            simulator=replace(config.simulator, batch=4, frames=1, window=0),
+            reflector=replace(config.reflector, batch=4),
+            posttrain=replace(config.posttrain, micro_batch=1, minibatch=4, rows=4, contexts=1),
+        )
+        assert kind == "small"
+        assert not plan.plan(least, memory / plan.GIB).fits
         return
     again = plan.plan(changed, memory / plan.GIB)
     assert again.fits, {k: m.bytes for k, m in again.stages.items()}

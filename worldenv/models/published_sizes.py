@@ -1,5 +1,5 @@
-"""Sizes of the published models, in one place: what is planned with where there is no folder yet,
-what random folders of the full size are written with.
+"""Sizes of the published models, in one place: what is planned with where a folder is not there,
+and what random folders of the full size are written with.
 
 Sources: the models' config.json as published, and the shapes of their tensors.
 """

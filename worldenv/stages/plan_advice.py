@@ -39,14 +39,18 @@ class Change:
         return replace(config, **{self.part: part})
 
 
+ROOM = 0.98  # of the memory: the process itself is not the same size every time
+
+
 def advise(config: Config, costs: Costs, here: Machine) -> list[Change]:
     """Changes with which every stage fits; none if there are no such."""
     made: list[Change] = []
+    room = int(ROOM * here.memory)
     needs = _needs(config, costs, here)
     for stage in ("sft", "simulator", "reflector", "posttrain"):
         for part, field, values in _LADDER[stage]:
             for value in values(config):
-                if needs[stage] <= here.memory:
+                if needs[stage] <= room:
                     break
                 change = Change(part, field, value)
                 try:
@@ -58,7 +62,7 @@ def advise(config: Config, costs: Costs, here: Machine) -> list[Change]:
                 if after[stage] < needs[stage]:
                     config, costs, needs = changed, found, after
                     made = [c for c in made if (c.part, c.field) != (part, field)] + [change]
-        if needs[stage] > here.memory:
+        if needs[stage] > room:
             return []
     return made
 

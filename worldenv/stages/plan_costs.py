@@ -260,7 +260,7 @@ class Costs:
 
             dtype = getattr(torch, self.config.simulator.tokenizer_precision)
             said = {k: v for k, v in world.tokenizer.vae.config.items() if k[0] != "_"}
-            vae = robot.V * sum(state_bytes(said, size, dtype))
+            vae = robot.V * max(state_bytes(said, size, dtype))  # one after the other
             rows = min(rows, STREAMED)  # its pieces are all alike
 
         def begin(n: int) -> Callable[[], object]:

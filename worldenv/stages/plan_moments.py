@@ -159,6 +159,7 @@ def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     while_imagining = _imagine(config, costs, here, held) | {"gradients": trained}
     yield Moment("imagination", while_imagining | {"rollout buffer": draws * draw})
     kept = _worlds(config, costs, here, rl.rows, idle=True)
+    kept["kept prefixes"] = rl.rows * costs.judge(-(-rl.rows // here.shards)).row
     # A recorder that ends holds its steps, their concatenation and that in order.
     ending = draw * (3 * here.busy + here.shards - here.busy) // here.shards
     copies = max(ending, 2 * draw) + (draws - 1) * draw
