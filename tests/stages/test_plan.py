@@ -191,7 +191,9 @@ def fresh_peak(costs: Costs, n: int) -> int:
     return costs.imitate(n).peak(n)
 
 
-@pytest.mark.parametrize("name", ["default", "smoke", "libero-spatial"])
+@pytest.mark.parametrize(
+    "name", ["default", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smoke", "libero-10"))]
+)
 def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     monkey = replace(preset(name), device="cpu")
     found = plan.plan(monkey, 1000.0)
@@ -202,7 +204,12 @@ def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
 
 @pytest.mark.parametrize(
     ("kind", "share"),
-    [("small", 0.95), ("small", 0.8), ("small", 0.65), ("small", 0.1), ("published", 0.6)],
+    [
+        ("small", 0.8),
+        ("small", 0.1),
+        *(pytest.param("small", share, marks=pytest.mark.slow) for share in (0.95, 0.65)),
+        pytest.param("published", 0.6, marks=pytest.mark.slow),
+    ],
 )
 def test_advice_that_is_followed_fits(folders, kind, share):
     base = published(folders) if kind == "published" else small()
