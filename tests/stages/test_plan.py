@@ -192,7 +192,7 @@ def fresh_peak(costs: Costs, n: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["default", *(pytest.param(n, marks=pytest.mark.slow) for n in ("smoke", "libero-10"))]
+    "name", ["default", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("smoke", "libero-10"))]
 )
 def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     monkey = replace(preset(name), device="cpu")
@@ -207,8 +207,8 @@ def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     [
         ("small", 0.8),
         ("small", 0.1),
-        *(pytest.param("small", share, marks=pytest.mark.slow) for share in (0.95, 0.65)),
-        pytest.param("published", 0.6, marks=pytest.mark.slow),
+        *(pytest.param("small", share, marks=pytest.mark.exhaustive) for share in (0.95, 0.65)),
+        pytest.param("published", 0.6, marks=pytest.mark.exhaustive),
     ],
 )
 def test_advice_that_is_followed_fits(folders, kind, share):
