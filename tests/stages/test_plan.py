@@ -192,7 +192,8 @@ def fresh_peak(costs: Costs, n: int) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", ["default", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("smoke", "libero-10"))]
+    "name",
+    ["default", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ("smoke", "libero-10"))],
 )
 def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     monkey = replace(preset(name), device="cpu")
