@@ -43,7 +43,8 @@ def policy(config: PolicyConfig, robot: Embodiment, widened: bool) -> Made:
         closed = float(robot.gripper_closes)
         grip = Gripper(robot.actions("grip"), opened=-closed, closed=closed)
         model.units = Units(*bounds, grip)
-        model.pixels = Pixels(sizes.towers[0][1], config.crop, [([0.5] * 3, [0.5] * 3)] * 2)
+    # Made of numbers, which are no weights: where numbers are.
+    model.pixels = Pixels(sizes.towers[0][1], config.crop, [([0.5] * 3, [0.5] * 3)] * 2).to("meta")
     there = config.folder.is_dir()
     model.words = openvla_folder.words(config.folder, sizes) if there else _Words()
     model.requires_grad_(False)
