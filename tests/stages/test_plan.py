@@ -206,9 +206,11 @@ def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
 @pytest.mark.parametrize(
     ("kind", "share"),
     [
-        ("small", 0.8),
         ("small", 0.1),
-        *(pytest.param("small", share, marks=pytest.mark.exhaustive) for share in (0.95, 0.65)),
+        *(
+            pytest.param("small", share, marks=pytest.mark.exhaustive)
+            for share in (0.95, 0.8, 0.65)
+        ),
         pytest.param("published", 0.6, marks=pytest.mark.exhaustive),
     ],
 )
