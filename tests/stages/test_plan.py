@@ -65,7 +65,9 @@ def small() -> Config:
     return replace(base, posttrain=replace(base.posttrain, minibatch=32, reward="binary"))
 
 
-@pytest.fixture(params=["small", "published", "checkpointed"])
+@pytest.fixture(
+    params=["small", "published", pytest.param("checkpointed", marks=pytest.mark.exhaustive)]
+)
 def config(request, folders, tmp_path):
     made = {
         "small": small,
