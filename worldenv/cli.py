@@ -6,6 +6,7 @@ A `UserError` is printed without a traceback and exits with 2; Ctrl-C, SIGTERM a
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from worldenv.ranges import (
     Tasks,
 )
 from worldenv.report.statistics import wilson
+from worldenv.runtime import device as devices
 from worldenv.runtime import signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -42,7 +44,7 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import Run, open_run, world_of, write_json
+from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -82,6 +84,13 @@ class TrainArguments:
     """Use this simulator checkpoint for the round, instead of training one."""
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
+    plan: bool = False
+    """Build and write nothing: print the models' parameters, the memory of each stage at its
+    highest (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer),
+    the time per iteration, and where it does not fit what to change; the exit code is 1 then.
+    Folders that are not there yet are planned for with the published sizes."""
+    plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
+    """GiB to plan for, in place of the device's own: of a GPU too that is not here."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -251,9 +260,11 @@ def _named_path(word: str) -> Path:
     return Path(word)
 
 
-def _train() -> None:
+def _train() -> int | None:
     name = _preset_name(sys.argv[1:])
     arguments = parse(TrainArguments, TrainArguments(config=preset(name)))
+    if arguments.plan:
+        return _plan(arguments)
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
     files = {kind: path for kind, path in named.items() if path is not None}
@@ -275,6 +286,19 @@ def _train() -> None:
     else:
         shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
         print("\n".join(f"{k}: {v}" for k, v in shown.items()))
+
+
+def _plan(arguments: TrainArguments) -> int:
+    from worldenv.stages import plan  # for one command; its libraries take seconds to import
+
+    if arguments.config.preset != "published-tiny":
+        return plan.main(arguments.config, arguments.plan_memory)
+    from worldenv.layouts import tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny.moved(arguments.config, Path(folder))
+        tiny.prepare(config)
+        return plan.main(config, arguments.plan_memory)
 
 
 def _preset_name(argv: list[str]) -> str:
@@ -345,6 +369,7 @@ def _collect() -> None:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
         policy = store.load("policy", arguments.policy, fits=config)
+        policy.to(acting(devices.pick(config.device), policy.config))
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
     print(f"{record['successes']} of {record['episodes']} episodes succeeded; in {arguments.out}")
@@ -393,4 +418,5 @@ def _policy(run: Run, named: Path | None) -> Policy:
     if named is None:
         pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
     path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
-    return store.load("policy", path, run.acting, fits=run.config)
+    policy = store.load("policy", path, fits=run.config)
+    return policy.to(acting(run.device, policy.config))

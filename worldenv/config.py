@@ -28,6 +28,7 @@ from worldenv.ranges import (
     Layers,
     Noise,
     Passes,
+    Preset,
     Rate,
     Seed,
     Shards,
@@ -40,15 +41,6 @@ from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
-Preset = Literal[
-    "default",
-    "smoke",
-    "published-tiny",
-    "libero-spatial",
-    "libero-object",
-    "libero-goal",
-    "libero-10",
-]
 LARGEST_FILE = 1 << 20  # bytes; a config.json has four thousand
 
 
@@ -65,6 +57,9 @@ class EnvConfig:
     image_size: Annotated[int, Range(8, 256, step=8)] = 64
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
+    views: Annotated[int, Range(1, 2)] = 2
+    """Of the benchmark's cameras, how many models see: the third person's, and the hand's. Both are
+    recorded."""
     chunk: Annotated[int, Range(1, 1000)] = 8
     """Actions executed open loop per policy decision."""
     max_steps: Annotated[int, Range(1, 100_000)] = 160

@@ -1,7 +1,8 @@
 """Named configurations, in one place.
 
 `default` takes a two-core laptop about 20 minutes; `smoke` shows in two minutes that every part
-works; the `libero-*` presets run all ten tasks of a suite with the official assets.
+works, `published-tiny` with published models in miniature; the `libero-*` presets run all ten tasks
+of a suite with the official assets, `openvla-oft-*` with published models as downloaded.
 """
 
 from dataclasses import replace
@@ -144,6 +145,96 @@ def _suite(suite: str) -> Config:
     )
 
 
+def _openvla_oft(world: str) -> Config:
+    """A published policy of 7B, as World-Env post-trains it (section 4), on libero_spatial."""
+    base, name = _suite("libero_spatial"), f"openvla-oft-{world}"
+    return replace(
+        base,
+        preset=name,
+        run_dir=Path("runs") / name,
+        env=replace(base.env, image_size=256),
+        # A frame at this size has 393 KB, and all that were recorded are held in memory.
+        collect=replace(base.collect, push=0, scale=1.0, episodes=32, record_every=8),
+        # The folder's policy has imitated already; what is left is its spread.
+        sft=SFTConfig(steps=500, batch=32, lr=1e-5, micro_batch=4),
+        posttrain=replace(
+            base.posttrain,
+            rounds=1,
+            advantage="loop",
+            reward="continuous",
+            lr=1e-4,
+            head_lr=1e-5,
+            clip_low=0.1,
+            clip_high=0.1,
+            push=0,
+            scale=1.0,
+            value="head",
+            rows=64,
+            micro_batch=4,
+        ),
+    )
+
+
+def _openvla_oft_wan() -> Config:
+    """OpenVLA-OFT (7B) in a world that Wan 2.1 (1.3B) becomes, under an image-text model (3B)."""
+    base, wan = _openvla_oft("wan"), MODELS / "Wan2.1-T2V-1.3B-Diffusers"
+    return replace(
+        base,
+        policy=PolicyConfig(
+            kind="openvla-oft",
+            folder=MODELS / "openvla-7b-oft-finetuned-libero-spatial",
+            checkpointing=True,
+        ),
+        simulator=SimulatorConfig(
+            kind="wan",
+            folder=wan,
+            tokenizer="wan-vae",
+            tokenizer_folder=wan,
+            tokenizer_precision="bfloat16",
+            precision="bfloat16",
+            shift=3.0,
+            window=8,
+            steps=20_000,
+            refresh_steps=5_000,
+            batch=8,
+            frames=4,
+            lr=5e-5,
+        ),
+        reflector=ReflectorConfig(
+            kind="vlm", folder=MODELS / "Qwen2.5-VL-3B-Instruct", steps=3_000, batch=256
+        ),
+        posttrain=replace(base.posttrain, rows=16),  # what their caches take of 80 GB
+    )
+
+
+def _openvla_oft_wovr() -> Config:
+    """The token variant of OpenVLA-OFT (7B), in WoVR's simulator (5B) under its reward network: as
+    downloaded, one camera, nothing of the world to train."""
+    base, world = _openvla_oft("wovr"), MODELS / "RLinf-Wan-LIBERO-Spatial"
+    return replace(
+        base,
+        env=replace(base.env, views=1),
+        policy=PolicyConfig(
+            kind="openvla-token",
+            folder=MODELS / "Openvla-oft-SFT-libero-spatial-traj1",
+            checkpointing=True,
+        ),
+        simulator=SimulatorConfig(
+            kind="wovr",
+            folder=world,
+            tokenizer="wan-vae",
+            tokenizer_folder=world / "Wan2.2_VAE.pth",
+            tokenizer_precision="bfloat16",
+            precision="bfloat16",
+            patch=32,
+        ),
+        reflector=ReflectorConfig(kind="wovr", folder=world, calibrate=False, threshold=0.5),
+        posttrain=replace(base.posttrain, sampling_steps=5, refresh_sampling_steps=5),
+    )
+
+
+MODELS = Path("models")
+"""Where presets look for what was downloaded, below the working folder."""
 _PRESETS = {
     "default": Config,
     "smoke": _smoke,
@@ -152,6 +243,8 @@ _PRESETS = {
     "libero-object": lambda: _suite("libero_object"),
     "libero-goal": lambda: _suite("libero_goal"),
     "libero-10": lambda: _suite("libero_10"),
+    "openvla-oft-wan": _openvla_oft_wan,
+    "openvla-oft-wovr": _openvla_oft_wovr,
 }
 NAMES = tuple(_PRESETS)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from worldenv.fields import Range
+from worldenv.fields import Items, Range
 
 Rule = tuple[bool, str, str]
 """Whether it holds, the field it is about, and what was expected of that."""
@@ -47,6 +47,11 @@ class PublishedPolicy:
     checkpointing: bool = False
     """Whether a published policy computes its activations again in the backward pass: a third more
     time, a fraction of the memory."""
+
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """What on the disk it is built from."""
+        return () if self.kind == "small" else (self.folder,)
 
     @property
     def distribution(self) -> Literal["laplace", "categorical"]:
@@ -92,6 +97,16 @@ class PublishedSimulator:
     tokenizer_precision: Literal["float32", "bfloat16"] = "float32"
     """What a published tokenizer computes in."""
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """What on the disk it is built from."""
+        named = (
+            self.folder if self.kind != "small" else None,
+            self.prompt if self.kind == "wan" and self.text == "words" else None,
+            self.tokenizer_folder,
+        )
+        return tuple(path for path in named if path is not None)
+
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
         needed = f"the folder of a published {self.kind}"
@@ -107,11 +122,15 @@ class PublishedSimulator:
 class PublishedReflector:
     """Which reflector, and what only those of published image-text models have."""
 
-    kind: Literal["small", "vlm", "prompted"] = "small"
+    kind: Literal["small", "vlm", "prompted", "wovr"] = "small"
     """A convolutional encoder trained with its head, a head on the hidden state of a frozen
-    image-text model, or that model's own answer to the prompt, without a head."""
+    image-text model, that model's own answer to the prompt, without a head, or the reward network
+    that comes with WoVR's simulators."""
     folder: Path | None = None
-    """Folder of the image-text model, as published (vlm, prompted)."""
+    """Folder of the image-text model, as published (vlm, prompted), or of WoVR's (wovr)."""
+    tasks: Annotated[tuple[str, ...], Items(least=0)] = ()
+    """Instructions in the order of the reward network's embedding of tasks (wovr, for
+    libero_goal: all ten, sorted)."""
     prompt: str = (
         "{first}{now}These are the first and the latest picture of a robot at work. Its task: "
         "{instruction}. Has the task been done? Answer Yes or No."
@@ -132,9 +151,14 @@ class PublishedReflector:
     encode_batch: Annotated[int, Range(1, 10**6)] = 16
     """Frames that the image-text model sees at once."""
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """What on the disk it is built from."""
+        return () if self.kind == "small" else (self.folder,)
+
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
-        needed = f"the folder of an image-text model, for kind {self.kind}"
+        needed = f"the folder of a published model, for kind {self.kind}"
         yield self.kind == "small" or self.folder is not None, "folder", needed
         slots = ("{first}", "{now}", "{instruction}")
         once = all(self.prompt.count(slot) == 1 for slot in slots)

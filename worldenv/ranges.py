@@ -1,9 +1,20 @@
 """Kinds of numbers that fields of the configuration hold, with their bounds."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from worldenv.fields import Items, Pattern, Range
 
+Preset = Literal[
+    "default",
+    "smoke",
+    "published-tiny",
+    "libero-spatial",
+    "libero-object",
+    "libero-goal",
+    "libero-10",
+    "openvla-oft-wan",
+    "openvla-oft-wovr",
+]
 INIT_STATES = 50  # that the benchmark has of each task
 
 Count = Annotated[int, Range(1, 10**9)]

@@ -21,7 +21,7 @@ from worldenv.layouts import vae as published
 from worldenv.models import vae
 from worldenv.models.simulator import Simulator
 from worldenv.models.tokenizer import build_tokenizer, to_bytes, to_unit
-from worldenv.models.vae_folder import WAN_2_2, WEIGHTS
+from worldenv.models.vae_folder import STEM, WAN_2_2
 from worldenv.runtime.seeds import generator
 
 VERSIONS = ("2.1", "2.2")
@@ -255,7 +255,7 @@ def test_image_autoencoders_equal_diffusers(folders, name, patch):
 
 def test_old_names_of_attention_are_read(folders, tmp_path):
     shutil.copytree(folders / "kl", tmp_path / "old")
-    tensors = load_file(folders / "kl" / WEIGHTS)
+    tensors = load_file(folders / "kl" / f"{STEM}.safetensors")
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     named = {}
     for name, tensor in tensors.items():
@@ -263,7 +263,7 @@ def test_old_names_of_attention_are_read(folders, tmp_path):
             name = name.replace(f".{new}.", f".{before}.")
         named[name] = tensor
     assert len(named.keys() - tensors.keys()) == 16
-    save_file(named, tmp_path / "old" / WEIGHTS)
+    save_file(named, tmp_path / "old" / f"{STEM}.safetensors")
     config = SimulatorConfig(tokenizer="kl-vae", tokenizer_folder=tmp_path / "old", patch=2)
     state = build_tokenizer(config, 16).vae.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in tensors.items())

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from published.damage import RAN, Payload
 from safetensors.torch import load_file, save_file
 
 from worldenv.config import SimulatorConfig
 from worldenv.layouts import vae as published
 from worldenv.models import vae
 from worldenv.models.tokenizer import build_tokenizer
-from worldenv.models.vae_folder import WEIGHTS
+from worldenv.models.vae_folder import STEM
 from worldenv.runtime.errors import UserError
+
+WEIGHTS = f"{STEM}.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +65,16 @@ BAD = {
     "no folder": (shutil.rmtree, "no such folder"),
     "an empty one": (lambda f: shutil.rmtree(f) or f.mkdir(), "got nothing"),
     "two": (lambda f: published.wan_vae_of_authors(f), "got vae/config.json, Wan2.1_VAE.pth"),
-    "no weights": (lambda f: (f / "vae" / WEIGHTS).unlink(), f"expected {WEIGHTS} beside"),
+    "no weights": (lambda f: (f / "vae" / WEIGHTS).unlink(), f"or {WEIGHTS}; got config.json"),
     "cut weights": (
         lambda f: (f / "vae" / WEIGHTS).write_bytes(b"1234567" * 99),
-        "is truncated or no safetensors",
+        "is cut short or no safetensors",
     ),
     "no JSON": (lambda f: (f / "vae" / "config.json").write_text("{"), "is not valid JSON"),
-    "a list": (lambda f: (f / "vae" / "config.json").write_text("[]"), "expected a table, got a"),
+    "a list": (
+        lambda f: (f / "vae" / "config.json").write_text("[]"),
+        "a table, got list",
+    ),
     "another class": (
         spoil_config(_class_name="AutoencoderTiny"),
         "_class_name: expected 'AutoencoderKLWan', got 'AutoencoderTiny'. That is "
@@ -94,7 +100,7 @@ BAD = {
         "missing quant_conv.bias",
     ),
     "one too many": (spoil_weights(lambda t: t.update(x=torch.ones(1))), "unexpected x"),
-    "NaN": (spoil_weights(nan), "quant_conv.bias: expected finite numbers"),
+    "NaN": (spoil_weights(nan), "quant_conv.bias [32]: expected finite weights, got 1 NaN"),
 }
 
 
@@ -108,11 +114,6 @@ def test_bad_folders_are_named(folders, tmp_path, name):
         load(folder)
     assert words in str(caught.value)
     assert str(folder) in str(caught.value)
-
-
-class Payload:
-    def __reduce__(self):
-        return print, ("code ran",)
 
 
 BAD_FILES = {
@@ -133,7 +134,7 @@ def test_bad_files_of_the_authors_are_named(tmp_path, capsys, name):
         load(tmp_path)
     assert words in str(caught.value)
     assert str(path) in str(caught.value)
-    assert "code ran" not in capsys.readouterr().out
+    assert RAN not in capsys.readouterr().out
 
 
 def test_a_file_cut_short_and_a_vae_of_other_channels_are_named(folders, tmp_path):

@@ -117,7 +117,10 @@ def cut(folder):
 
 
 BAD = {
-    "no folder": (lambda f: f.rename(f.parent / "away"), r"expected the folder of a published wan"),
+    "no folder": (
+        lambda f: f.rename(f.parent / "away"),
+        r"simulator.folder: expected the folder",
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), r"expected config.json"),
     "no weights": (lambda f: (f / NAME).unlink(), r"expected one checkpoint, diffusion_pytorch"),
     "half a file": (cut, r"diffusion_pytorch_model\.safetensors .* (cut short|no safetensors)"),

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from toy import NAMES, Toy
+from toy import NAMES, Toy, makes
 
 from worldenv import cli
 from worldenv.presets import preset
@@ -21,7 +21,7 @@ from worldenv.stages.run import Run
 ARTIFACTS = [
     path + ("/a.hdf5" if path.startswith("data/") else "")
     for step in pipeline.steps(preset("smoke")).values()
-    for path in step.makes
+    for path in makes(step)
 ]
 
 
@@ -130,7 +130,7 @@ def test_a_file_that_joins_the_data_is_noticed(toy):
 def test_an_interrupted_repair_is_not_done(toy, name):
     toy.run()
     before = toy.state()
-    for path in toy.steps()[name].makes:
+    for path in makes(toy.steps()[name]):
         path = path + "/a.hdf5" if path.startswith("data/") else path
         (toy.folder / path).unlink()
     if not toy.steps()[name].makes:

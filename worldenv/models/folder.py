@@ -1,9 +1,10 @@
-"""Folders of published models as they lie on the disk: their shards, and which folder it is.
+"""Folders of published models as they lie on the disk: what is in them, and which one it is.
 
-Nothing here reads a whole shard, and no library that defines a model is imported.
+Their tensors are read by `weights`. No library that defines a model is imported.
 """
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +12,64 @@ from worldenv.runtime import strict_json
 from worldenv.runtime.checkpoint import read_error
 from worldenv.runtime.errors import UserError
 
-INDEX = "model.safetensors.index.json"
+AGAIN = "Download it again, whole, or name another."
 _SETTINGS, _WEIGHTS = (".json", ".jinja", ".model", ".txt"), (".safetensors", ".pt", ".pth")
 SAMPLES, SAMPLE = 16, 64 << 10  # stretches of each file that the digest reads, and their bytes
-AGAIN = "Download the folder again, whole, or name another."
 
 
-def read(folder: Path, name: str) -> dict[str, Any]:
-    """The table in a folder's JSON file; an empty one if there is no such file."""
+def check_folder(folder: Path, field: str) -> None:
+    """UserError unless the folder that the configuration names in `field` is there."""
+    if not folder.is_dir():
+        raise UserError(
+            f"config {field}: expected the folder of a published model, got {folder}, where there "
+            "is none. Name the one you downloaded."
+        )
+
+
+def read_json(path: Path, otherwise: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The table in a JSON file; without that file `otherwise`, UserError if that is None."""
     try:
-        value = strict_json.read(folder / name)
+        value = strict_json.read(path)
     except FileNotFoundError:
-        return {}
+        if otherwise is not None:
+            return otherwise
+        raise UserError(
+            f"{path.parent}: expected {path.name}, got {listed(path.parent)}. {AGAIN}"
+        ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{folder / name}: expected a JSON object, got a list or a value. {AGAIN}")
+        raise UserError(f"{path}: expected a table, got {type(value).__name__}. {AGAIN}")
     return value
 
 
-def shards(folder: Path) -> list[Path]:
-    """The files of a folder's weights. UserError naming those that are missing."""
-    index = read(folder, INDEX)
-    named = index.get("weight_map", {"": "model.safetensors"})
-    if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
-        raise UserError(f"{folder / INDEX}: weight_map: expected tensors' files by name. {AGAIN}")
-    paths = [folder / name for name in sorted(set(named.values()))]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        pickles = any(folder.glob("*.bin"))
-        hint = " Its .bin files are pickles, which are not opened." if pickles else ""
-        raise UserError(
-            f"{missing[0]} is missing ({len(missing)} of {len(paths)} safetensors files of this "
-            f"model).{hint} {AGAIN}"
-        )
-    return paths
+def few(names: Iterable[str], between: str = ", ", most: int = 4) -> str:
+    """A few of the names, and how many there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more ({len(names)} in all)" if len(names) > most else ""
+    return between.join(names[:most]) + more
+
+
+def listed(folder: Path) -> str:
+    """What a folder holds, in words."""
+    if not folder.is_dir():
+        return "a file of another kind" if folder.exists() else "no such folder"
+    return few(sorted(path.name for path in folder.iterdir())) or "nothing"
 
 
 def digest(folder: Path) -> str:
     """Which model a folder holds: of its settings, and of size and samples of every file of
-    weights, in folders below it too. UserError for what is no folder.
+    weights, in folders below it too; or of a file by itself. UserError for neither.
 
     Samples, since a file has gigabytes: a fine-tuned copy has another digest, one where single
     numbers were edited may have the same.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: expected the folder of a published model, got none there.")
+    if not folder.exists():
+        raise UserError(
+            f"{folder}: expected the folder of a published model, got none there. Name the one you "
+            "downloaded."
+        )
     found = hashlib.sha256()
     try:
-        for path in sorted(folder.rglob("*")):
+        for path in [folder] if folder.is_file() else sorted(folder.rglob("*")):
             if path.suffix not in (*_SETTINGS, *_WEIGHTS) or not path.is_file():
                 continue
             size = path.stat().st_size
@@ -66,6 +78,11 @@ def digest(folder: Path) -> str:
     except OSError as error:
         raise read_error(folder, error) from error
     return found.hexdigest()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Of the files of weights in a folder, and in those below it."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in _WEIGHTS)
 
 
 def _samples(path: Path, size: int) -> bytes:

@@ -4,6 +4,7 @@ Keys are `base_model.model.<module path>.lora_A.weight`; the paths are the publi
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from worldenv.models import vit
+from worldenv.models.folder import read_json
 from worldenv.models.openvla import HEADS, TOWERS, OpenVLA, linears
-from worldenv.models.shards import Shards, check_shapes, read_json
+from worldenv.models.weights import Shards, check_shapes
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError
 
 FOLDER = "lora_adapter"  # beside the published shards
+HEAD = "language_model.lm_head"  # of a policy that writes tokens: trained in full, beside adapters
 _PREFIX = "base_model.model."
 _LARGEST_ALPHA = 16  # as published: alpha is the rank, 16 at most
 _PLAIN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "lora_bias": False}
@@ -84,6 +87,8 @@ def _apply(model: OpenVLA, folder: Path) -> None:
         use_rslora=bool(described.get("use_rslora")),
     )
     own = _adapter_names(model)
+    if f"{HEAD}.weight" in called and HEAD in (described.get("modules_to_save") or ()):
+        own[f"{HEAD}.weight"] = f"{HEAD}.weight"
     shapes = {name: list(model.get_parameter(real).shape) for name, real in own.items()}
     found = {name: shards.shapes[real] for name, real in called.items()}
     reason = "It was trained on another model, or another part of it."
@@ -120,8 +125,17 @@ def _spare(model: OpenVLA) -> re.Pattern:
     return re.compile("|".join(f"(?:{part})" for part in parts))
 
 
+def export(model: OpenVLA, folder: Path) -> None:
+    """Write what was trained as others' tools read it: `lora_adapter/` and `<head>--latest_*.pt`.
+    UserError if the disk refuses."""
+    if _adapter_names(model):
+        save_adapter(model, folder / FOLDER)
+    save_heads(model, folder, "latest")
+
+
 def save_adapter(model: OpenVLA, folder: Path) -> None:
-    """Write the adapter as peft does: adapter_config.json and adapter_model.safetensors.
+    """Write the adapter as peft does: adapter_config.json and adapter_model.safetensors; with it,
+    as one of peft's `modules_to_save`, the head of a policy of tokens.
 
     UserError if the policy has none, or the folder cannot be written.
     """
@@ -132,18 +146,23 @@ def save_adapter(model: OpenVLA, folder: Path) -> None:
         _PREFIX + name: model.get_parameter(real).detach().cpu().contiguous()
         for name, real in names.items()
     }
+    described = model.peft_config["default"]
+    if model.distribution == "categorical":
+        head = model.get_parameter(f"{HEAD}.weight").detach().cpu().contiguous()
+        tensors[f"{_PREFIX}{HEAD}.weight"] = head
+        described = replace(described, modules_to_save=[HEAD])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        model.peft_config["default"].save_pretrained(folder)
+        described.save_pretrained(folder)
     except OSError as error:
         raise write_error(folder, error) from error
 
 
-def save_heads(model: OpenVLA, folder: Path, step: int) -> None:
+def save_heads(model: OpenVLA, folder: Path, step: int | str) -> None:
     """Write the heads beside it, under the published names and as the published loader reads them.
 
-    The head of a token policy is part of the language model: it has no file of its own.
+    The head of a token policy is part of the language model: it goes with the adapter.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ downloaded, no code of the folder runs, no pickle is opened. The peak of memory 
 (and in float32 what is trained).
 """
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,10 +21,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from worldenv.config import PolicyConfig
 from worldenv.data.embodiment import Embodiment
 from worldenv.models import vit
+from worldenv.models.folder import AGAIN, check_folder, few, listed, read_json
 from worldenv.models.openvla import HEADS, TOWERS, OpenVLA, Sizes
 from worldenv.models.openvla_inputs import BINS, EMPTY, Gripper, Pixels, Units, Words
 from worldenv.models.openvla_statistics import statistics
-from worldenv.models.shards import AGAIN, Shards, check_shapes, few, finite, read_json
+from worldenv.models.weights import Shards, check_shapes, read_pth, shapes
 from worldenv.models.widened import widen
 from worldenv.runtime import device
 from worldenv.runtime.errors import UserError
@@ -47,8 +47,7 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     UserError, before any tensor is read, for whatever is missing, foreign, or at odds.
     """
     folder = config.folder
-    if not folder.is_dir():
-        raise UserError(f"policy.folder {folder}: expected a published folder, got none. Mend it.")
+    check_folder(folder, "policy.folder")
     if config.images is not None and config.images > embodiment.V:
         raise UserError(
             f"policy.images: expected at most the {embodiment.V} cameras of {embodiment.name}, got "
@@ -68,13 +67,13 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     bounds = statistics(config, described.get("norm_stats"), embodiment, uses_proprio)
     closed = float(embodiment.gripper_closes)
     gripper = Gripper(embodiment.actions("grip"), opened=-closed, closed=closed)
-    model.units, model.words = Units(*bounds, gripper), _words(folder, sizes)
+    model.units, model.words = Units(*bounds, gripper), words(folder, sizes)
     model.pixels = Pixels(described["image_sizes"][0], config.crop, _normalisations(folder))
     # From here on, data.
     read, dtype = shards.read(wanted.values()), getattr(torch, config.precision)
     tensors = {own: read[called].to(dtype) for own, called in wanted.items()}
-    for part, (path, found) in parts.items():
-        tensors |= {f"{part}.{n}": finite(t, n, path) for n, t in found.items()}
+    for part, found in parts.items():
+        tensors |= {f"{part}.{n}": t for n, t in found.items()}
     if hasattr(model, "scale_head") and "scale_head" not in parts:
         tensors["scale_head.weight"] = torch.zeros(model.scale_head.weight.shape)
         tensors["scale_head.bias"] = torch.full((embodiment.A,), -2.0)
@@ -91,6 +90,11 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     if device.autocast_dtype("cpu") is torch.float32:
         widen(model)
     return model.eval()
+
+
+def sizes(folder: Path) -> Sizes:
+    """What a folder's config.json and the headers of its shards say. UserError as `load`'s."""
+    return _sizes(folder, describe(folder), Shards(folder))
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -142,7 +146,7 @@ def _sizes(folder: Path, described: dict[str, Any], shards: Shards) -> Sizes:
 def _backbone(model: OpenVLA, shards: Shards, source: Path) -> dict[str, str]:
     """Names of the backbone's tensors, and what the shards call them."""
     heads = tuple(f"{name}." for name in HEADS)
-    own = {n: list(t.shape) for n, t in model.state_dict().items() if not n.startswith(heads)}
+    own = {n: s for n, s in shapes(model.state_dict()).items() if not n.startswith(heads)}
     # Older files keep timm's name of a layer scale.
     called = {re.sub(r"\.gamma$", ".scale_factor", name): name for name in shards.shapes}
     found = {name: shards.shapes[real] for name, real in called.items()}
@@ -158,8 +162,8 @@ def _backbone(model: OpenVLA, shards: Shards, source: Path) -> dict[str, str]:
     return {name: called[name] for name in own}
 
 
-def _components(model: OpenVLA, folder: Path) -> dict[str, tuple[Path, dict[str, Tensor]]]:
-    """File and tensors, memory-mapped, of each head that is on disk."""
+def _components(model: OpenVLA, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Tensors, memory-mapped, of each head that is on disk."""
     for name, what in (("vision_backbone", "FiLM"), ("noisy_action_projector", "diffusion")):
         if _files(folder, name):
             raise UserError(
@@ -189,14 +193,13 @@ def _components(model: OpenVLA, folder: Path) -> dict[str, tuple[Path, dict[str,
                 "write tokens are of policy.kind openvla-token; those trained without proprio want "
                 "policy.proprio false."
             )
-        tensors = _pickled(paths[0])
+        tensors = _unwrapped(read_pth(paths[0]))
         if any(key.startswith("noise_predictor.") for key in tensors):
             raise UserError(f"{paths[0]}: a diffusion head: expected the L1 head. Name another.")
-        own = {n: list(t.shape) for n, t in getattr(model, name).state_dict().items()}
-        shapes = {n: list(t.shape) for n, t in tensors.items()}
         reason = "It belongs to another policy, or to a robot of other sizes."
-        check_shapes(own, shapes, paths[0], reason)
-        found[name] = (paths[0], tensors)
+        own = shapes(getattr(model, name).state_dict())
+        check_shapes(own, shapes(tensors), paths[0], reason)
+        found[name] = tensors
     return found
 
 
@@ -205,36 +208,21 @@ def _files(folder: Path, component: str) -> list[Path]:
     return sorted(p for p in folder.glob(f"*{component}*") if "checkpoint" in p.name)
 
 
-def _pickled(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .pt file by name, without what wrapped their module. Nothing is executed."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        why = str(error).split("\n")[0]
-        raise UserError(
-            f"{path}: expected tensors only, got something that would run code ({why}). It was not "
-            "opened; do not use it."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        why = str(error).split("\n")[0]
-        raise UserError(f"{path} is cut short or no PyTorch file: {why}. {AGAIN}") from error
-    named = isinstance(found, Mapping) and all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in found.items()
-    )
-    if not named:
-        raise UserError(f"{path}: expected tensors by name, got {type(found).__name__}. {AGAIN}")
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name, without what wrapped their module."""
     out = {}
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         while key.startswith(_WRAPPERS):
             key = key.removeprefix(_WRAPPERS[0]).removeprefix(_WRAPPERS[1])
         out[key] = tensor
     return out
 
 
-def _words(folder: Path, sizes: Sizes) -> Words:
+def words(folder: Path, sizes: Sizes) -> Words:
+    """A folder's tokenizer. UserError where it is not Llama-2's."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{folder}: expected {path.name}, got none. {AGAIN}")
+        raise UserError(f"{folder}: expected {path.name}, got {listed(folder)}. {AGAIN}")
     try:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_file=str(path), bos_token="<s>", eos_token="</s>", unk_token="<unk>"

@@ -5,9 +5,8 @@ from typing import Any
 
 from worldenv.config import PolicyConfig
 from worldenv.data.embodiment import Embodiment
+from worldenv.models.folder import few, read_json
 from worldenv.models.openvla_inputs import Range
-from worldenv.models.shards import few
-from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError, nearest
 
 SUFFIX = "_no_noops"  # of data from which idle steps were dropped
@@ -22,9 +21,9 @@ def statistics(
     they lack the key, or are of other dimensions than the embodiment.
     """
     path, where = config.folder / "dataset_statistics.json", ""
-    try:
-        table = strict_json.read(path)
-    except FileNotFoundError:
+    if path.exists():
+        table = read_json(path)
+    else:
         table, path, where = described, config.folder / "config.json", "norm_stats."
     if not isinstance(table, dict) or not table:
         raise UserError(

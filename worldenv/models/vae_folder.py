@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from worldenv.models import weights
-from worldenv.runtime import strict_json
+from worldenv.models.folder import listed, read_json
+from worldenv.models.weights import Shards, read_pth
 from worldenv.runtime.errors import UserError
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
 ORIGINAL = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 WAN = "AutoencoderKLWan"
 
@@ -83,18 +83,21 @@ class Published:
     """An autoencoder on the disk: its config, without what only describes the file, and weights."""
 
     config: dict[str, Any]
-    path: Path
-    """Of the weights."""
     told: Path
-    """Of what the config was read from."""
-    original: dict[str, Tensor] | None = None
-    """Of the authors' file: its tensors, under diffusers' names."""
+    """What the config was read from."""
+    held: Shards | dict[str, Tensor]
+    """A folder's tensors, or those of the authors' file under diffusers' names."""
+
+    @property
+    def source(self) -> Path:
+        """Where the weights are."""
+        return self.held.folder if isinstance(self.held, Shards) else self.told
 
     def tensors(self) -> dict[str, Tensor]:
         """Its weights under diffusers' names, memory-mapped."""
-        if self.original is not None:
-            return self.original
-        return {_attention(k): v for k, v in weights.read_safetensors(self.path).items()}
+        if isinstance(self.held, dict):
+            return self.held
+        return {_attention(k): v for k, v in self.held.read(self.held.shapes).items()}
 
 
 def find(folder: Path | None, kind: str, names: Mapping[str, str]) -> Published:
@@ -112,10 +115,11 @@ def find(folder: Path | None, kind: str, names: Mapping[str, str]) -> Published:
     places = [p for p in (folder / "config.json", folder / "vae" / "config.json") if p.is_file()]
     places += [p for p in original if p.is_file() and kind == WAN]
     if len(places) != 1:
-        wanted = f"config.json (or vae/config.json) with {WEIGHTS}"
+        wanted = f"config.json (or vae/config.json) with {STEM}.safetensors"
+        got = ", ".join(str(p.relative_to(folder)) for p in places) or listed(folder)
         wanted += f", or one of {', '.join(ORIGINAL)}" if kind == WAN else ""
         raise UserError(
-            f"{folder}: expected one {kind}: {wanted}; got {_listed(folder, places)}. Name the "
+            f"{folder}: expected one {kind}: {wanted}; got {got}. Name the "
             "folder or file of one autoencoder as config simulator.tokenizer_folder."
         )
     if places[0].suffix == ".json":
@@ -123,21 +127,8 @@ def find(folder: Path | None, kind: str, names: Mapping[str, str]) -> Published:
     return _of_authors(places[0])
 
 
-def _listed(folder: Path, places: list[Path]) -> str:
-    if places:
-        return ", ".join(str(p.relative_to(folder)) for p in places)
-    if not folder.is_dir():
-        return "a file of another kind" if folder.exists() else "no such folder"
-    held = sorted(p.name for p in folder.iterdir())
-    return (
-        ", ".join(held[:6]) + (f" and {len(held) - 6} more" if len(held) > 6 else "") or "nothing"
-    )
-
-
 def _of_diffusers(path: Path, kind: str, names: Mapping[str, str]) -> Published:
-    config = strict_json.read(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a table, got a {type(config).__name__}.")
+    config = read_json(path)
     named = config.get("_class_name")
     if named != kind:
         other = names.get(named) if isinstance(named, str) else None
@@ -146,19 +137,13 @@ def _of_diffusers(path: Path, kind: str, names: Mapping[str, str]) -> Published:
             f"{path}: _class_name: expected {kind!r}, got {repr(named)[:80]}.{hint} Name the vae "
             f"folder of a model that has an {kind}."
         )
-    weights_path = path.parent / WEIGHTS
-    if not weights_path.is_file():
-        held = ", ".join(sorted(p.name for p in path.parent.iterdir()))
-        raise UserError(
-            f"{path.parent}: expected {WEIGHTS} beside config.json, got {held}. Download it too."
-        )
     # clip_output: Wan's folders have it. Images leave as bytes, and are clipped then.
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k != "clip_output"}
-    return Published(kept, weights_path, path)
+    return Published(kept, path, Shards(path.parent, STEM))
 
 
 def _of_authors(path: Path) -> Published:
-    tensors = weights.read_pth(path)
+    tensors = read_pth(path)
     try:
         config, group = _sizes(tensors)
     except (KeyError, IndexError) as error:
@@ -173,7 +158,7 @@ def _of_authors(path: Path) -> Published:
             f"got {z}. Name a diffusers folder, whose config has them."
         )
     renamed = {wan_name(name, group): tensor for name, tensor in tensors.items()}
-    return Published(config, path, path, renamed)
+    return Published(config, path, renamed)
 
 
 def _sizes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], int]:

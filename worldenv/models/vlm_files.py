@@ -16,8 +16,9 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from worldenv.models.folder import AGAIN, read
-from worldenv.runtime.errors import NonFiniteError, UserError, nearest
+from worldenv.models.folder import AGAIN, few, read_json
+from worldenv.models.weights import Shards, finite
+from worldenv.runtime.errors import UserError, nearest
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 _LIBRARY = (
@@ -52,7 +53,7 @@ class reading:
 
 def load_config(folder: Path) -> hf.PreTrainedConfig:
     """A folder's configuration. UserError if it is of no image-text model."""
-    kind = read(folder, "config.json").get("model_type")
+    kind = read_json(folder / "config.json").get("model_type")
     if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         guess = nearest(str(kind), MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
         raise UserError(
@@ -68,6 +69,7 @@ def load_model(folder: Path, config: hf.PreTrainedConfig, dtype: torch.dtype) ->
     """A folder's model, frozen. UserError naming tensors that are missing, left over, of another
     shape, or not finite.
     """
+    Shards(folder)  # whole, one, and no pickles: the library's own words are of other kinds
     with reading(folder, "weights"), _quiet():
         model, told = hf.AutoModelForImageTextToText.from_pretrained(
             folder,
@@ -85,25 +87,19 @@ def load_model(folder: Path, config: hf.PreTrainedConfig, dtype: torch.dtype) ->
         for name, got, asked in sorted(told["mismatched_keys"])
     ]
     if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise UserError(
-            f"{folder}: its weights do not fit its config.json: {'; '.join(wrong[:5])}{more}. "
-            f"{AGAIN}"
+            f"{folder}: its weights do not fit its config.json: {few(wrong, '; ')}. {AGAIN}"
         )
     for name, weight in model.named_parameters():
-        if not bool(torch.isfinite(weight).all()):
-            raise NonFiniteError(
-                f"{folder}: {name} {list(weight.shape)}: expected finite weights, got NaN or "
-                f"infinity. {AGAIN}"
-            )
+        finite(weight, name, folder)
     return model.requires_grad_(False).eval()
 
 
 def load_processor(folder: Path) -> hf.ProcessorMixin:
     """A folder's processor. UserError naming the file that is missing."""
-    settings = read(folder, "processor_config.json")
-    images = read(folder, "preprocessor_config.json")
-    texts = read(folder, "tokenizer_config.json")
+    settings = read_json(folder / "processor_config.json", {})
+    images = read_json(folder / "preprocessor_config.json", {})
+    texts = read_json(folder / "tokenizer_config.json", {})
     if not images and not settings:
         raise UserError(
             f"{folder / 'preprocessor_config.json'}: expected the settings of a processor of "
@@ -177,7 +173,9 @@ def _chat_template(folder: Path, texts: dict) -> str:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    said = read(folder, "chat_template.json").get("chat_template") or texts.get("chat_template")
+    said = read_json(folder / "chat_template.json", {}).get("chat_template") or texts.get(
+        "chat_template"
+    )
     if not isinstance(said, str):
         raise UserError(
             f"{path}: expected the chat format that the model was trained on, got none, nor a "

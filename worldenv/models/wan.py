@@ -224,14 +224,13 @@ class WanTransformer(nn.Module):
 
 def to_tokens(z: Tensor) -> Tensor:
     """Latents `[B, z, F, h, w]` to tokens `[B, F, S, 4 z]`, each 2 x 2 as (z, row, column)."""
-    x = z.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2))  # [B, z, F, h/2, 2, w/2, 2]
-    return x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(2, 3)
+    return F.pixel_unshuffle(z.transpose(1, 2), 2).flatten(-2).transpose(-1, -2)
 
 
 def from_tokens(x: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `to_tokens`, for latents of height x width."""
-    x = x.unflatten(2, (height // 2, width // 2)).unflatten(-1, (-1, 2, 2))
-    return x.permute(0, 4, 1, 2, 5, 3, 6).flatten(5).flatten(3, 4)
+    x = x.transpose(-1, -2).unflatten(-1, (height // 2, width // 2))
+    return F.pixel_shuffle(x, 2).transpose(1, 2)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

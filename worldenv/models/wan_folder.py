@@ -17,17 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldenv.models.shards import Shards, check_shapes, few
+from worldenv.models.folder import AGAIN, check_folder, few, listed, read_json
 from worldenv.models.wan import WanSizes, WanTransformer
+from worldenv.models.weights import Shards, check_shapes, shapes
 from worldenv.ops import gelu
-from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
 
 _STEMS = ("diffusion_pytorch_model", "model", "model-00001")
 _CLASSES = ("WanTransformer3DModel", "WanModel")
-_FLOATS = ("BF16", "F16", "F32", "F64")
 _HEAD_DIM = 128  # of every published Wan; where no config says how many heads there are
-_AGAIN = "Download the folder again, or name another."
 # From the authors' names to diffusers', in this order (norm3 is the norm of the cross-attention).
 _RENAMES = (
     (r"\.(self|cross)_attn\.([qkv])\.", r".\1_attn.to_\2."),
@@ -58,40 +56,60 @@ def load(
     constant_text: it will only ever be given an empty text, so what reads one is left out.
     UserError, naming file and key, for all but one whole model of this kind with finite weights.
     """
-    where, config = _find(folder, kind)
-    shards = Shards(where, _stem(where))
-    names = {diffusers_name(name): name for name in shards.shapes}
-    shapes = {name: shards.shapes[old] for name, old in names.items()}
-    twice = sorted(shards.shapes.keys() - names.values())
-    if twice:
-        raise UserError(f"{where}: expected each tensor once, got {few(twice)} twice. {_AGAIN}")
-    _check_kind(where, shapes, kind)
-    if kind == "wovr":  # which reads actions where there was text
-        names = {name: old for name, old in names.items() if not _TEXT.fullmatch(name)}
-        shapes = {name: shapes[name] for name in names}
-    sizes = _sizes(where, shapes, config)
-    with torch.device("meta"):
-        model = WanTransformer(sizes)
-    own = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(own, shapes, where, _AGAIN)
-    odd = [f"{n} {shards.kinds[names[n]]}" for n in own if shards.kinds[names[n]] not in _FLOATS]
-    if odd:
-        raise UserError(
-            f"{where}: expected weights as {', '.join(_FLOATS)}, got {few(odd)}. Quantised copies "
-            "are not supported: download the original."
-        )
+    model, shards, names = _described(folder, kind)
     spare = re.compile(r"blocks\.\d+\.(norm2\..*|attn2\.(to_[qk]|norm_[qk])\..*)")
+    own = model.state_dict()
     old = [names[name] for name in own if not (constant_text and spare.fullmatch(name))]
     tensors = {diffusers_name(name): tensor for name, tensor in shards.read(old).items()}
     if constant_text:
-        constants = list(_constants(tensors, sizes.layers))
+        constants = list(_constants(tensors, model.sizes.layers))
         model.forget_text(constants)
         tensors |= {f"blocks.{i}.attn2.constant": c for i, c in enumerate(constants)}
-    dtype = getattr(torch, precision)
     for name in tensors:
-        tensors[name] = tensors[name].to(torch.float32 if _WIDE.fullmatch(name) else dtype)
+        tensors[name] = tensors[name].to(_dtype(name, precision))
     model.load_state_dict(tensors, assign=True)
     return model
+
+
+def sizes(folder: Path, kind: Literal["wan", "wovr"]) -> WanSizes:
+    """What the headers of a folder's tensors say. UserError as `load`'s."""
+    return _described(folder, kind)[0].sizes
+
+
+def blank(sizes: WanSizes, constant_text: bool, precision: str) -> WanTransformer:
+    """A transformer as `load` makes it, without weights: on `meta`."""
+    with torch.device("meta"):
+        model = WanTransformer(sizes)
+        if constant_text:
+            model.forget_text([torch.empty(sizes.width)] * sizes.layers)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(_dtype(name, precision))
+    return model
+
+
+def _dtype(name: str, precision: str) -> torch.dtype:
+    """Of a tensor, where the model computes in `precision`."""
+    return torch.float32 if _WIDE.fullmatch(name) else getattr(torch, precision)
+
+
+def _described(folder: Path, kind: str) -> tuple[WanTransformer, Shards, dict[str, str]]:
+    """The model on `meta`, and the tensors that are its, with their names in the files."""
+    where, config = _find(folder, kind)
+    shards = Shards(where, _stem(where))
+    names = {diffusers_name(name): name for name in shards.shapes}
+    found = {name: shards.shapes[old] for name, old in names.items()}
+    twice = sorted(shards.shapes.keys() - names.values())
+    if twice:
+        raise UserError(f"{where}: expected each tensor once, got {few(twice)} twice. {AGAIN}")
+    _check_kind(where, found, kind)
+    if kind == "wovr":  # which reads actions where there was text
+        names = {name: old for name, old in names.items() if not _TEXT.fullmatch(name)}
+        found = {name: found[name] for name in names}
+    sizes = _sizes(where, found, config)
+    with torch.device("meta"):
+        model = WanTransformer(sizes)
+    check_shapes(shapes(model.state_dict()), found, where)
+    return model, shards, names
 
 
 def diffusers_name(name: str) -> str:
@@ -122,27 +140,16 @@ def read_prompt(path: Path, text_dim: int) -> Tensor:
 
 def _find(folder: Path, kind: str) -> tuple[Path, dict[str, Any]]:
     """Where the transformer's files lie, and its config, empty where WoVR has none."""
-    if not folder.is_dir():
-        raise UserError(
-            f"config simulator.folder: expected the folder of a published {kind}, got {folder}, "
-            "where there is none."
-        )
+    check_folder(folder, "simulator.folder")
     if (folder / "transformer_2").exists():
         raise UserError(
             f"{folder}: expected one transformer, got two experts (transformer, transformer_2), "
             "which are not supported. Name a Wan 2.1 T2V 1.3B or 2.2 TI2V 5B."
         )
     where = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    try:
-        config = strict_json.read(where / "config.json")
-    except FileNotFoundError:
-        if kind == "wan":
-            raise UserError(
-                f"{where}: expected config.json of a {_CLASSES[0]}, got {_listed(where)}. {_AGAIN}"
-            ) from None
-        return where, {}
-    named = config.get("_class_name") if isinstance(config, dict) else None
-    if named not in _CLASSES:
+    config = read_json(where / "config.json", None if kind == "wan" else {})
+    named = config.get("_class_name")
+    if (config or kind == "wan") and named not in _CLASSES:
         raise UserError(
             f"{where / 'config.json'}: _class_name: expected {' or '.join(_CLASSES)}, got "
             f"{named!r}. Name the folder of a Wan pipeline, or its transformer."
@@ -161,7 +168,7 @@ def _stem(where: Path) -> str:
         names = " or ".join(f"{stem}.safetensors" for stem in _STEMS)
         raise UserError(
             f"{where}: expected one checkpoint, {names} or its shards and index, got "
-            f"{_listed(where) if not found else ' and '.join(found)}. {_AGAIN}"
+            f"{listed(where) if not found else ' and '.join(found)}. {AGAIN}"
         )
     return found[0]
 
@@ -192,7 +199,7 @@ def _sizes(where: Path, shapes: Mapping[str, list[int]], config: Mapping[str, An
     }
     missing = [name for name in telling if len(shapes.get(name, [])) != telling[name]]
     if missing:
-        raise UserError(f"{where}: missing or misshapen {few(missing)}: no Wan. {_AGAIN}")
+        raise UserError(f"{where}: missing or misshapen {few(missing)}: no Wan. {AGAIN}")
     patch, head, ffn, time = (shapes[name] for name in telling)
     width, channels = patch[0], patch[1]
     heads = config.get("num_attention_heads", config.get("num_heads", width // _HEAD_DIM))
@@ -249,8 +256,3 @@ def _constants(tensors: dict[str, Tensor], layers: int) -> Iterator[Tensor]:
             weight, bias = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.bias")
             value = F.linear(value, weight.float(), bias.float())
         yield value
-
-
-def _listed(where: Path) -> str:
-    held = sorted(path.name for path in where.iterdir())
-    return few(held) or "nothing"

@@ -1,4 +1,4 @@
-"""WoVR's released simulators of LIBERO (RLinf-Wan-LIBERO-*) as worlds to post-train a policy in.
+"""WoVR's released simulators (RLinf-Wan-LIBERO-*) as worlds to post-train a policy in.
 
 Wan 2.2 TI2V 5B, fine-tuned so that thirteen frames are thirteen actions: five of context (the first
 real frame, which stays, and the last four), eight to come. Four latent frames, two of them clean,
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
 from worldenv.data.embodiment import Embodiment
@@ -48,10 +48,17 @@ class WoVRState:
 class WoVR(Network):
     """A `WorldModel` of `envs.imagined`; see the module's docstring."""
 
-    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
-        """UserError where folder, tokenizer and robot do not fit each other."""
-        super().__init__(config, embodiment, shift=5.0)
-        wan = wan_folder.load(config.folder, "wovr", False, config.precision)
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        embodiment: Embodiment,
+        wan: WanTransformer | None = None,
+        tokenizer: nn.Module | None = None,
+    ) -> None:
+        """wan, tokenizer: in place of those in the folders. UserError where folder, tokenizer and
+        robot do not fit each other."""
+        super().__init__(config, embodiment, 5.0, tokenizer)
+        wan = wan or wan_folder.load(config.folder, "wovr", False, config.precision)
         self._held = (wan.requires_grad_(False).eval(),)  # a tuple: no submodule
         sizes, z = self.wan.sizes, self.tokenizer.channels
         for what, expected, got in (
@@ -128,10 +135,10 @@ class WoVR(Network):
         """The frame after a chunk of actions `[B, 8, A]`, in `steps` passes (5 as published)."""
         keep = torch.as_tensor(active).to(self.device, non_blocking=True)
         actions = torch.cat([state.actions, self._executed(action)], 1)
-        clean = self.tokenizer.stream(len(keep), self.views).encode(state.frames)
+        clean = self.tokenizer.encode_video(state.frames)
         noise = counter_normal(state.seeds, state.step, (_LATENTS - _CLEAN, *clean.shape[2:]))
         latents = self.generate(torch.cat([clean, noise], 1), actions, steps)
-        frames = self.tokenizer.stream(len(keep), self.views).decode(latents)
+        frames = self.tokenizer.decode_video(latents, self.views)
         # [B, 5, ...]: the first frame for good, and the last four
         after = torch.cat([state.frames[:, :1], frames[:, 1 - CONTEXT :]], 1)
         led = torch.cat([state.actions[:, :1], actions[:, 1 - CONTEXT :]], 1)

@@ -14,7 +14,7 @@ Liberties: they are asked about every frame of a chunk and one success among the
 our environments show a judge the last frame of each chunk. Module paths are the published ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldenv.models import weights
-from worldenv.models.tokenizer import to_unit
+from worldenv.config import ReflectorConfig
+from worldenv.data.embodiment import Embodiment
+from worldenv.models.pixels import to_unit
+from worldenv.models.weights import fill, read_pth
 from worldenv.runtime.errors import UserError, unknown
 
 FILES = ("resnet_rm.pth", "taskemb_resnet_rm.pth")
@@ -125,6 +127,45 @@ class WoVRReward(nn.Module):
         return self.network(x, task)[:, 0]
 
 
+class WoVRReflector(nn.Module):
+    """The reward network of a WoVR folder as a run's reflector: nothing is trained but the
+    threshold, which is calibrated, and no weights are in its state dict."""
+
+    frozen = True
+
+    def __init__(self, config: ReflectorConfig, embodiment: Embodiment) -> None:
+        super().__init__()
+        self.config, self.embodiment = config, embodiment
+        self._reward = [load_reward(config.folder, config.tasks)]  # a list: its weights stay out
+        self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
+        self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
+        self.register_buffer("proprio_std", torch.ones(embodiment.P))
+
+    @property
+    def reward(self) -> WoVRReward:
+        """The network."""
+        return self._reward[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Wherever the threshold goes, the network goes too."""
+        self.reward._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """It does not look at proprio."""
+
+    def onlooker(self, batch: int) -> "Watcher":
+        """A judge of B episodes."""
+        return self.reward.onlooker(batch)
+
+    def forward(self, image: Tensor, proprio: Tensor, instruction: Sequence[str]) -> Tensor:
+        """Logits `[B, F]` of whole sequences `[B, F, V, H, W, 3]` uint8."""
+        frames = image.shape[1]
+        words = [w for w in instruction for _ in range(frames)]
+        odds = self.reward(image.flatten(0, 1), words).view(-1, frames)
+        return torch.logit(odds, 1e-7)
+
+
 class Watcher:
     """It has no memory: every frame is judged by itself."""
 
@@ -157,7 +198,7 @@ def load_reward(
         raise UserError(
             f"{path}: expected one reward network, {' or '.join(FILES)}; got {got}. Name the file."
         )
-    tensors = weights.read_pth(found[0])
+    tensors = read_pth(found[0])
     network = _network(tensors, found[0])
     if not isinstance(network, TaskNet):
         tasks = ()
@@ -166,7 +207,7 @@ def load_reward(
             f"{found[0]}: task_embedding.weight: expected instructions for its {count} tasks, got "
             f"{len(tasks)}. Name the suite it was trained on."
         )
-    weights.fill(network, tensors, found[0])
+    fill(network, tensors, found[0])
     return WoVRReward(network, tasks, view, threshold)
 
 

@@ -36,7 +36,7 @@ def world(config: Config) -> tuple:
     """What of the real benchmark results depend on: not where the assets come from, nor how many
     workers serve them."""
     env = config.env
-    return (env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps)
+    return (env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps, env.views)
 
 
 def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
@@ -292,6 +292,7 @@ def recorded(run: Run, name: str) -> list[Episode]:
     folder = run.dir / "data" / name
     episodes = read_episodes(folder, run.embodiment.image_size)
     for number, episode in enumerate(episodes):
+        episode.images = episode.images[:, : run.embodiment.V]  # others may be recorded beside them
         check_fits(episode, run.embodiment, f"{folder}: episode {number}")
     return episodes
 

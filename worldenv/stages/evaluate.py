@@ -17,7 +17,7 @@ from worldenv.runtime import progress
 from worldenv.stages import store
 from worldenv.stages.collect import world
 from worldenv.stages.reality import Watcher
-from worldenv.stages.run import Run, Stage, read_record, stage_before, write_record
+from worldenv.stages.run import Run, Stage, acting, read_record, stage_before, write_record
 
 
 def run(run: Run, mark: str, number: int = 0) -> dict:
@@ -90,7 +90,7 @@ def evaluate_policy(
     if reflector is not None:  # an image-text model is large: for it the way to a GPU is short
         reflector = (reflector.to(run.device) if reflector.frozen else reflector.cpu()).eval()
     device = next(policy.parameters()).device
-    policy = policy.to(run.acting).eval()
+    policy = policy.to(acting(run.device, policy.config)).eval()
     outcomes: list[dict] = []
     with progress.bar(len(starts), label) as bar:
 

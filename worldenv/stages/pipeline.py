@@ -17,6 +17,7 @@ from pathlib import Path
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
+from worldenv.models.folder import weight_bytes
 from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
@@ -27,6 +28,7 @@ from worldenv.stages import (
     estimate,
     evaluate,
     fidelity,
+    folders,
     posttrain,
     records,
     reflector,
@@ -37,6 +39,7 @@ from worldenv.stages import (
 )
 from worldenv.stages.run import Run, Stage, Step, read_record, write_record
 
+LARGEST_TIMED = 1 << 30  # bytes of weights that are run to say how long a run takes
 FIRST = (collect.DEMONSTRATIONS, sft.STAGE)
 ROUND = (
     collect.EXPLORE,
@@ -66,6 +69,7 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     demonstrations.check(run.config)
     named = _named(run, files or {}, number)
     marks = _marks(run, named)
+    folders.check(run, _left(run, marks, named, steps(run.config)))
     run.save_config()
     _adopt(run, named, marks)
     _announce(run, marks)
@@ -77,12 +81,24 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
 
 
 def _announce(run: Run, marks: Mapping[str, str]) -> None:
-    """Say how long what is left to do will take. On a GPU it is not known."""
+    """Say how long what is left to do will take. On a GPU it is not known, and of published models
+    in their full size only `worldenv-train --plan` says it: it runs none of them."""
     every = steps(run.config)
     left = [n for n, step in every.items() if not records.at_hand(run.dir, step, marks[n])]
-    if left and run.device.type == "cpu":
+    parts = (run.config.policy, run.config.simulator, run.config.reflector)
+    folders = {part.folder for part in parts if part.kind != "small"}
+    if left and run.device.type == "cpu" and sum(map(weight_bytes, folders)) < LARGEST_TIMED:
         seconds = estimate.estimate(run.config, estimate.calibrate(run.config))
         print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
+
+
+def _left(
+    run: Run, marks: Mapping[str, str], named: Mapping[str, "_File"], names: Iterable[str]
+) -> list[str]:
+    """Stages of those of the steps `names` that have work to do."""
+    every = steps(run.config)
+    left = [n for n in names if not records.at_hand(run.dir, every[n], marks[n])]
+    return [every[name].stage.name for name in left if name not in named]
 
 
 def run_stage(
@@ -107,6 +123,8 @@ def run_stage(
         )
     needs = target.needs(run.config) if target else tuple(every)
     before = _before(run, stage if target is None else target.name, needs, marks, named)
+    todo = before if target is None else [*before, target.name]
+    folders.check(run, _left(run, marks, named, todo))
     run.save_config()
     _adopt(run, named, marks)
     for name in before:

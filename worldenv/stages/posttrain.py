@@ -88,7 +88,12 @@ def run(run: Run, mark: str, number: int) -> dict:
         check(iterations)
     else:
         store.save("policy", policy, best)
-    os.replace(best, checkpoints / f"policy-{number}.safetensors")
+    path = checkpoints / f"policy-{number}.safetensors"
+    if policy.config.kind != "small":  # what was best, where the policy has gone on
+        kept, *_ = store.read("policy", best, run.device)
+        checkpoint.load_module(policy, kept, best, store.holds_all("policy"))
+        store.export(policy, path.with_suffix(""))
+    os.replace(best, path)
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
 
@@ -104,7 +109,7 @@ STAGE = Stage(
         *data_up_to(n),
         *(world_of(config, n), f"reflector-{n}", f"fidelity-{n}"),
     ),
-    makes=("checkpoints/policy-{n}.safetensors",),
+    makes=("checkpoints/policy-{n}.safetensors", "checkpoints/policy-{n}"),
     logs=lambda name, n: (name, f"check-{n}"),
 )
 

@@ -26,7 +26,7 @@ from worldenv.rl.rollout import Actor, Stop, rollout
 def embodiment(config: Config) -> Embodiment:
     """The robot of the benchmark that a configuration names, as its models see it."""
     env = config.env
-    return robot.embodiment(env.image_size, env.chunk, of_tasks(env.suite, env.tasks))
+    return robot.embodiment(env.image_size, env.chunk, of_tasks(env.suite, env.tasks), env.views)
 
 
 def make_env(config: Config, rows: int = 1, **arguments: object) -> LiberoVectorEnv:
@@ -39,6 +39,7 @@ def make_env(config: Config, rows: int = 1, **arguments: object) -> LiberoVector
         assets=env.assets,
         image_size=env.image_size,
         chunk=env.chunk,
+        views=env.views,
         max_steps=env.max_steps,
         **arguments,
     )

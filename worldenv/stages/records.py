@@ -20,7 +20,7 @@ from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.logging import read_metrics
 from worldenv.stages.run import Run, Step, read_record, write_record
 
-_DATA = (".hdf5", ".h5")
+_DATA = (".hdf5", ".h5", ".safetensors", ".pt", ".json")  # of folders that stages make
 
 
 def perform(run: Run, step: Step, mark: str) -> dict:

@@ -16,7 +16,6 @@ from torch import Tensor
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.envs.imagined import first_frames, imagined_envs
 from worldenv.envs.start import Start
-from worldenv.models.folder import digest
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import Policy, augment
 from worldenv.models.reflector import Reflector
@@ -95,7 +94,7 @@ STAGE = Stage(
     settings=lambda config, n: (
         config.reflector,
         config.sampling_steps(n),
-        *((digest(config.reflector.folder),) if config.reflector.kind != "small" else ()),
+        *store.digests(config.reflector),
     ),
     needs=lambda config, n: (
         *data_up_to(n),

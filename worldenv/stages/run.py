@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from worldenv.config import Config, load
+from worldenv.config import Config, PolicyConfig, load
 from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
@@ -25,6 +25,12 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
 from worldenv.stages.reality import Reality, embodiment
+
+
+def acting(device: torch.device, part: PolicyConfig) -> torch.device:
+    """Where a policy acts in the real benchmark: on the CPU, on a thread for each episode, or where
+    it trains if only that device is fast enough."""
+    return device if part.large else torch.device("cpu")
 
 
 class Run:
@@ -44,9 +50,8 @@ class Run:
 
     @property
     def acting(self) -> torch.device:
-        """Where policies act in the real benchmark: on the CPU, on a thread for each episode, or
-        where they train if only that device is fast enough."""
-        return self.device if self.config.policy.large else torch.device("cpu")
+        """Where this run's policies act in the real benchmark."""
+        return acting(self.device, self.config.policy)
 
     @cached_property
     def logger(self) -> RunLogger:

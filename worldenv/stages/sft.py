@@ -51,6 +51,7 @@ def run(run: Run, mark: str) -> dict:
     )
     path = run.path("checkpoints", "policy-sft.safetensors")
     store.save("policy", policy, path)
+    store.export(policy, path.with_suffix(""))
     training.finish(run, "sft")
     return {"samples": len(windows), **tail}
 
@@ -58,8 +59,8 @@ def run(run: Run, mark: str) -> dict:
 STAGE = Stage(
     "sft",
     lambda run_, mark, number: run(run_, mark),
-    settings=lambda config, number: (config.sft, config.policy),
+    settings=lambda config, number: (config.sft, config.policy, *store.digests(config.policy)),
     needs=lambda config, number: ("demonstrations",),
-    makes=("checkpoints/policy-sft.safetensors",),
+    makes=("checkpoints/policy-sft.safetensors", "checkpoints/policy-sft"),
     rounds=False,
 )

@@ -71,7 +71,11 @@ def run(run: Run, mark: str, number: int) -> dict:
 STAGE = Stage(
     "simulator",
     run,
-    settings=lambda config, n: (config.simulator, *_conversion(config, n)),
+    settings=lambda config, n: (
+        config.simulator,
+        *store.digests(config.simulator),
+        *_conversion(config, n),
+    ),
     needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
     makes=("checkpoints/simulator-{n}.safetensors",),
     logs=lambda name, n: (name,) if n else (name, "tokenizer", "clip"),

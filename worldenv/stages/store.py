@@ -25,6 +25,7 @@ from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.models.wan_world import WanSimulator
 from worldenv.models.wovr import WoVR
+from worldenv.models.wovr_reward import WoVRReflector
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.stages.reality import embodiment
@@ -32,6 +33,7 @@ from worldenv.stages.reality import embodiment
 _SMALL = {
     ("policy", "small"): Policy,
     ("reflector", "small"): Reflector,
+    ("reflector", "wovr"): WoVRReflector,
     ("simulator", "small"): Simulator,
     ("simulator", "wan"): WanSimulator,
     ("simulator", "wovr"): WoVR,
@@ -68,15 +70,28 @@ def _build(kind: str, part: object, robot: Embodiment, train: bool = True) -> nn
 
 def save(kind: str, model: nn.Module, path: Path, **facts: object) -> None:
     """Write a model with what is needed to build it again: its own sizes, and its robot."""
-    folder = getattr(model.config, "folder", None)
     metadata = {
-        **({"folder_digest": digest_of_folder(folder)} if folder else {}),
+        **({"folder_digests": digests(model.config)} if model.config.reads else {}),
         "kind": kind,
         "config": to_dict(model.config),
         "embodiment": to_dict(model.embodiment),
         **facts,
     }
     checkpoint.save(path, checkpoint.weights(model, holds_all(kind)), metadata)
+
+
+def export(policy: nn.Module, folder: Path) -> None:
+    """Leave what was trained of a published policy in `folder` as others' tools read it: adapters
+    as peft writes them, heads as the published loader finds them. Of a small one: nothing."""
+    if policy.config.kind != "small":
+        from worldenv.models import openvla_adapter  # peft takes seconds to import
+
+        openvla_adapter.export(policy, folder)
+
+
+def digests(part: PolicyConfig | SimulatorConfig | ReflectorConfig) -> tuple[str, ...]:
+    """Of the published folders that a model is built from; none of a small one."""
+    return tuple(map(digest_of_folder, part.reads))
 
 
 def holds_all(kind: str) -> bool:
@@ -117,19 +132,24 @@ def read(
                 f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
                 f"infinite value(s). This {kind} is of no use: name another, or train it anew."
             )
-    _check_folder(part, metadata.get("folder_digest"), path)
+    metadata = {"folder_digests": [], **metadata}
+    _check_folders(part, checkpoint.fact(metadata, "folder_digests", list, path), path)
     return tensors, part, robot
 
 
-def _check_folder(part: object, trained: str | None, path: Path) -> None:
-    """UserError unless the published model that `part` names is the one that was trained on."""
-    folder = getattr(part, "folder", None)
-    if trained is not None and digest_of_folder(folder) != trained:
+def _check_folders(part: object, trained: list, path: Path) -> None:
+    """UserError unless the published models that `part` names are those that were trained on."""
+    if len(trained) != len(part.reads):
         raise UserError(
-            f"{path}: was trained on another model than {folder} holds now: expected digest "
-            f"{trained[:12]}, got {digest_of_folder(folder)[:12]}. Put the folder back as it was, "
-            "or train anew."
+            f"{path}: metadata 'folder_digests': expected {len(part.reads)}, got {len(trained)}. "
+            "Name another checkpoint, or train anew."
         )
+    for folder, was, now in zip(part.reads, trained, digests(part), strict=True):
+        if was != now:
+            raise UserError(
+                f"{path}: was trained on another model than {folder} holds now: expected digest "
+                f"{str(was)[:12]}, got {now[:12]}. Put the folder back as it was, or train anew."
+            )
 
 
 def check_fits(own: Embodiment, asked: Embodiment, what: str, drawn: bool = False) -> None:

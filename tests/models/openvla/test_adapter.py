@@ -10,7 +10,7 @@ from published.openvla_policy import SHALLOW, copied, look, policy
 from safetensors.torch import load_file, save_file
 
 from worldenv.layouts import openvla as published
-from worldenv.models.openvla_adapter import save_adapter, save_heads
+from worldenv.models.openvla_adapter import export, save_adapter, save_heads
 from worldenv.runtime.errors import UserError
 
 
@@ -174,3 +174,22 @@ def test_an_adapter_of_another_model_or_rank_is_refused(shallow, tmp_path):
     save_file({**tensors, "base_model.model.other.lora_A.weight": torch.zeros(4, 2)}, path)
     with pytest.raises(UserError, match=r"unexpected other.lora_A.weight"):
         policy(folder, adapter="apply")
+
+
+@torch.no_grad()
+def test_what_was_trained_of_a_policy_of_tokens_is_one_adapter_to_peft(shallow, tmp_path):
+    folder = bare(shallow, tmp_path / "own")
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    torch.manual_seed(0)
+    model = policy(folder, "openvla-token", lora_rank=2)
+    for group in model.trainable_groups().values():
+        for parameter in group:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    trained = model(look())[0]
+    export(model, folder)
+    assert not [*folder.glob("*.pt")]  # the vocabulary's layer goes with the adapter
+    again = policy(folder, "openvla-token", adapter="apply", lora_rank=2)
+    assert torch.equal(again(look())[0], trained)
+    wrapped = PeftModel.from_pretrained(policy(folder, "openvla-token"), folder / "lora_adapter")
+    assert torch.equal(wrapped(look())[0], trained)

@@ -3,13 +3,12 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from published.damage import RAN, Payload, cut, drop, edit, put, repickle, retensor
 from published.openvla_policy import ROBOT, copied, look, policy
 from safetensors.torch import load_file, save_file
 
@@ -19,40 +18,6 @@ from worldenv.models.openvla import OpenVLA
 from worldenv.runtime.errors import UserError
 
 HEAD, PROPRIO = (f"{n}--150000_checkpoint.pt" for n in ("action_head", "proprio_projector"))
-
-
-def edit(path: Path, change) -> None:
-    """Rewrite a JSON file; `change` gets what is in it, and returns what shall be."""
-    value = json.loads(path.read_text())
-    path.unlink()
-    path.write_text(json.dumps(change(value)))
-
-
-def shard_of(folder: Path, name: str) -> Path:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    return folder / index["weight_map"][name]
-
-
-def retensor(folder: Path, name: str, change) -> None:
-    """Replace one tensor; None takes it out."""
-    path = shard_of(folder, name)
-    tensors = load_file(path)
-    tensors = {n: t.clone() for n, t in tensors.items()}
-    value = change(tensors.pop(name))
-    path.unlink()
-    save_file(tensors if value is None else {**tensors, name: value}, path)
-
-
-def repickle(path: Path, value) -> None:
-    path.unlink()
-    torch.save(value, path)
-
-
-class Payload:
-    """What must never run."""
-
-    def __reduce__(self):
-        return os.system, ("touch /tmp/worldenv-payload-ran",)
 
 
 def test_the_layout_is_in_four_shards_with_an_index(oft):
@@ -170,27 +135,6 @@ NORM = "language_model.model.norm.weight"
 FC1 = "projector.fc1.weight"
 
 
-def drop(name):
-    return lambda f: (f / name).unlink()
-
-
-def put(name, text):
-    def act(folder):
-        (folder / name).unlink(missing_ok=True)
-        (folder / name).write_text(text)
-
-    return act
-
-
-def cut(name):
-    def act(folder):
-        data = (folder / name).read_bytes()
-        (folder / name).unlink()
-        (folder / name).write_bytes(data[: len(data) // 2])
-
-    return act
-
-
 def stats(change):
     def act(folder):
         edit(folder / "dataset_statistics.json", lambda v: change(v) or v)
@@ -233,8 +177,11 @@ def nan_head(tensors):
 
 SECOND, INDEX = "model-00002-of-00004.safetensors", "model.safetensors.index.json"
 ROWS = {
-    "no folder": (lambda f: f.rename(f.with_name("away")), "expected a published folder, got none"),
-    "no config": (drop("config.json"), "expected config.json, got none"),
+    "no folder": (
+        lambda f: f.rename(f.with_name("away")),
+        "policy.folder: expected the folder",
+    ),
+    "no config": (drop("config.json"), "expected config.json, got "),
     "config is no JSON": (put("config.json", "{"), "config.json is not valid JSON"),
     "config is a list": (put("config.json", "[]"), "config.json: expected a table, got list"),
     "of another model": (
@@ -268,7 +215,7 @@ ROWS = {
     ),
     "no weights": (
         lambda f: [p.unlink() for p in f.glob("model*")],
-        "expected model.safetensors.index.json and its shards, or model.safetensors; got neither",
+        "expected model.safetensors.index.json and its shards, or model.safetensors; got action",
     ),
     "a shard is missing": (drop(SECOND), f"expected 4 shards.* missing: {SECOND}"),
     "a shard is cut": (cut(SECOND), f"{SECOND} .* is cut short or no safetensors file"),
@@ -295,7 +242,7 @@ ROWS = {
         rf"{FC1}: expected \[192, 48\], got \[192, 47\]",
     ),
     "a NaN": (nan, rf"{FC1} \[192, 48\]: expected finite weights, got 48 NaN"),
-    "no tokenizer": (drop("tokenizer.json"), "expected tokenizer.json, got none"),
+    "no tokenizer": (drop("tokenizer.json"), "expected tokenizer.json, got "),
     "a tokenizer of nothing": (put("tokenizer.json", "{}"), "tokenizer.json: no tokenizer"),
     "no preprocessor": (drop("preprocessor_config.json"), "expected preprocessor_config.json"),
     "no normalisation": (
@@ -335,10 +282,13 @@ ROWS = {
         "expected one action_head checkpoint, got 2: action_head--150000_checkpoint.pt, action_h",
     ),
     "no proprio projector": (drop(PROPRIO), r"expected proprio_projector--.*policy.proprio false"),
-    "a payload": (head(lambda t: {**t, "x": Payload()}), f"{HEAD}: expected tensors only"),
-    "a head cut short": (cut(HEAD), f"{HEAD} is cut short or no PyTorch file"),
+    "a payload": (head(lambda t: {**t, "x": Payload()}), f"{HEAD}: expected tensors alone"),
+    "a head cut short": (cut(HEAD), f"{HEAD} is damaged"),
     "a head of text": (put(HEAD, "version https://git-lfs"), f"{HEAD}"),
-    "a list of tensors": (head(lambda t: list(t.values())), "expected tensors by name, got list"),
+    "a list of tensors": (
+        head(lambda t: list(t.values())),
+        "expected a table of tensors",
+    ),
     "a head of another width": (
         head(lambda t: {**t, "module.model.fc2.weight": torch.zeros(14, 16)}),
         r"model.fc2.weight: expected \[7, 16\], got \[14, 16\].*robot of other sizes",
@@ -347,7 +297,10 @@ ROWS = {
         head(lambda t: {**t, "module.model.fc9.bias": torch.zeros(1)}),
         "unexpected model.fc9.bias",
     ),
-    "an infinity in a head": (head(nan_head), rf"{HEAD}: action_head|{HEAD}: model.fc2.bias"),
+    "an infinity in a head": (
+        head(nan_head),
+        rf"{HEAD}: module.model.fc2.bias \[7\]: expected finite",
+    ),
     "a diffusion head": (
         head(lambda t: {"module.noise_predictor.mlp_resnet.fc1.weight": torch.zeros(1)}),
         "a diffusion head: expected the L1 head",
@@ -360,7 +313,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_a_bad_folder_is_named(name, shallow, tmp_path):
+def test_a_bad_folder_is_named(name, shallow, tmp_path, capsys):
     act, message = ROWS[name]
     folder = copied(shallow, tmp_path / "copy")
     act(folder)
@@ -369,7 +322,7 @@ def test_a_bad_folder_is_named(name, shallow, tmp_path):
     text = str(caught.value)
     assert re.search(message, text), text
     assert str(folder) in text
-    assert not Path("/tmp/worldenv-payload-ran").exists()
+    assert RAN not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -403,15 +356,6 @@ def test_more_statistics_than_one_want_a_key(shallow, tmp_path):
 def test_token_after_token_is_for_chunks_of_one(tokens):
     with pytest.raises(UserError, match="expected chunks of 1 action, got 2"):
         policy(tokens, "openvla-token", decode="autoregressive")
-
-
-def test_the_small_default_imports_no_library_of_published_models():
-    code = (
-        "import sys; import worldenv.stages.store, worldenv.cli; "
-        "print([m for m in ('transformers', 'peft', 'diffusers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_published_kinds_need_a_folder():

@@ -24,9 +24,10 @@ from gymnasium.vector.utils import batch_space
 from worldenv.data.embodiment import Embodiment
 from worldenv.data.episode import Episode
 from worldenv.data.libero_tasks import SUITES, instruction_of
+from worldenv.envs.actions import check_actions
 from worldenv.envs.libero.assets import resolve_assets
 from worldenv.envs.libero.pool import Command, WorkerPool
-from worldenv.envs.libero.robot import ACTION_DIMS, PROPRIO_DIMS, RENDER_SIZES, embodiment
+from worldenv.envs.libero.robot import ACTION_DIMS, CAMERAS, PROPRIO_DIMS, RENDER_SIZES, embodiment
 from worldenv.envs.libero.server import Chunk, Demonstration
 from worldenv.envs.libero.worker import read_init_state
 from worldenv.envs.start import Start
@@ -57,6 +58,7 @@ class LiberoVectorEnv(VectorEnv):
         assets: Path | None = None,
         image_size: int = 64,
         chunk: int = 8,
+        views: int = len(CAMERAS),
         max_steps: int = 220,
         terminate: Literal["success", "never"] = "success",
         record_every: int | None = None,
@@ -64,9 +66,10 @@ class LiberoVectorEnv(VectorEnv):
     ) -> None:
         """Starts nothing yet: processes and simulators come with the first reset.
 
-        workers: processes, default one per row up to the number of cores. terminate: "never" runs
-        every row to `max_steps` and only reports success. record_every: also render every k-th step
-        of the episode into `info["frames"]`. timeout_s: a worker silent for longer is replaced.
+        workers: processes, default one per row up to the number of cores. views: of the cameras,
+        how many are observed. terminate: "never" runs every row to `max_steps` and only reports
+        success. record_every: also render every k-th step, with all cameras, into
+        `info["frames"]`. timeout_s: a worker silent for longer is replaced.
         Raises UserError for values that cannot work and for assets the suite lacks.
         """
         if suite not in SUITES:
@@ -78,6 +81,7 @@ class LiberoVectorEnv(VectorEnv):
             "workers": workers,
             "image_size": image_size,
             "chunk": chunk,
+            "views": views,
             "max_steps": max_steps,
             "record_every": 1 if record_every is None else record_every,
             "timeout_s": timeout_s,
@@ -91,7 +95,7 @@ class LiberoVectorEnv(VectorEnv):
         self.suite, self.num_envs, self.chunk = suite, num_envs, chunk
         self.max_steps, self.terminate, self.record_every = max_steps, terminate, record_every
         self.assets = resolve_assets(assets, suite, None)
-        self.embodiment = embodiment(image_size, chunk)
+        self.embodiment = embodiment(image_size, chunk, views=views)
         self.single_observation_space, self.single_action_space = _spaces(self.embodiment)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
@@ -107,7 +111,8 @@ class LiberoVectorEnv(VectorEnv):
         )
         self._rows = [_Row() for _ in range(num_envs)]
         self._generators = _row_generators(None, num_envs)
-        self._image = np.zeros(self.observation_space["image"].shape, np.uint8)
+        shape = (num_envs, len(CAMERAS), image_size, image_size, 3)
+        self._image = np.zeros(shape, np.uint8)
         self._proprio = np.zeros(self.observation_space["proprio"].shape, np.float32)
 
     def reset(
@@ -160,7 +165,7 @@ class LiberoVectorEnv(VectorEnv):
             raise gymnasium.error.ResetNeeded(f"Rows {waiting} have no episode: reset them first.")
         actions = np.asarray(actions)
         live = [i for i, row in enumerate(self._rows) if not row.finished]
-        _check_actions(actions, self.action_space.shape, live)
+        check_actions(actions, self.action_space.shape, live)
         requests = {}
         for i in live:
             row = self._rows[i]
@@ -298,7 +303,7 @@ class LiberoVectorEnv(VectorEnv):
     def _observation(self) -> dict[str, Any]:
         names = SUITES[self.suite]
         return {
-            "image": self._image.copy(),
+            "image": self._image[:, : self.embodiment.V].copy(),
             "proprio": self._proprio.copy(),
             "instruction": tuple(instruction_of(names[row.task]) for row in self._rows),
         }
@@ -419,25 +424,6 @@ def _row_generators(
     if len(seed) != count:
         raise UserError(f"seed must be one int or {count} of them, got {len(seed)}.")
     return [np.random.default_rng(value) for value in seed]
-
-
-def _check_actions(actions: np.ndarray, expected: tuple[int, ...], live: list[int]) -> None:
-    """Raises UserError unless actions are floating [B, C, 7] and finite in the live rows."""
-    if actions.shape != expected:
-        raise UserError(
-            f"Actions must have shape {list(expected)} [environments, chunk, action dims], "
-            f"got {list(actions.shape)}."
-        )
-    if not np.issubdtype(actions.dtype, np.floating):
-        raise UserError(f"Actions must be floating point, got {actions.dtype}. Cast to float32.")
-    for i in live:
-        finite = np.isfinite(actions[i])
-        if not finite.all():
-            step, dim = np.argwhere(~finite)[0]
-            raise UserError(
-                f"Actions must be finite, got {actions[i, step, dim]} in row {i}, chunk step "
-                f"{step}, dim {dim}. Check the policy's output."
-            )
 
 
 def _no_frames(image: np.ndarray) -> dict[str, np.ndarray]:

@@ -15,13 +15,18 @@ _ACTION = ("translate",) * 3 + ("turn",) * 3 + ("grip",)
 PROPRIO_DIMS, ACTION_DIMS = len(_PROPRIO), len(_ACTION)
 
 
-def embodiment(image_size: int, chunk: int = 8, cameras: tuple[Camera, ...] = ()) -> Embodiment:
-    """As models see it in images of `image_size` pixels, commanded `chunk` actions at a time;
-    cameras: those of its tasks (`cameras.of_tasks`).
+def embodiment(
+    image_size: int,
+    chunk: int = 8,
+    cameras: tuple[Camera, ...] = (),
+    views: int = len(CAMERAS),
+) -> Embodiment:
+    """As models see it in images of `image_size` pixels from the first `views` of its cameras,
+    commanded `chunk` actions at a time; cameras: those of its tasks (`cameras.of_tasks`).
     """
     return Embodiment(
         name="libero-panda",
-        views=CAMERAS,
+        views=CAMERAS[:views],
         proprio=_PROPRIO,
         action=_ACTION,
         image_size=image_size,
@@ -31,7 +36,7 @@ def embodiment(image_size: int, chunk: int = 8, cameras: tuple[Camera, ...] = ()
         control_hz=20.0,
         gripper_closes=1,
         gripper_open=0.07,
-        cameras=cameras,
+        cameras=cameras[:views],
     )
 
 

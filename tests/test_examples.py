@@ -1,0 +1,46 @@
+"""The examples run, on models as published but tiny."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from worldenv.layouts import openvla, tiny, vae, vlm, wan
+
+    folder = tmp_path_factory.mktemp("models")
+    openvla.write(folder / "policy")
+    tiny._wan(folder / "wan")
+    vlm.write(folder / "judge", "qwen2_5_vl")
+    wan.write_wovr(folder / "wovr", in_channels=16, out_channels=16)
+    vae.wan_vae_of_authors(folder / "wovr")
+    vae.reward(folder / "wovr")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "more", "words"),
+    [
+        ("openvla_oft", "policy", [], "scale of its Laplace"),
+        ("wan_world", "wan", ["--size", "64", "--frames", "2"], "frame 2"),
+        ("wovr_world", "wovr", ["--size", "64", "--patch", "16", "--chunks", "1"], "chunk 1"),
+        ("image_text_judge", "judge", [], "after: "),
+    ],
+)
+def test_an_example_runs(name, model, more, words, models, tmp_path, monkeypatch, capsys):
+    out = ["--out", str(tmp_path / "a.mp4")] if name.endswith("world") else []
+    vae = ["--vae", str(models / "wovr" / "Wan2.1_VAE.pth")] if name == "wovr_world" else []
+    monkeypatch.setattr(sys, "argv", [name, str(models / model), *more, *out, *vae])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert words in capsys.readouterr().out
+    assert not out or (tmp_path / "a.mp4").exists()
+
+
+def test_every_example_is_run():
+    named = {"openvla_oft", "wan_world", "wovr_world", "image_text_judge"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == named
