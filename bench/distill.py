@@ -1,4 +1,4 @@
-"""What distillation reaches: one pass a frame of a simulator that samples in many, on real episodes.
+"""What distillation reaches on real episodes: one pass a frame of a simulator that takes many.
 
     python -m bench.distill RUN... [--steps 400] [--warm-up 120] [--self-forcing 120] [--out FILE]
 
