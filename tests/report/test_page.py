@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from worldenv.report import curves
 from worldenv.report.curves import group_metrics
 from worldenv.report.page import write_report
 from worldenv.report.video import side_by_side, write_video
@@ -141,6 +142,18 @@ def build(folder: Path, tasks=(3,), videos=2) -> Path:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     return write_report(build(tmp_path_factory.mktemp("run"), tasks=(3, 5))).read_text()
+
+
+def test_a_distillation_is_drawn_where_there_was_one():
+    reached = {
+        arm: {"psnr_per_horizon": {"1": psnr, "8": psnr - 3}}
+        for arm, psnr in (("teacher", 21.0), ("before", 19.0), ("self_forcing", 20.5))
+    }
+    results = {"fidelity": {"psnr_per_horizon": {"1": 20.5, "8": 17.5}}}
+    assert "distilled" not in curves.world(results)
+    html = curves.world({**results, "stages": {"distill-0": {"reached": reached}}})
+    assert "PSNR of few passes a frame, distilled, dB" in html
+    assert "self forcing" in html
 
 
 def words(html):

@@ -21,8 +21,10 @@ def _two_threads():
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 3])
-def test_every_stage_but_the_cheapest_is_counted(rounds):
+@pytest.mark.parametrize("distilled", [0, 5])
+def test_every_stage_but_the_cheapest_is_counted(rounds, distilled):
     config = Config(posttrain=replace(Config().posttrain, rounds=rounds))
+    config = replace(config, distill=replace(config.distill, steps=distilled))
     counted = set(estimate.estimate(config, COST))
     cheap = {f"fidelity-{n}" for n in range(rounds)}
     assert counted == set(pipeline.steps(config)) - cheap

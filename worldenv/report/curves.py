@@ -134,11 +134,28 @@ def world(results: dict[str, Any]) -> str:
     if any(s.x for s in psnr):
         title = "PSNR of predicted frames, dB"
         figures.append(figure(title, line_chart(title, [s for s in psnr if s.x], label)))
+    figures += _distilled(results)
     error = _horizon(fidelity, "eef_error_cm_per_horizon", "end effector", _AFTER)
     if error.x:
         title = "End-effector error, cm"
         figures.append(figure(title, line_chart(title, [error], label)))
     return numbers + grid(figures)
+
+
+def _distilled(results: dict[str, Any]) -> list[str]:
+    """The last round's distillation, if there was one: the teacher, and one that makes few passes a
+    frame as it was and as it became."""
+    rounds = [v for k, v in (results.get("stages") or {}).items() if k.startswith("distill-")]
+    if not rounds:
+        return []
+    reached = rounds[-1]["reached"]
+    names = (("teacher", _OTHER), ("before", _BEFORE), (list(reached)[-1], _AFTER))
+    lines = [
+        _horizon(reached[arm], "psnr_per_horizon", arm.replace("_", " "), colour)
+        for arm, colour in names
+    ]
+    title = "PSNR of few passes a frame, distilled, dB"
+    return [figure(title, line_chart(title, lines, "chunks ahead"))]
 
 
 def _horizon(values: dict, key: str, name: str, colour: str, dashed: bool = False) -> Series:

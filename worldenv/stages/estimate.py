@@ -90,8 +90,19 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
             f"posttrain-{n}": iterations * iteration
             + checks * rl.real_check_episodes * tasks * real,
         }
+    stages["simulator-0"] += config.distill.clip_steps * cost.window
+    for n in range(rl.rounds if config.distill.on else 0):
+        stages[f"distill-{n}"] = _distillation(config) * cost.window
     stages["evaluate"] = 2 * held_out * len(config.evaluate.fixture_seeds) * real
     return stages
+
+
+def _distillation(config: Config) -> float:
+    """The stage distill, in steps of the simulator's training: those make six passes over their
+    frames (two of history, one of their own, three forward and backward)."""
+    part, sim = config.distill, config.simulator
+    frames = part.batch * part.frames / (sim.batch * sim.frames)
+    return (part.steps + part.self_forcing_steps) * frames * (part.teacher_steps + 6) / 6
 
 
 def describe(stages: dict[str, float]) -> str:
