@@ -22,7 +22,7 @@ from worldenv.presets import preset
 from worldenv.runtime import checkpoint
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
-from worldenv.stages import distill, fidelity, pipeline, reflector, simulator
+from worldenv.stages import distill, fidelity, pipeline, simulator, store
 from worldenv.stages.run import Run
 
 SMALL = SimulatorConfig(
@@ -163,14 +163,15 @@ def test_conversion_begins_with_the_bidirectional_weights_and_learns_its_velocit
 
 @pytest.mark.parametrize("name", ["default", "smoke", "published-tiny"])
 def test_off_changes_no_step_and_no_fingerprint_of_one(name, monkeypatch):
+    monkeypatch.setattr(store, "digest_of_folder", str)  # of folders that are not there yet
     config = preset(name)
     steps = pipeline.steps(config)
     assert not any(step.startswith("distill") for step in steps)
     for stage, needed in (("reflector-0", "simulator-0"), ("fidelity-0", "simulator-0")):
         assert needed in steps[stage].needs(config)
-    assert simulator.STAGE.settings(config, 0) == (config.simulator,)
+    own = config.simulator, *store.digests(config.simulator)
+    assert simulator.STAGE.settings(config, 0) == own
     tuned = replace(config, distill=replace(config.distill, lr=1e-4, teacher_steps=8))
-    monkeypatch.setattr(reflector, "digest", str)  # of a folder that is not there yet
     for a, b in zip(steps.values(), pipeline.steps(tuned).values(), strict=True):
         assert a.stage.settings(config, a.number) == b.stage.settings(tuned, b.number)
 
