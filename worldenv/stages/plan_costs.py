@@ -340,7 +340,7 @@ class Costs:
         from worldenv.models.vlm_reflector import ImageTextReflector  # transformers takes seconds
 
         text = SimpleNamespace(size=self.image_text.width, why_anew="", answers=lambda: (0, 1))
-        text.model = nn.Module()
+        text.model, text.layout = nn.Module(), lambda *_: None
         with torch.device("meta"):
             return ImageTextReflector(self.config.reflector, self.robot, text)
 
