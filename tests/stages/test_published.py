@@ -200,6 +200,11 @@ DAMAGED = {
         (),
         "expected a processor that fits its model",
     ),
+    "reflector: of another kind": (
+        whole,
+        ("--reflector.kind", "wovr"),
+        "expected one reward network, resnet_rm.pth or taskemb_resnet_rm.pth",
+    ),
     "reflector: no JSON": (eyes(put("config.json", "{")), (), "config.json is not valid JSON"),
 }
 
