@@ -44,7 +44,8 @@ train: install
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	$(BIN)/worldenv-train --preset smoke --run-dir "$$folder/run"
+	$(BIN)/worldenv-train --preset smoke --run-dir "$$folder/run" && \
+	$(BIN)/worldenv-train --preset published-tiny --run-dir "$$folder/published"
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)

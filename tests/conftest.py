@@ -41,6 +41,8 @@ def gl_failure() -> str | None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what this machine lacks, saying what and how to get it."""
+    if item.get_closest_marker("exhaustive") and not os.environ.get("WORLDENV_SLOW"):
+        pytest.skip("takes minutes: set WORLDENV_SLOW=1")
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if item.get_closest_marker("assets") and not os.environ.get("WORLDENV_LIBERO_ASSETS"):

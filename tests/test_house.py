@@ -36,6 +36,7 @@ PUBLISHED = re.compile(r"RLinf-Wan-LIBERO-[\w*]+")  # folders that are called so
 NUMBERS = {
     "action_map.py": "sizes of what is drawn",
     "layers.py": "groups of a norm, pixels of a patch",
+    "published_sizes.py": "layers and widths as published",
     "tokenizer.py": "axes of a permutation",
     "vae.py": "pixels at once",
     "wovr.py": "frames that WoVR generates at a time",

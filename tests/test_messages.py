@@ -16,8 +16,9 @@ from worldenv.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
-# Of pip, git and TensorBoard.
+# Of pip, git, TensorBoard and huggingface-cli; a part of published files' names.
 FOREIGN = {"--no-build-isolation", "--no-deps", "--force-reinstall", "--porcelain", "--logdir"}
+FOREIGN |= {"--local-dir", "--latest_"}
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ A `UserError` is printed without a traceback and exits with 2; Ctrl-C, SIGTERM a
 """
 
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -43,7 +44,7 @@ from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import Run, acting, open_run, write_json
+from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -53,6 +54,7 @@ _Stage = Literal[
     "sft",
     "explore",
     "simulator",
+    "distill",
     "reflector",
     "fidelity",
     "posttrain",
@@ -73,7 +75,7 @@ class TrainArguments:
     stage: tyro.conf.Positional[_Stage] = "all"
     """One stage to run, or all of them."""
     round: FromZero = 0
-    """Round of that stage (explore, simulator, reflector, fidelity, posttrain)."""
+    """Round of that stage (explore, simulator, distill, reflector, fidelity, posttrain)."""
     policy: Path | None = None
     """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
@@ -82,6 +84,13 @@ class TrainArguments:
     """Use this simulator checkpoint for the round, instead of training one."""
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
+    plan: bool = False
+    """Build and write nothing: print the models' parameters, the memory of each stage at its
+    highest (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer),
+    the time per iteration, and where it does not fit what to change; the exit code is 1 then.
+    Folders that are not there yet are planned for with the published sizes."""
+    plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
+    """GiB to plan for, in place of the device's own: of a GPU too that is not here."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -251,9 +260,11 @@ def _named_path(word: str) -> Path:
     return Path(word)
 
 
-def _train() -> None:
+def _train() -> int | None:
     name = _preset_name(sys.argv[1:])
     arguments = parse(TrainArguments, TrainArguments(config=preset(name)))
+    if arguments.plan:
+        return _plan(arguments)
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
     files = {kind: path for kind, path in named.items() if path is not None}
@@ -275,6 +286,19 @@ def _train() -> None:
     else:
         shown = {k: v for k, v in results.items() if isinstance(v, int | float | str)}
         print("\n".join(f"{k}: {v}" for k, v in shown.items()))
+
+
+def _plan(arguments: TrainArguments) -> int:
+    from worldenv.stages import plan  # for one command; its libraries take seconds to import
+
+    if arguments.config.preset != "published-tiny":
+        return plan.main(arguments.config, arguments.plan_memory)
+    from worldenv.layouts import tiny
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = tiny.moved(arguments.config, Path(folder))
+        tiny.prepare(config)
+        return plan.main(config, arguments.plan_memory)
 
 
 def _preset_name(argv: list[str]) -> str:
@@ -357,10 +381,11 @@ def _imagine() -> None:
     config = run.config
     last = config.posttrain.rounds - 1
     checkpoints = run.dir / "checkpoints"
-    pipeline.check_made(run, [f"simulator-{last}", f"reflector-{last}"])
+    names = {"simulator": world_of(config, last), "reflector": f"reflector-{last}"}
+    pipeline.check_made(run, names.values())
     simulator, reflector = (
-        store.load(kind, checkpoints / f"{kind}-{last}.safetensors", run.device, config)
-        for kind in ("simulator", "reflector")
+        store.load(kind, checkpoints / f"{name}.safetensors", run.device, config)
+        for kind, name in names.items()
     )
     policy = None
     if arguments.episodes is None or arguments.drive == "policy":

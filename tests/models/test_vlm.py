@@ -295,7 +295,7 @@ def test_a_prompt_without_places_for_pictures_is_refused(folders):
     for prompt in ("{instruction}", "{first}{instruction}", "{first}{now}{now}{instruction}"):
         with pytest.raises(UserError, match=r"prompt: expected \{first\}, \{now\} and"):
             Config(reflector=config(folders["llava"], prompt=prompt))
-    with pytest.raises(UserError, match="folder: expected the folder of an image-text model"):
+    with pytest.raises(UserError, match="folder: expected the folder of a published model"):
         Config(reflector=ReflectorConfig(kind="prompted"))
 
 

@@ -7,7 +7,7 @@ from worldenv.config import PosttrainConfig
 from worldenv.data.windows import FrameSequence
 from worldenv.runtime.seeds import generator
 from worldenv.stages.posttrain import choose_contexts, starting_policy
-from worldenv.stages.simulator import _balanced
+from worldenv.stages.simulator import balanced
 
 
 @pytest.mark.parametrize("lost", [0.0, 0.5, 1.0])
@@ -34,7 +34,7 @@ def test_the_simulator_trains_as_if_there_were_as_many_failures():
         return FrameSequence(empty, empty, empty, frames, torch.arange(3), 0, 0, "lift the cup")
 
     won = [True, True, False, True]
-    weights = torch.tensor(_balanced([episode(w) for w in won]))
+    weights = torch.tensor(balanced([episode(w) for w in won]))
     lost = ~torch.tensor(won)
     torch.testing.assert_close(weights[lost].sum(), weights[~lost].sum())
 

@@ -1,6 +1,7 @@
 """The models of preset `published-tiny`: one folder of each kind, where the preset looks for it."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from worldenv.config import Config
@@ -31,6 +32,17 @@ def prepare(config: Config) -> None:
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         print(f"random weights in the published layout: {folder}")
+
+
+def moved(config: Config, folder: Path) -> Config:
+    """The configuration with its models' folders in `folder`."""
+    policy, wan_, judge = (folder / name for name in ("openvla-oft", "wan", "image-text"))
+    return replace(
+        config,
+        policy=replace(config.policy, folder=policy),
+        simulator=replace(config.simulator, folder=wan_, tokenizer_folder=wan_),
+        reflector=replace(config.reflector, folder=judge),
+    )
 
 
 def _wan(folder: Path) -> None:

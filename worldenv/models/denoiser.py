@@ -38,12 +38,19 @@ class Network(nn.Module):
     heads: int
     head_dim: int
 
-    def __init__(self, config: SimulatorConfig, embodiment: Embodiment, shift: float) -> None:
-        """shift: of the sampling schedule, where the config does not say."""
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        embodiment: Embodiment,
+        shift: float,
+        tokenizer: nn.Module | None = None,
+    ) -> None:
+        """shift: of the sampling schedule, where the config does not say. tokenizer: in place of
+        the one the config names."""
         super().__init__()
         self.config, self.embodiment, self.views = config, embodiment, embodiment.V
         self.chunk, self.shift = (embodiment.chunk, embodiment.A), config.shift or shift
-        self.tokenizer = build_tokenizer(config, embodiment.image_size)
+        self.tokenizer = tokenizer or build_tokenizer(config, embodiment.image_size)
         self.tokenizer.requires_grad_(False)
         self.tokens = self.views * self.tokenizer.grid**2
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
@@ -124,8 +131,10 @@ class Network(nn.Module):
 class Denoiser(Network):
     """The small one. A Wan-shaped transformer, trained from nothing."""
 
-    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
-        super().__init__(config, embodiment, shift=1.0)
+    def __init__(
+        self, config: SimulatorConfig, embodiment: Embodiment, tokenizer: nn.Module | None = None
+    ) -> None:
+        super().__init__(config, embodiment, 1.0, tokenizer)
         e, z, proprio = config.width, self.tokenizer.channels, embodiment.P
         self.heads, self.head_dim = config.heads, e // config.heads
         self.patch_in = nn.Linear(3 * z, e)

@@ -80,6 +80,11 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
+def weight_bytes(folder: Path) -> int:
+    """Of the files of weights in a folder, and in those below it."""
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.suffix in _WEIGHTS)
+
+
 def _samples(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         parts = []

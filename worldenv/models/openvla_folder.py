@@ -67,7 +67,7 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     bounds = statistics(config, described.get("norm_stats"), embodiment, uses_proprio)
     closed = float(embodiment.gripper_closes)
     gripper = Gripper(embodiment.actions("grip"), opened=-closed, closed=closed)
-    model.units, model.words = Units(*bounds, gripper), _words(folder, sizes)
+    model.units, model.words = Units(*bounds, gripper), words(folder, sizes)
     model.pixels = Pixels(described["image_sizes"][0], config.crop, _normalisations(folder))
     # From here on, data.
     read, dtype = shards.read(wanted.values()), getattr(torch, config.precision)
@@ -90,6 +90,11 @@ def load(config: PolicyConfig, embodiment: Embodiment, train: bool = True) -> Op
     if device.autocast_dtype("cpu") is torch.float32:
         widen(model)
     return model.eval()
+
+
+def sizes(folder: Path) -> Sizes:
+    """What a folder's config.json and the headers of its shards say. UserError as `load`'s."""
+    return _sizes(folder, describe(folder), Shards(folder))
 
 
 def describe(folder: Path) -> dict[str, Any]:
@@ -213,7 +218,8 @@ def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def _words(folder: Path, sizes: Sizes) -> Words:
+def words(folder: Path, sizes: Sizes) -> Words:
+    """A folder's tokenizer. UserError where it is not Llama-2's."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{folder}: expected {path.name}, got {listed(folder)}. {AGAIN}")

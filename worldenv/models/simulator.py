@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldenv.models.denoiser import Denoiser, Network
+from worldenv.models.denoiser import Conditioning, Denoiser, Network
+from worldenv.models.layers import Attend
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
 from worldenv.runtime.graphs import Captured
 from worldenv.runtime.seeds import counter_normal
@@ -43,6 +44,34 @@ class SimulatorState:
     step: Tensor  # [B] int64, frames generated since the context
     cache: FrameCache | None
     captured: dict[int, Captured]  # by sampling steps; on a GPU
+
+    def inputs(self, action: Tensor, active: np.ndarray) -> tuple[Tensor, ...]:
+        """What the next frame is made of; see `World._next`."""
+        device = self.latents.device
+        keep = torch.as_tensor(active).to(device, non_blocking=True)
+        position = self.step if self.cache is None else torch.as_tensor(self.cache.positions)
+        return (
+            *(self.latents, self.reference),
+            *(self.proprio, self.previous_proprio, self.previous_action),
+            *(self.seeds, self.step, position.to(device, non_blocking=True), action, keep),
+        )
+
+    def move(self, after: Sequence[Tensor], active: np.ndarray) -> None:
+        """To what `World._next` returned."""
+        self.latents, self.proprio, self.previous_proprio, self.previous_action, self.step = after
+        if self.cache is not None:
+            self.cache.advance(active)
+
+
+@dataclass(frozen=True)
+class Given:
+    """All that F frames are denoised from but their noisy selves; see `World.given`."""
+
+    last: Tensor  # [B, F, S, Z] the frame before each
+    reference: Tensor  # [B, S, Z]
+    condition: Conditioning
+    rotary: Tensor
+    attends: Sequence[Attend]  # per layer; what was kept of the past is in them
 
 
 class World(Network):
@@ -75,14 +104,13 @@ class World(Network):
             amount = 0.1 * torch.rand(history.shape[0], 1, 1, 1, generator=generator)
             history = history + amount.to(clean.device) * self._noise(history, generator)
         target = clean[:, 1:]
-        sigma = self._sample_sigma(target.shape[:2], generator).to(clean.device)
+        sigma = self.sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
         frames, states, predicted = self._targets(z, sigma, history, reference, q, action, before)
         error = frames - target
         if self.tokenizer.bounded:
-            # Pixels that move matter most and are few (prototype: five times the weight).
-            moved = 1 + 4 * ((target - clean[:, :-1]).abs() > 0.15).float()
+            moved = moving(target, clean[:, :-1])
             weight = moved / s.clamp_min(0.25).square()
             image = (weight * error.square()).mean() + 0.1 * (moved * error.abs()).mean()
         else:  # Wan's: the error of the velocity
@@ -118,21 +146,44 @@ class World(Network):
         before: tuple[Tensor, Tensor],  # proprio [B, P] and action [B, C, A] before all of them
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
+        given = self.given(history, reference, proprio, action, before)
+        return *self.denoised(noisy, sigma, given), given.condition.proprio
+
+    def given(
+        self,
+        history: Tensor,  # [B, F-1, S, Z] clean frames 0..F-2
+        reference: Tensor,  # [B, S, Z]
+        proprio: Tensor,  # [B, F-1, P] theirs
+        action: Tensor,  # [B, F, C, A]; action[:, f] leads to frame f
+        before: tuple[Tensor, Tensor],  # proprio [B, P] and action [B, C, A] before all of them
+        clip: bool = False,
+    ) -> Given:
+        """What frames 1..F-1 are denoised from, once for as many passes as there are.
+
+        clip: as one clip that grows from frame 0, each frame seeing all of them (a bidirectional
+        model's way); otherwise each sees itself and what the cache would hold of those before it.
+        """
         count = history.shape[1]
-        position = torch.arange(count + 1, device=noisy.device).expand(len(noisy), -1)
+        position = torch.arange(count + 1, device=history.device).expand(len(history), -1)
         previous = torch.cat([before[0][:, None], proprio[:, :-1]], 1)
         led = torch.cat([before[1][:, None], action[:, 1:-1]], 1)
         condition = self.condition(proprio, previous, led, action[:, 1:])
-        if self.config.window:
+        attends: list[Attend] = [spatial_attention] * len(self.blocks)
+        if clip:
+            history = history[:, :1].expand_as(history)
+            whole = functools.partial(spatiotemporal_attention, causal=False)
+            attends = [whole] * len(self.blocks)
+        elif self.config.window:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.history_gradient):
                 past = self._history(history, reference, proprio, action[:, :-1], position[:, :-1])
             attend = functools.partial(spatiotemporal_attention, window=self.config.window + 1)
             attends = [functools.partial(attend, history=kept) for kept in past]
-        else:
-            attends = [spatial_attention] * len(self.blocks)
-        rotary = self.rotary(position[:, 1:])
-        frames, states = self.denoise(noisy, history, reference, sigma, condition, rotary, attends)
-        return frames, states, condition.proprio
+        return Given(history, reference, condition, self.rotary(position[:, 1:]), attends)
+
+    def denoised(self, noisy: Tensor, sigma: Tensor, given: Given) -> tuple[Tensor, Tensor]:
+        """One pass over frames `[B, F, S, Z]` at levels `[B, F]`; see `Network.denoise`."""
+        said = given.condition, given.rotary, given.attends
+        return self.denoise(noisy, given.last, given.reference, sigma, *said)
 
     def _history(
         self, frames: Tensor, reference: Tensor, proprio: Tensor, action: Tensor, position: Tensor
@@ -155,7 +206,7 @@ class World(Network):
         self.denoise(frames, before, reference, zeros, condition, rotary, attends)
         return stored
 
-    def _sample_sigma(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    def sample_sigma(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Logit-normal noise levels, a fraction of them pure noise (for one-step sampling)."""
         sigma = torch.sigmoid(0.6 + torch.randn(*shape, generator=generator))
         pure = torch.rand(*shape, generator=generator) < self.config.pure_noise
@@ -235,25 +286,42 @@ class World(Network):
         GPU the whole frame is one CUDA graph, recorded at the first call.
         """
         cache, device = state.cache, state.latents.device
-        keep = torch.as_tensor(active).to(device, non_blocking=True)
-        position = state.step if cache is None else torch.as_tensor(cache.positions)
-        inputs = (
-            *(state.latents, state.reference),
-            *(state.proprio, state.previous_proprio, state.previous_action),
-            *(state.seeds, state.step, position.to(device, non_blocking=True), action, keep),
-        )
+        inputs = state.inputs(action, active)
         frame = functools.partial(self._frame, cache, steps)
         if device.type == "cuda" and (cache is None or cache.capturable):
             if steps not in state.captured:
                 state.captured[steps] = Captured(frame, inputs)
             frame = state.captured[steps]
-        image, state.latents, *poses, state.step = frame(*inputs)
-        state.proprio, state.previous_proprio, state.previous_action = poses
-        if cache is not None:
-            cache.advance(active)
+        image, *after = frame(*inputs)
+        state.move(after, active)
         return image, state.proprio
 
-    def _frame(
+    @torch.no_grad()
+    def roll_out(
+        self, batch: dict[str, Tensor], seeds: Tensor, steps: int
+    ) -> tuple[Tensor, Tensor]:
+        """Its own frames in place of a window's but the first, by its actions, as `step` generates
+        them against the cache: frames 0..F-2 `[B, F-1, S, Z]` of a batch of `FrameWindows.sample`,
+        and their proprio. seeds: [B] int64; frame f > 0 is made of `counter_normal(seeds, f - 1)`.
+        """
+        action, everyone = batch["action"], np.ones(len(seeds), bool)
+        state = self.start(len(seeds))
+        first = (batch[name][:, :1] for name in ("image", "proprio", "action"))
+        self.prefill(state, everyone, *first, seeds)
+        frames, poses = [state.latents], [state.proprio]
+        for f in range(1, action.shape[1] - 1):
+            after = self._next(state.cache, steps, *state.inputs(action[:, f], everyone))
+            state.move(after, everyone)
+            frames.append(state.latents)
+            poses.append(state.proprio)
+        return torch.stack(frames, 1), torch.stack(poses, 1)
+
+    def _frame(self, cache: FrameCache | None, steps: int, *state: Tensor) -> tuple[Tensor, ...]:
+        """The next frame's image, and the state after it; see `_next`."""
+        after = self._next(cache, steps, *state)
+        return self.tokenizer.decode(after[0], self.views), *after
+
+    def _next(
         self,
         cache: FrameCache | None,
         steps: int,
@@ -268,7 +336,7 @@ class World(Network):
         action: Tensor,  # [B, C, A]
         keep: Tensor,  # [B] bool, rows that move on
     ) -> tuple[Tensor, ...]:
-        """Image, and the state after it. On the device alone, so that it can be captured; the
+        """The state after the next frame. On the device alone, so that it can be captured; the
         cache gets the frame's keys and values but does not advance."""
         last = latents[:, None]
         condition = self.condition(*(x[:, None] for x in (proprio, previous, led, action)))
@@ -290,12 +358,16 @@ class World(Network):
         led = torch.where(keep[:, None, None], action, led)
         proprio = torch.where(keep[:, None], reached, proprio)
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)
-        image = self.tokenizer.decode(latents, self.views)
-        return image, latents, proprio, previous, led, count + keep
+        return latents, proprio, previous, led, count + keep
 
 
 class Simulator(Denoiser, World):
     """The small one: trained from nothing, in minutes."""
+
+
+def moving(target: Tensor, last: Tensor) -> Tensor:
+    """Weight of each colour: those that move matter most and are few (prototype: five times)."""
+    return 1 + 4 * ((target - last).abs() > 0.15).float()
 
 
 def spatial_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

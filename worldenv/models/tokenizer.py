@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
+from worldenv.models.pixels import to_bytes, to_unit
 from worldenv.runtime.errors import UserError
 
 
@@ -32,16 +33,6 @@ class Tokenizer(Protocol):
 
     bounded: bool
     """Whether that is [-1, 1], as for pixels; otherwise each channel has a deviation of about 1."""
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float [-1, 1]."""
-    return images.float().div_(127.5).sub_(1.0)
-
-
-def to_bytes(images: Tensor) -> Tensor:
-    """float [-1, 1] to uint8, rounded."""
-    return images.clamp(-1, 1).add(1.0).mul_(127.5).round_().to(torch.uint8)
 
 
 class PatchTokenizer(nn.Module):

@@ -32,7 +32,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
-from worldenv.models.tokenizer import to_bytes, to_unit
+from worldenv.models.pixels import to_bytes, to_unit
 from worldenv.models.vae_folder import Published, find
 from worldenv.models.weights import fill
 from worldenv.runtime.errors import UserError
@@ -337,6 +337,15 @@ def load_tokenizer(config: SimulatorConfig, image_size: int) -> PublishedTokeniz
     vae = _on_meta(kind.published, found.config, found.told)
     fill(vae, found.tensors(), found.source, getattr(torch, config.tokenizer_precision))
     return kind(vae, image_size, config.patch)
+
+
+def blank(config: SimulatorConfig, image_size: int, said: Mapping[str, Any]) -> PublishedTokenizer:
+    """The tokenizer that a config names, of an autoencoder of the config `said`, without weights:
+    on `meta`."""
+    kind = KINDS[config.tokenizer]
+    vae = _on_meta(kind.published, said, "the config")
+    nn.Module.to(vae, getattr(torch, config.tokenizer_precision))  # diffusers' own `to` warns
+    return kind(vae, image_size, config.patch).to("meta")
 
 
 def _find(kind: str, folder: Path | None) -> Published:

@@ -16,8 +16,10 @@ from transformers.vision_utils import get_vision_window_index
 
 from worldenv.config import ReflectorConfig
 from worldenv.data.embodiment import Embodiment
+from worldenv.models.published_sizes import PROMPT, image_text
 from worldenv.models.vlm import ImageText
 from worldenv.models.vlm_files import load_config
+from worldenv.runtime.costs import measure
 
 _AT_TOKENS = ("merger", "projector", "connector")  # modules that see merged patches: tokens
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -35,19 +37,47 @@ class Cost:
     flops_first: int  # of an episode's first look at o_1; 0 where it is encoded anew
     row_bytes: int  # of keys and values that each row of a rollout keeps
     feature_bytes: int  # of one feature on the disk
+    layers: int  # of the language model
+    width: int  # of a feature
+    pass_bytes: int  # alive at most while the language model reads one row
 
 
 def cost(config: ReflectorConfig, embodiment: Embodiment, instruction: str) -> Cost:
     """Of judging a robot's frames under an instruction. UserError for a folder without a
-    configuration or a processor; weights are not needed.
+    configuration or a processor; weights are not needed. Where there is no folder yet, of the
+    published model that its name speaks of.
     """
+    shown = 1 if config.views == "first" else embodiment.V
+    if not config.folder.is_dir():
+        own = image_text(config.folder)
+        settings = hf.AutoConfig.for_model(
+            own.model_type, text_config=own.text, vision_config=own.vision, **dict(own.more)
+        )
+        with torch.device("meta"):
+            model = hf.AutoModelForImageTextToText.from_config(settings)
+        kept = shown * own.tokens + PROMPT // 4 if config.keep_first else 0
+        patches = _Patches(own.patches, (own.patches,))
+        tokens = PROMPT + 2 * shown * own.tokens
+        return _counted(config, model, patches, shown, own.tokens, tokens, kept)
     with torch.device("meta"):
         model = hf.AutoModelForImageTextToText.from_config(load_config(config.folder))
     seer = ImageText.on(config, model)
-    shown, side = 1 if config.views == "first" else embodiment.V, embodiment.image_size
+    side = embodiment.image_size
     layout = seer.layout(instruction, shown, side, side)
-    patches = _patches(seer, side)
-    tokens, kept = len(layout), 0 if seer.why_anew else layout.split
+    patches, per_picture = _patches(seer, side), layout.pictures[0] // shown
+    kept = 0 if seer.why_anew else layout.split
+    return _counted(config, model, patches, shown, per_picture, len(layout), kept)
+
+
+def _counted(
+    config: ReflectorConfig,
+    model: nn.Module,
+    patches: "_Patches",
+    shown: int,  # pictures of a frame
+    per_picture: int,  # tokens
+    tokens: int,
+    kept: int,
+) -> Cost:
     text = model.config.get_text_config()
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -57,7 +87,6 @@ def cost(config: ReflectorConfig, embodiment: Embodiment, instruction: str) -> C
         """Of the language model on `new` tokens that attend to `before` ones too."""
         return new * 2 * _weights(model, "text") + 4 * layers * heads * dim * new * (new + before)
 
-    per_picture = layout.pictures[0] // shown
     seen = patches.flops(model) + per_picture * 2 * _weights(model, "merged")
     answer = 2 * model.get_output_embeddings().weight.numel() if config.kind == "prompted" else 0
     parameters = sum(p.numel() for p in model.parameters())
@@ -71,7 +100,27 @@ def cost(config: ReflectorConfig, embodiment: Embodiment, instruction: str) -> C
         flops_first=read(kept, 0) + shown * seen if kept else 0,
         row_bytes=2 * layers * groups * dim * size * kept,
         feature_bytes=size * text.hidden_size,
+        layers=layers,
+        width=text.hidden_size,
+        pass_bytes=_pass(model, config, tokens),
     )
+
+
+def _pass(model: nn.Module, config: ReflectorConfig, tokens: int) -> int:
+    """Bytes alive at most in the language model on one row, without what is kept."""
+    made = {"device": "meta", "dtype": getattr(torch, config.precision)}
+    reads = model.base_model.get_decoder().to(made["dtype"])
+    x = torch.empty(1, tokens, model.config.get_text_config().hidden_size, **made)
+    # A mask of numbers, which the library takes as it is: it would look into another.
+    mask = torch.zeros(1, 1, tokens, tokens, **made)
+
+    def work() -> torch.Tensor:
+        positions = torch.arange(tokens, device="meta")[None]
+        given = {"inputs_embeds": x, "attention_mask": mask, "position_ids": positions}
+        return reads(**given, use_cache=False).last_hidden_state
+
+    with torch.no_grad():
+        return measure(work).peak
 
 
 @dataclass(frozen=True)

@@ -23,17 +23,20 @@ class ImageTextReflector(nn.Module):
     frozen = True
     """Features of a frame do not change in training: they are computed once."""
 
-    def __init__(self, config: ReflectorConfig, embodiment: Embodiment) -> None:
-        """UserError for a folder that holds no whole image-text model."""
+    def __init__(
+        self,
+        config: ReflectorConfig,
+        embodiment: Embodiment,
+        encoder: ImageText | None = None,
+    ) -> None:
+        """encoder: in place of the folder's. UserError for a folder that holds no whole image-text
+        model."""
         super().__init__()
         self.config, self.embodiment = config, embodiment
-        self.encoder = ImageText(config)
+        self.encoder = encoder or _seeing(config, embodiment)
         self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
-        # Here and now, whether its processor shows it the frames of this robot.
-        side = embodiment.image_size
-        self.encoder.layout("", 1 if config.views == "first" else embodiment.V, side, side)
         self.answers = self.encoder.answers() if config.kind == "prompted" else None
         if self.answers is None:
             size = self.encoder.size
@@ -95,6 +98,13 @@ class ImageTextReflector(nn.Module):
             for frames, q, words in zip(image, proprio, instruction, strict=True)
         ]
         return torch.stack(logits)
+
+
+def _seeing(config: ReflectorConfig, embodiment: Embodiment) -> ImageText:
+    """The folder's model, whose processor is known to show it the frames of this robot."""
+    encoder, side = ImageText(config), embodiment.image_size
+    encoder.layout("", 1 if config.views == "first" else embodiment.V, side, side)
+    return encoder
 
 
 class ImageTextJudge:

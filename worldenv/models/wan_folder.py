@@ -56,6 +56,44 @@ def load(
     constant_text: it will only ever be given an empty text, so what reads one is left out.
     UserError, naming file and key, for all but one whole model of this kind with finite weights.
     """
+    model, shards, names = _described(folder, kind)
+    spare = re.compile(r"blocks\.\d+\.(norm2\..*|attn2\.(to_[qk]|norm_[qk])\..*)")
+    own = model.state_dict()
+    old = [names[name] for name in own if not (constant_text and spare.fullmatch(name))]
+    tensors = {diffusers_name(name): tensor for name, tensor in shards.read(old).items()}
+    if constant_text:
+        constants = list(_constants(tensors, model.sizes.layers))
+        model.forget_text(constants)
+        tensors |= {f"blocks.{i}.attn2.constant": c for i, c in enumerate(constants)}
+    for name in tensors:
+        tensors[name] = tensors[name].to(_dtype(name, precision))
+    model.load_state_dict(tensors, assign=True)
+    return model
+
+
+def sizes(folder: Path, kind: Literal["wan", "wovr"]) -> WanSizes:
+    """What the headers of a folder's tensors say. UserError as `load`'s."""
+    return _described(folder, kind)[0].sizes
+
+
+def blank(sizes: WanSizes, constant_text: bool, precision: str) -> WanTransformer:
+    """A transformer as `load` makes it, without weights: on `meta`."""
+    with torch.device("meta"):
+        model = WanTransformer(sizes)
+        if constant_text:
+            model.forget_text([torch.empty(sizes.width)] * sizes.layers)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(_dtype(name, precision))
+    return model
+
+
+def _dtype(name: str, precision: str) -> torch.dtype:
+    """Of a tensor, where the model computes in `precision`."""
+    return torch.float32 if _WIDE.fullmatch(name) else getattr(torch, precision)
+
+
+def _described(folder: Path, kind: str) -> tuple[WanTransformer, Shards, dict[str, str]]:
+    """The model on `meta`, and the tensors that are its, with their names in the files."""
     where, config = _find(folder, kind)
     shards = Shards(where, _stem(where))
     names = {diffusers_name(name): name for name in shards.shapes}
@@ -70,19 +108,8 @@ def load(
     sizes = _sizes(where, found, config)
     with torch.device("meta"):
         model = WanTransformer(sizes)
-    check_shapes(own := shapes(model.state_dict()), found, where)
-    spare = re.compile(r"blocks\.\d+\.(norm2\..*|attn2\.(to_[qk]|norm_[qk])\..*)")
-    old = [names[name] for name in own if not (constant_text and spare.fullmatch(name))]
-    tensors = {diffusers_name(name): tensor for name, tensor in shards.read(old).items()}
-    if constant_text:
-        constants = list(_constants(tensors, sizes.layers))
-        model.forget_text(constants)
-        tensors |= {f"blocks.{i}.attn2.constant": c for i, c in enumerate(constants)}
-    dtype = getattr(torch, precision)
-    for name in tensors:
-        tensors[name] = tensors[name].to(torch.float32 if _WIDE.fullmatch(name) else dtype)
-    model.load_state_dict(tensors, assign=True)
-    return model
+    check_shapes(shapes(model.state_dict()), found, where)
+    return model, shards, names
 
 
 def diffusers_name(name: str) -> str:

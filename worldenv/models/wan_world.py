@@ -22,6 +22,7 @@ from worldenv.models.denoiser import Conditioning, Network, action_encoder, dyna
 from worldenv.models.heads import zeroed
 from worldenv.models.layers import Attend, Rotary3D, Words
 from worldenv.models.simulator import SimulatorState, World
+from worldenv.models.wan import WanTransformer
 from worldenv.runtime.errors import UserError
 
 POSITIONS = 1024  # frames that its rotary positions reach
@@ -31,11 +32,19 @@ _ACTION_WIDTH = 128  # of the embedded commands that modulate each block
 class WanNetwork(Network):
     """A published Wan as a simulator's network, with what a simulator needs beside it."""
 
-    def __init__(self, config: SimulatorConfig, embodiment: Embodiment, columns: int = 0) -> None:
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        embodiment: Embodiment,
+        columns: int = 0,
+        wan: WanTransformer | None = None,
+        tokenizer: nn.Module | None = None,
+    ) -> None:
         """columns: how many of `Conditioning.columns` there are beside those of the action map.
-        UserError where the folder does not fit."""
-        super().__init__(config, embodiment, shift=5.0)
-        self.wan = wan_folder.load(
+        wan, tokenizer: in place of those in the folders. UserError where the folder does not fit.
+        """
+        super().__init__(config, embodiment, 5.0, tokenizer)
+        self.wan = wan or wan_folder.load(
             config.folder, "wan", config.text == "constant", config.precision
         )
         sizes, z = self.wan.sizes, self.tokenizer.channels

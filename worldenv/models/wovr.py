@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from worldenv.config import SimulatorConfig
 from worldenv.data.embodiment import Embodiment
@@ -48,10 +48,17 @@ class WoVRState:
 class WoVR(Network):
     """A `WorldModel` of `envs.imagined`; see the module's docstring."""
 
-    def __init__(self, config: SimulatorConfig, embodiment: Embodiment) -> None:
-        """UserError where folder, tokenizer and robot do not fit each other."""
-        super().__init__(config, embodiment, shift=5.0)
-        wan = wan_folder.load(config.folder, "wovr", False, config.precision)
+    def __init__(
+        self,
+        config: SimulatorConfig,
+        embodiment: Embodiment,
+        wan: WanTransformer | None = None,
+        tokenizer: nn.Module | None = None,
+    ) -> None:
+        """wan, tokenizer: in place of those in the folders. UserError where folder, tokenizer and
+        robot do not fit each other."""
+        super().__init__(config, embodiment, 5.0, tokenizer)
+        wan = wan or wan_folder.load(config.folder, "wovr", False, config.precision)
         self._held = (wan.requires_grad_(False).eval(),)  # a tuple: no submodule
         sizes, z = self.wan.sizes, self.tokenizer.channels
         for what, expected, got in (

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
 from worldenv.data.embodiment import Embodiment
-from worldenv.models.tokenizer import to_unit
+from worldenv.models.pixels import to_unit
 from worldenv.models.weights import fill, read_pth
 from worldenv.runtime.errors import UserError, unknown
 

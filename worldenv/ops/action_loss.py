@@ -335,7 +335,7 @@ class _OnePass(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if not grad_loss.is_cuda and grad_loss.item() == 1.0:  # plain loss.backward()
+        if grad_loss.device.type == "cpu" and grad_loss.item() == 1.0:  # plain loss.backward()
             return None, *ctx.saved_tensors, *([None] * (ctx.arguments - len(ctx.saved_tensors)))
         return None, *_scale_gradients(ctx, grad_loss)
 

@@ -76,10 +76,11 @@ NO_XFORMERS: str | None = (
 def no_cpp(
     device: torch.device, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = CPP_DTYPES
 ) -> str | None:
-    """Why the C++ kernels cannot take tensors of this device and dtype, or None."""
+    """Why the C++ kernels cannot take tensors of this device and dtype, or None. On `meta`, where
+    nothing is computed, they say what they would take and make."""
     if NO_CPP is not None:
         return NO_CPP
-    if device.type != "cpu":
+    if device.type not in ("cpu", "meta"):
         return f"the C++ kernels take CPU tensors, got {device}"
     if dtype not in dtypes:
         return f"the C++ kernel takes {' or '.join(str(d)[6:] for d in dtypes)}, got {dtype}"

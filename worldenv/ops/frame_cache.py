@@ -185,7 +185,7 @@ class FrameCache:
         slot = np.where(j < self.sinks, j, self.sinks + (frame - self.sinks) % ring)
         self._host_table = np.where(j <= lengths, slot, 0).astype(np.int32)
         host = torch.from_numpy(self._host_table), torch.from_numpy(lengths[:, 0].astype(np.int32))
-        if self.device.type == "cpu":
+        if self.device.type != "cuda":
             self.table, self.cached = host
         else:
             # Copied into place: a captured CUDA graph keeps reading the same addresses.

@@ -21,23 +21,17 @@ from worldenv.stages import store
 from worldenv.stages.collect import load_round
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
-from worldenv.stages.run import Run, Stage, data_up_to
+from worldenv.stages.run import Run, Stage, data_up_to, world_of
 
 HORIZONS = (1, 2, 4, 8, 12, 16)
 
 
 def run(run: Run, mark: str, number: int) -> dict:
     """Stage `fidelity-N`: returns the measurements; UserError if the world is no use."""
-    config = run.config
-    _, _, held_out = load_round(run, number)
-    if not held_out:
-        raise UserError(
-            "fidelity: no held-out episodes. Raise collect.episodes or collect.held_out."
-        )
-    real = from_first_step(chunk_sequences(held_out, config.env.chunk))
+    config, real = run.config, held_out(run, number)
     checkpoints = run.path("checkpoints")
     simulator: Simulator = store.load(
-        "simulator", checkpoints / f"simulator-{number}.safetensors", run.device
+        "simulator", checkpoints / f"{world_of(config, number)}.safetensors", run.device
     )
     reflector: Reflector = store.load(
         "reflector", checkpoints / f"reflector-{number}.safetensors", run.device
@@ -68,8 +62,18 @@ STAGE = Stage(
     "fidelity",
     run,
     settings=lambda config, n: (config.sampling_steps(n), config.posttrain.require_fidelity),
-    needs=lambda config, n: (*data_up_to(n), f"simulator-{n}", f"reflector-{n}"),
+    needs=lambda config, n: (*data_up_to(n), world_of(config, n), f"reflector-{n}"),
 )
+
+
+def held_out(run: Run, number: int) -> list[FrameSequence]:
+    """The round's episodes kept from training, from their first steps. UserError if none."""
+    _, _, episodes = load_round(run, number)
+    if not episodes:
+        raise UserError(
+            "fidelity: no held-out episodes. Raise collect.episodes or collect.held_out."
+        )
+    return from_first_step(chunk_sequences(episodes, run.config.env.chunk))
 
 
 def horizon_errors(real: list[FrameSequence], imagined: list[FrameSequence]) -> dict:

@@ -1,7 +1,7 @@
 """The whole method, stage by stage, and its results.
 
-    demonstrations -> sft -> (explore -> simulator -> reflector -> fidelity -> posttrain) x rounds
-    -> evaluate -> videos -> results.json, report.html
+    demonstrations -> sft -> (explore -> simulator [-> distill] -> reflector -> fidelity ->
+    posttrain) x rounds -> evaluate -> videos -> results.json, report.html
 
 Every stage is skipped where its artifacts match the configuration, so this is also how a run is
 resumed. A stage run alone works on what stages before it made with the same configuration, and is
@@ -17,12 +17,14 @@ from pathlib import Path
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
+from worldenv.models.folder import weight_bytes
 from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.stages import (
     collect,
     demonstrations,
+    distill,
     estimate,
     evaluate,
     fidelity,
@@ -37,14 +39,23 @@ from worldenv.stages import (
 )
 from worldenv.stages.run import Run, Stage, Step, read_record, write_record
 
+LARGEST_TIMED = 1 << 30  # bytes of weights that are run to say how long a run takes
 FIRST = (collect.DEMONSTRATIONS, sft.STAGE)
-ROUND = (collect.EXPLORE, simulator.STAGE, reflector.STAGE, fidelity.STAGE, posttrain.STAGE)
+ROUND = (
+    collect.EXPLORE,
+    simulator.STAGE,
+    distill.STAGE,
+    reflector.STAGE,
+    fidelity.STAGE,
+    posttrain.STAGE,
+)
 STAGES = (*(s.name for s in (*FIRST, *ROUND, evaluate.STAGE)), "report")
 
 
 def steps(config: Config) -> dict[str, Step]:
     """All that a run records, by name, in order."""
-    loop = [(stage, n) for n in range(config.posttrain.rounds) for stage in ROUND]
+    wanted = [stage for stage in ROUND if stage.wanted(config)]
+    loop = [(stage, n) for n in range(config.posttrain.rounds) for stage in wanted]
     order: list[tuple[Stage, int]] = [*((s, 0) for s in FIRST), *loop, (evaluate.STAGE, 0)]
     return {step.name: step for step in (Step(stage, number) for stage, number in order)}
 
@@ -70,10 +81,13 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
 
 
 def _announce(run: Run, marks: Mapping[str, str]) -> None:
-    """Say how long what is left to do will take. On a GPU it is not known."""
+    """Say how long what is left to do will take. On a GPU it is not known, and of published models
+    in their full size only `worldenv-train --plan` says it: it runs none of them."""
     every = steps(run.config)
     left = [n for n, step in every.items() if not records.at_hand(run.dir, step, marks[n])]
-    if left and run.device.type == "cpu":
+    parts = (run.config.policy, run.config.simulator, run.config.reflector)
+    folders = {part.folder for part in parts if part.kind != "small"}
+    if left and run.device.type == "cpu" and sum(map(weight_bytes, folders)) < LARGEST_TIMED:
         seconds = estimate.estimate(run.config, estimate.calibrate(run.config))
         print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
 
@@ -102,6 +116,11 @@ def run_stage(
     marks = _marks(run, named)
     target = next((s for s in every.values() if (s.stage.name, s.number) == (stage, number)), None)
     target = target or every.get(stage)  # none: the report, of everything
+    if target is None and stage != "report":
+        raise UserError(
+            f"{stage}: expected a configuration that has this stage, got {stage}.steps 0. Set "
+            f"--{stage}.steps."
+        )
     needs = target.needs(run.config) if target else tuple(every)
     before = _before(run, stage if target is None else target.name, needs, marks, named)
     todo = before if target is None else [*before, target.name]

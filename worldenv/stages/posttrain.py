@@ -36,7 +36,7 @@ from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
-from worldenv.stages.run import Run, Stage, data_up_to, stage_before
+from worldenv.stages.run import Run, Stage, data_up_to, stage_before, world_of
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -107,7 +107,7 @@ STAGE = Stage(
         "sft",
         stage_before(n),
         *data_up_to(n),
-        *(f"{stage}-{n}" for stage in ("simulator", "reflector", "fidelity")),
+        *(world_of(config, n), f"reflector-{n}", f"fidelity-{n}"),
     ),
     makes=("checkpoints/policy-{n}.safetensors", "checkpoints/policy-{n}"),
     logs=lambda name, n: (name, f"check-{n}"),
@@ -135,7 +135,8 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
         and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
     checkpoints = run.path("checkpoints")
-    simulator = store.load("simulator", checkpoints / f"simulator-{number}.safetensors", run.device)
+    world = checkpoints / f"{world_of(config, number)}.safetensors"
+    simulator = store.load("simulator", world, run.device)
     envs = imagined_envs(
         simulator.for_generation(),
         store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),

@@ -27,7 +27,7 @@ from worldenv.stages import store, training
 from worldenv.stages.collect import exploration_noise, load_round
 from worldenv.stages.features import DROPOUT, LATE_START, Features
 from worldenv.stages.replay import padded, replay
-from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before
+from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before, world_of
 
 
 def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
@@ -40,7 +40,7 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     own = from_first_step(chunk_sequences(explored, config.env.chunk))
-    simulator_path = run.path("checkpoints", f"simulator-{number}.safetensors")
+    simulator_path = run.path("checkpoints", f"{world_of(config, number)}.safetensors")
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
     steps = config.sampling_steps(number)
     imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
@@ -99,7 +99,7 @@ STAGE = Stage(
     needs=lambda config, n: (
         *data_up_to(n),
         stage_before(n),
-        f"simulator-{n}",
+        world_of(config, n),
         *((f"reflector-{n - 1}",) if n else ()),
     ),
     makes=("checkpoints/reflector-{n}.safetensors",),

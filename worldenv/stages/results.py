@@ -15,7 +15,7 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
 from worldenv.stages import collect, evaluate, store
 from worldenv.stages.imagine import imagine, real_episodes
-from worldenv.stages.run import Run, write_json
+from worldenv.stages.run import Run, world_of, write_json
 
 
 def report(run: Run, names: Sequence[str]) -> Path:
@@ -56,7 +56,7 @@ def _videos(run: Run, media: Path) -> None:
     load = lambda kind, name: store.load(  # noqa: E731
         kind, run.path("checkpoints", f"{name}.safetensors"), run.device
     )
-    world, judge = load("simulator", f"simulator-{last}"), load("reflector", f"reflector-{last}")
+    world, judge = load("simulator", world_of(config, last)), load("reflector", f"reflector-{last}")
     outcomes = run.record("evaluate")["outcomes"]
     starts = evaluate.held_out_starts(run)
     changed = {

@@ -109,6 +109,8 @@ class Stage:
     """Its names in the metrics, of the step's name and round."""
     rounds: bool = True
     """Whether it runs once in every round."""
+    wanted: Callable[[Config], bool] = lambda config: True
+    """Whether a configuration has it at all."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,11 @@ def policy_before(number: int) -> str:
 def stage_before(number: int) -> str:
     """Name of the step that made this policy."""
     return f"posttrain-{number - 1}" if number else "sft"
+
+
+def world_of(config: Config, number: int) -> str:
+    """Name of the step, and of its checkpoint, that made the world a round imagines in."""
+    return f"{'distill' if config.distill.on else 'simulator'}-{number}"
 
 
 def data_up_to(number: int) -> tuple[str, ...]:

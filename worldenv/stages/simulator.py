@@ -1,9 +1,13 @@
 """Train the world simulator on demonstrations and policy episodes (World-Env section 3.3)."""
 
+import copy
+
 import torch
 from torch import Tensor
 
+from worldenv.config import Config
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
+from worldenv.models.distillation import clip_loss, conversion_loss
 from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime.seeds import generator
@@ -22,14 +26,17 @@ def run(run: Run, mark: str, number: int) -> dict:
     path = run.path("checkpoints", f"{name}.safetensors")
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
-    weights = _balanced(sequences) if part.balance else None
+    weights = balanced(sequences) if part.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
     simulator: World = training.begin(run, "simulator", number, [*demonstrations, *explored])
     if part.kind == "wovr":
         store.save("simulator", simulator, path)
         return {"windows": 0, "parameters": 0}
+    teacher, reached = None, {}
     if not number:
         _train_tokenizer(run, mark, simulator, windows)
+        if config.distill.clip_steps:
+            teacher, reached = _clip_teacher(run, mark, simulator, windows)
     steps = part.refresh_steps if number else part.steps
     begin_self_history = 0 if number else int(part.self_history_start * steps)
 
@@ -43,29 +50,64 @@ def run(run: Run, mark: str, number: int) -> dict:
         own = step >= begin_self_history and float(draw) < part.self_history
         loss, metrics = simulator.loss(batch, g, own)
         motion = simulator.dynamics_loss(windows.transitions(g, transitions))
-        return loss + motion, {**metrics, "dynamics_loss": motion.detach()}
+        loss, metrics["dynamics_loss"] = loss + motion, motion.detach()
+        if teacher is not None and config.distill.clip_weight:
+            g = generator(config.seed, "conversion", step, shard)
+            taught = conversion_loss(simulator, teacher, batch, g)
+            loss, metrics["conversion"] = (
+                loss + config.distill.clip_weight * taught,
+                taught.detach(),
+            )
+        return loss, metrics
 
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
     store.save("simulator", simulator, path)
-    training.finish(run, name)
+    for log in ("clip", name):
+        training.finish(run, log)
     parameters = sum(p.numel() for p in simulator.parameters())
-    return {"windows": len(windows), "parameters": parameters, **tail}
+    return {"windows": len(windows), "parameters": parameters, **tail, **reached}
 
 
 STAGE = Stage(
     "simulator",
     run,
-    settings=lambda config, n: (config.simulator, *store.digests(config.simulator)),
+    settings=lambda config, n: (
+        config.simulator,
+        *store.digests(config.simulator),
+        *_conversion(config, n),
+    ),
     needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
     makes=("checkpoints/simulator-{n}.safetensors",),
-    logs=lambda name, n: (name,) if n else (name, "tokenizer"),
+    logs=lambda name, n: (name,) if n else (name, "tokenizer", "clip"),
 )
 
 
-def _balanced(sequences: list[FrameSequence]) -> list[float]:
+def balanced(sequences: list[FrameSequence]) -> list[float]:
     """Weights as if there were as many failures as successes."""
     won = [bool(s.success.any()) for s in sequences]
     return [1 / won.count(w) for w in won]
+
+
+def _conversion(config: Config, number: int) -> tuple:
+    """Settings of the causal conversion, where there is one."""
+    part = config.distill
+    return () if number or not part.clip_steps else (part.clip_steps, part.clip_weight)
+
+
+def _clip_teacher(
+    run: Run, mark: str, simulator: World, windows: FrameWindows
+) -> tuple[World, dict[str, float]]:
+    """Train the simulator on whole clips first; a frozen copy of the result, and its metrics."""
+    seed, size = run.config.seed, training.shard_size(run, run.config.simulator.batch)
+
+    def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
+        g = generator(seed, "clip", step, shard)
+        return clip_loss(simulator, windows.sample(g, size), g)
+
+    steps, lr = run.config.distill.clip_steps, run.config.simulator.lr
+    tail = training.train(run, "clip", mark, simulator, loss_at, steps=steps, lr=lr, ema=True)
+    teacher = copy.deepcopy(simulator).requires_grad_(False)
+    return teacher, {f"clip_{key}": value for key, value in tail.items()}
 
 
 def _train_tokenizer(run: Run, mark: str, simulator: World, windows: FrameWindows) -> None:

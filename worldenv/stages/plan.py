@@ -1,0 +1,187 @@
+"""What a configuration needs, before anything is built: bytes of each stage, time per iteration.
+
+A stage holds different things at different moments (`stages.plan_moments`); shown is its highest.
+Where that is more than the machine has, changes are looked for that make it fit.
+"""
+
+import time
+from dataclasses import dataclass
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from worldenv.config import Config
+from worldenv.runtime import device as devices
+from worldenv.runtime import parallel
+from worldenv.stages.plan_advice import Change, advise
+from worldenv.stages.plan_costs import Costs
+from worldenv.stages.plan_moments import Machine, Moment, highest, iteration_flops, moments
+
+GIB = 1 << 30
+CONTEXT = 600 << 20  # bytes that CUDA takes for itself, about
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Moments by stage, each its highest, and what follows from them."""
+
+    machine: Machine
+    costs: Costs
+    stages: dict[str, Moment]
+    changes: list[Change]  # that make it fit, where it does not; empty if nothing does
+    seconds: dict[str, float]  # per iteration, an estimate
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage does."""
+        return all(m.bytes <= self.machine.memory for m in self.stages.values())
+
+
+def plan(config: Config, memory: float | None = None) -> Plan:
+    """Of a configuration on the device it names; memory: GiB to plan for, in place of its own."""
+    here = machine(config, memory)
+    costs = Costs(config, here.widened)
+    stages = {name: highest(found) for name, found in moments(config, costs, here).items()}
+    fits = all(m.bytes <= here.memory for m in stages.values())
+    changes = [] if fits else advise(config, costs, here)
+    rates: dict[str, float] = {}
+    seconds = {}
+    for name, parts in iteration_flops(config, costs).items():
+        for kind in parts.keys() - rates.keys():
+            rates[kind] = rate(here.device, getattr(torch, kind))
+        seconds[name] = sum(flops / rates[kind] for kind, flops in parts.items())
+    return Plan(here, costs, stages, changes, seconds)
+
+
+def machine(config: Config, memory: float | None) -> Machine:
+    """The machine that is planned for. A GPU that is not here can be, if its memory is said."""
+    absent = config.device.startswith("cuda") and not torch.cuda.is_available()
+    if absent and memory is not None:
+        device = torch.device(config.device)
+    else:
+        device = devices.pick(config.device)
+    own = CONTEXT if device.type == "cuda" else psutil.Process().memory_info().rss
+    if memory is not None:
+        size = int(memory * GIB)
+    elif device.type == "cuda":
+        size = torch.cuda.get_device_properties(device).total_memory
+    else:
+        size = devices.memory_limit()
+    threads = config.threads or parallel.threads()
+    narrow = device.type == "cpu" and devices.autocast_dtype("cpu") is torch.float32
+    return Machine(device, size, own, threads, narrow)
+
+
+def rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s at which this machine multiplies matrices, on all threads that a run would use: on
+    the device, or on the CPU where that is not here. Takes a second at most."""
+    here = (
+        torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
+    )
+    side = 8192 if here.type == "cuda" else 1024
+    if here.type == "cpu" and dtype is torch.bfloat16:
+        dtype = devices.autocast_dtype("cpu")  # what `models.widened` multiplies in
+    a, b = (torch.ones(side, side, device=here, dtype=dtype) for _ in range(2))
+    best, begun = float("inf"), time.perf_counter()
+    while time.perf_counter() - begun < 0.3:
+        start = time.perf_counter()
+        a @ b
+        if here.type == "cuda":
+            torch.cuda.synchronize(here)
+        best = min(best, time.perf_counter() - start)
+    busy = min(parallel.threads(), parallel.SHARDS) if here.type == "cpu" else 1
+    return 2 * side**3 / best * busy / (torch.get_num_threads() if here.type == "cpu" else 1)
+
+
+# ---------------------------------------------------------------- as people read it
+
+
+def main(config: Config, memory: float | None = None) -> int:
+    """Print the plan; the exit code says whether it fits."""
+    found = plan(config, memory)
+    console = Console(width=max(Console().width, 100))
+    console.print(_models(found))
+    console.print(_memory(found))
+    for line in _says(found):
+        console.print(line, highlight=False)
+    return 0 if found.fits else 1
+
+
+def _models(found: Plan) -> Table:
+    table = Table("", "parameters", "trained", "frozen", "sizes from", title="models")
+    costs = found.costs
+    for name in ("policy", "simulator", "reflector"):
+        model = getattr(costs, name)
+        numbers = (_count(model.parameters), _count(model.trained), _size(model.frozen_bytes))
+        table.add_row(name, *numbers, model.source)
+    return table
+
+
+def _memory(found: Plan) -> Table:
+    """One column a stage, at its highest moment."""
+    title = f"memory on {_device(found.machine)}"
+    table = Table("", title=title)
+    for name, moment in found.stages.items():
+        table.add_column(f"{name}\n{moment.what}", justify="right")
+    kinds = dict.fromkeys(kind for m in found.stages.values() for kind in m.parts)
+    for kind in kinds:
+        values = [m.parts.get(kind, 0) for m in found.stages.values()]
+        if any(values):
+            table.add_row(kind, *(_size(v) if v else "" for v in values))
+    table.add_section()
+    table.add_row("in all", *(_size(m.bytes) for m in found.stages.values()))
+    if found.seconds:
+        every = (found.seconds.get(name) for name in found.stages)
+        table.add_row("time per iteration", *("" if s is None else _time(s) for s in every))
+    return table
+
+
+def _says(found: Plan) -> list[str]:
+    here, said = found.machine, []
+    where = "this machine's CPU" if not torch.cuda.is_available() else str(here.device)
+    said.append(
+        f"Times are estimates: FLOPs over the rate at which {where} multiplies matrices; small "
+        "models reach a fraction of it. Imagined episodes are taken to run their full length."
+    )
+    worst = max(found.stages, key=lambda name: found.stages[name].bytes)
+    most = found.stages[worst].bytes
+    if found.fits:
+        said.append(f"It fits: {_size(most)} of {_size(here.memory)} ({worst}).")
+        return said
+    said.append(f"It does not fit: {worst} needs {_size(most)}, there is {_size(here.memory)}.")
+    if found.changes:
+        said.append("With these it does:")
+        said += [f"    {change.flag} {change.said}".rstrip() for change in found.changes]
+    else:
+        said.append(
+            "No smaller batch makes it fit: choose smaller models, name a finished checkpoint "
+            "(--simulator FILE), or a machine with more memory."
+        )
+    return said
+
+
+def _device(here: Machine) -> str:
+    kind = "GPU" if here.device.type == "cuda" else "CPU"
+    return f"a {kind} with {_size(here.memory)}"
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return str(number)
+
+
+def _size(number: int) -> str:
+    for unit, size in (("GiB", GIB), ("MiB", 1 << 20)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number / 1024:.1f} KiB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 90 else f"{seconds:.2g} s"

@@ -1,0 +1,282 @@
+"""What is alive in each stage, and when: the stages' code in bytes.
+
+The sizes of pieces come from `stages.plan_costs`. On a CPU a batch is cut into shards that threads
+share (`runtime.parallel`): those at work hold their activations, those that are done a gradient.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from worldenv.config import Config
+from worldenv.runtime import parallel
+from worldenv.stages.estimate import IMAGINED, LENGTH
+from worldenv.stages.plan_costs import Costs, Line, Model
+
+INIT_STATES = 50  # episodes of a task in a file, where nothing says how many there are
+REPLAYED = 16  # sequences that are replayed side by side
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is planned for."""
+
+    device: torch.device
+    memory: int  # bytes
+    own: int  # bytes that the process, or CUDA, has for itself
+    threads: int
+    widened: bool  # whether frozen bfloat16 is multiplied in float32
+
+    @property
+    def shards(self) -> int:
+        """Pieces of a batch."""
+        return parallel.shards(self.device)
+
+    @property
+    def busy(self) -> int:
+        """Pieces in work at a time."""
+        return min(self.threads, self.shards)
+
+    @property
+    def cpu(self) -> bool:
+        """Whether everything lies in one memory."""
+        return self.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is alive, by kind, bytes."""
+
+    what: str
+    parts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        """All of it."""
+        return sum(self.parts.values())
+
+
+def highest(found: list[Moment]) -> Moment:
+    """Of a stage's moments."""
+    return max(found, key=lambda moment: moment.bytes)
+
+
+def moments(config: Config, costs: Costs, here: Machine) -> dict[str, list[Moment]]:
+    """Of every stage that computes on the device."""
+    return {
+        "sft": list(_imitation(config, costs, here)),
+        "simulator": list(_simulator(config, costs, here)),
+        "reflector": list(_reflector(config, costs, here)),
+        "posttrain": list(_posttrain(config, costs, here)),
+    }
+
+
+def _imitation(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
+    sft, policy = config.sft, costs.policy
+    pieces = max(here.shards, sft.batch // sft.micro_batch if sft.micro_batch else 0)
+    line = costs.imitate(sft.batch // pieces)
+    frames = _demonstrated(config)
+    yield Moment(
+        "a step",
+        _held(here, policy=policy)
+        | _step(here, line, sft.batch // pieces, pieces, policy.trained_bytes)
+        # On a CPU beside the episodes that they are a copy of.
+        | {"recorded frames": frames * _frame(config, costs) * (2 if here.cpu else 1)},
+    )
+
+
+def _simulator(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
+    part, model = config.simulator, costs.simulator
+    frames = _demonstrated(config) + _explored(config)
+    # On a CPU episodes, sequences and windows are three copies.
+    data = {"recorded frames": frames * _frame(config, costs) * (3 if here.cpu else 1)}
+    if part.kind == "wovr":
+        yield Moment("taken as it is", _held(here, simulator=model) | data)
+        return
+    size = part.batch // here.shards
+    encode = costs.encode(size)
+    if encode is not None:
+        tokenizer = sum(p.nbytes for p in costs.world.tokenizer.parameters())
+        own = _held(here, simulator=model) | data
+        own["optimiser"] = 2 * tokenizer
+        yield Moment("its autoencoder", own | _step(here, encode, size, here.shards, tokenizer, 0))
+    line = costs.denoise(size, part.dynamics_batch // here.shards)
+    yield Moment(
+        "a step",
+        _held(here, simulator=model)
+        | _step(here, line, size, here.shards, model.trained_bytes)
+        | {"moving average": model.state_bytes}
+        | data,
+    )
+
+
+def _reflector(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
+    part, model = config.reflector, costs.reflector
+    explored = _explored(config)
+    frames = _demonstrated(config) + explored
+    imagined = explored * config.collect.record_every // config.env.chunk
+    # On a CPU episodes, sequences and the padded batch are copies; replays come on top.
+    share = 1 / LENGTH
+    padded = int((frames + imagined) * share)
+    count = padded + (2 * frames + imagined if here.cpu else 0)
+    data = {"recorded frames": count * _frame(config, costs)}
+    worlds = _worlds(config, costs, here, min(REPLAYED, config.posttrain.rows))
+    yield Moment("replays", _held(here, simulator=costs.simulator) | worlds | data)
+    judge = costs.judge(config.posttrain.rows)
+    if judge.feature:
+        seen = {"features": 2 * padded * judge.feature}
+        work = {"activations": judge.watch(part.encode_batch)}
+        yield Moment("features", _held(here, reflector=model) | work | data | seen)
+        data = seen | ({"recorded frames": 2 * frames * _frame(config, costs)} if here.cpu else {})
+    size = part.batch // here.shards
+    line = costs.learn(size)
+    if line is not None:
+        step = _step(here, line, size, here.shards, model.trained_bytes)
+        yield Moment("a step", _held(here, reflector=model) | step | data)
+    if part.calibrate:
+        everyone = _held(here, policy=costs.policy, simulator=costs.simulator, reflector=model)
+        yield Moment("calibration", _imagine(config, costs, here, everyone) | data)
+
+
+def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
+    rl, policy = config.posttrain, costs.policy
+    held = _held(here, policy=policy, simulator=costs.simulator, reflector=costs.reflector)
+    held["optimiser"] = 2 * policy.trained_bytes
+    trained = policy.trained_bytes
+    if rl.kl_weight:
+        held["snapshot, reference"] = trained
+    critic = 0
+    if costs.critic is not None:
+        critic = sum(p.nbytes for p in costs.critic.parameters())
+        held["critic"] = 4 * critic  # weights, the last gradient, two moments
+    if here.cpu:  # contexts are parts of sequences
+        frames = _demonstrated(config) + _explored(config)
+        held["recorded frames"] = frames * _frame(config, costs)
+    decisions = rl.contexts * rl.group * config.max_chunks
+    draws = 1 if rl.critic else rl.draws
+    draw = decisions * costs.decision_bytes
+    while_imagining = _imagine(config, costs, here, held) | {"gradients": trained}
+    yield Moment("imagination", while_imagining | {"rollout buffer": draws * draw})
+    kept = _worlds(config, costs, here, rl.rows, idle=True)
+    kept["kept prefixes"] = rl.rows * costs.judge(-(-rl.rows // here.shards)).row
+    # A recorder that ends holds its steps, their concatenation and that in order.
+    ending = draw * (3 * here.busy + here.shards - here.busy) // here.shards
+    copies = max(ending, 2 * draw) + (draws - 1) * draw
+    if draws > 1:
+        copies = max(copies, 2 * draws * draw)
+    yield Moment("sorting", held | kept | {"gradients": trained, "rollout buffer": copies})
+    buffer = {"rollout buffer": draws * draw}
+    share = -(-min(rl.minibatch, decisions * draws) // here.shards)
+    size = min(rl.micro_batch or share, share)
+    pieces = here.shards * -(-share // size)
+    step = _step(here, costs.improve(size), size, pieces, trained)
+    before = {"snapshot, reference": held.get("snapshot, reference", 0) + 3 * trained}
+    yield Moment("an update", held | kept | buffer | step | before)
+    if costs.critic is not None:
+        step = _step(here, costs.value(share), share, here.shards, critic, last=False)
+        step["gradients"] += trained
+        del step["optimiser"]
+        yield Moment("the critic's", held | kept | buffer | step)
+
+
+# ---------------------------------------------------------------- what stages have in common
+
+
+def _held(here: Machine, **models: Model) -> dict[str, int]:
+    """Models in memory, beside the process itself."""
+    return {
+        "the process": here.own,
+        "weights, frozen": sum(m.frozen_bytes for m in models.values()),
+        "weights, trained": sum(m.trained_bytes for m in models.values()),
+    }
+
+
+def _step(
+    here: Machine, line: Line, size: int, pieces: int, trained: int, last: bool = True
+) -> dict[str, int]:
+    """Of a training step in `pieces` losses of `size` samples each; last: whether the step before
+    has left its gradient."""
+    several = pieces > here.shards
+    gradients = here.shards + last + (2 * here.busy if several else 0)
+    return {
+        "optimiser": 2 * trained,
+        "gradients": gradients * trained,
+        "activations": here.busy * max(0, line.peak(size) - trained),
+    }
+
+
+def _worlds(
+    config: Config, costs: Costs, here: Machine, rows: int, idle: bool = False
+) -> dict[str, int]:
+    """Of `rows` imagined rows; idle: between frames."""
+    share = -(-rows // here.shards)
+    found = costs.worlds(share, config.posttrain.sampling_steps)
+    keeps = found.graphs and not here.cpu
+    busy = 0 if idle and not keeps else here.busy
+    return {
+        "frame cache": rows * found.cache,
+        "world state": rows * found.state,
+        "VAE state": 0 if idle and not keeps else here.busy * share * found.vae,
+        "activations of frames" if keeps else "activations": busy * found.frame.peak(share),
+    }
+
+
+def _imagine(config: Config, costs: Costs, here: Machine, held: dict[str, int]) -> dict[str, int]:
+    """While a rollout's rows are imagined, acted in and judged, one after the other."""
+    rows = config.posttrain.rows
+    share = -(-rows // here.shards)
+    judge = costs.judge(share)
+    worlds = _worlds(config, costs, here, rows)
+    others = here.busy * max(costs.act(share).peak(share), judge.watch(share))
+    frame = worlds.get("activations", 0)
+    return held | worlds | {"kept prefixes": rows * judge.row, "activations": max(others, frame)}
+
+
+def _frame(config: Config, costs: Costs) -> int:
+    """Bytes of a recorded frame."""
+    return costs.robot.V * config.env.image_size**2 * 3
+
+
+def _demonstrated(config: Config) -> int:
+    """Frames of demonstrations, recorded at every step."""
+    each = config.collect.demonstrations
+    if config.data.paths:
+        each = config.data.episodes or INIT_STATES
+    return int(len(config.env.tasks) * each * LENGTH * config.env.max_steps)
+
+
+def _explored(config: Config) -> int:
+    """Frames of the policy's own episodes, all rounds."""
+    collect = config.collect
+    each = collect.episodes + (config.posttrain.rounds - 1) * collect.refresh_episodes
+    steps = LENGTH * config.env.max_steps / collect.record_every
+    return int(len(config.env.tasks) * each * steps)
+
+
+def iteration_flops(config: Config, costs: Costs) -> dict[str, dict[str, float]]:
+    """FLOPs of a step of each stage, and of an iteration of post-training, by what they are
+    computed in."""
+    policy = config.policy.precision if config.policy.large else "float32"
+    simulator, rl = config.simulator, config.posttrain
+    world = simulator.precision
+    found: dict[str, dict[str, float]] = {}
+    found["sft"] = {policy: config.sft.batch * costs.imitate(1).flops}
+    if simulator.kind != "wovr":
+        trains = world if simulator.kind == "wan" else "float32"
+        found["simulator"] = {trains: simulator.batch * costs.denoise(1, 1).flops}
+    learn = costs.learn(1)
+    if learn is not None:
+        found["reflector"] = {"float32": config.reflector.batch * learn.flops}
+    decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
+    act, judge = costs.act(1).flops, costs.judge(1).flops
+    frame = costs.worlds(1, rl.sampling_steps).frame.flops
+    update = rl.epochs * costs.improve(1).flops
+    if costs.critic is not None:
+        update += costs.value(1).flops
+    parts: dict[str, float] = {}
+    seen = config.reflector.precision if config.reflector.kind != "small" else "float32"
+    for kind, flops in ((world, frame), (policy, act + update), (seen, judge)):
+        parts[kind] = parts.get(kind, 0.0) + decisions * flops
+    found["posttrain"] = parts
+    return found
