@@ -13,7 +13,6 @@ from peft import PeftModel
 from published.damage import Payload, cut, drop, edit, poisoned, put, repickle, retensor
 
 from worldenv import cli
-from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.layouts import tiny, vae
 from worldenv.layouts import wan as wan_layout
@@ -36,19 +35,8 @@ FLAGS = {
 def models(tmp_path_factory) -> Path:
     """Folder of the three that preset `published-tiny` names."""
     root = tmp_path_factory.mktemp("models")
-    tiny.prepare(configured(root))
+    tiny.prepare(tiny.moved(preset("published-tiny"), root))
     return root
-
-
-def configured(models: Path) -> Config:
-    """The preset, with the folders below `models`."""
-    base, world = preset("published-tiny"), models / "wan"
-    return replace(
-        base,
-        policy=replace(base.policy, folder=models / "openvla-oft"),
-        simulator=replace(base.simulator, folder=world, tokenizer_folder=world),
-        reflector=replace(base.reflector, folder=models / "image-text"),
-    )
 
 
 def train(models: Path, run_dir: Path, *more: str) -> list[str]:
@@ -200,6 +188,11 @@ DAMAGED = {
         (),
         "expected a processor that fits its model",
     ),
+    "reflector: of another kind": (
+        whole,
+        ("--reflector.kind", "wovr"),
+        "expected one reward network, resnet_rm.pth or taskemb_resnet_rm.pth",
+    ),
     "reflector: no JSON": (eyes(put("config.json", "{")), (), "config.json is not valid JSON"),
 }
 
@@ -214,7 +207,8 @@ def test_a_fault_ends_the_command_before_anything_is_done(
     act(copy)
     monkeypatch.setattr(tiny, "prepare", lambda config: None)  # what is missing stays so
     monkeypatch.setattr(records, "perform", lambda *a: pytest.fail("a stage began"))
-    monkeypatch.setattr(sys, "argv", train(copy, run_dir, *more))
+    # Without adapters, which cost most of the time and come from no folder.
+    monkeypatch.setattr(sys, "argv", train(copy, run_dir, "--policy.lora-rank", "0", *more))
     with pytest.raises(SystemExit) as ended:
         cli.train()
     error = capsys.readouterr().err
@@ -226,7 +220,11 @@ def test_a_fault_ends_the_command_before_anything_is_done(
 @pytest.fixture
 def run(models, tmp_path):
     """Of the preset, with whole folders."""
-    run = Run(replace(configured(models), run_dir=tmp_path / "run", device="cpu"))
+    run = Run(
+        replace(
+            tiny.moved(preset("published-tiny"), models), run_dir=tmp_path / "run", device="cpu"
+        )
+    )
     yield run
     run.close()
 
