@@ -5,10 +5,10 @@
     python -m bench.full_size --small --scratch DIR      at about a fiftieth of the size
 
 A case writes a random folder in the published layout into the scratch folder, piece by piece, and
-uses it once in a fresh process: load, and one decision or frame. Printed as JSON, and written to
-results/bench/full-size-<machine>.json unless small: seconds, peak memory over the bytes of the
-weights, and the share of this machine's own rate of multiplying matrices that was reached. The
-folder is removed afterwards (--keep leaves it, and uses one that is there).
+uses it once in a fresh process: load, and one decision or frame. Each case's JSON is printed, and
+written to results/bench/full-size-<case>-<machine>.json unless small: seconds, peak memory over the
+bytes of the weights, and the share of this machine's own rate of multiplying matrices that was
+reached. The folder is removed afterwards (--keep leaves it, and uses one that is there).
 """
 
 import argparse
@@ -199,19 +199,17 @@ def main() -> int:
     unknown = [name for name in arguments.cases if name not in CASES]
     if unknown:
         parser.error(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
-    try:
-        rows = [
-            run(name, arguments.scratch, arguments.small, arguments.keep)
-            for name in arguments.cases or CASES
-        ]
-    except UserError as error:
-        parser.error(str(error))
     about = machine()
-    report = {"command": "python -m bench.full_size", "commit": commit(), "machine": about}
-    report["cases"] = rows
-    print(json.dumps(report, indent=2))
-    if not arguments.small:
-        write_json(RESULTS / f"full-size-{machine_file(about)}", report)
+    for name in arguments.cases or CASES:
+        try:
+            row = run(name, arguments.scratch, arguments.small, arguments.keep)
+        except UserError as error:
+            parser.error(str(error))
+        command = f"python -m bench.full_size {name}"
+        report = {"command": command, "commit": commit(), "machine": about} | row
+        print(json.dumps(report, indent=2), flush=True)
+        if not arguments.small:
+            write_json(RESULTS / f"full-size-{name}-{machine_file(about)}", report)
     return 0
 
 
