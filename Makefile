@@ -42,7 +42,7 @@ train: install
 	$(BIN)/worldenv-train $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(BIN)/worldenv-train --preset smoke --run-dir "$$folder/run" && \
 	$(BIN)/worldenv-train --preset published-tiny --run-dir "$$folder/published"

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from worldenv.layouts import wan as layout
+from worldenv.models.published_sizes import VAE_2_2_WIDTHS, WAN_2_2_5B
 
 KINDS = ("wan", "wovr")
 SHARD = 5 << 30  # bytes
 FULL = {
-    "num_attention_heads": 24,
-    "attention_head_dim": 128,
-    "in_channels": 48,
-    "out_channels": 48,
-    "text_dim": 4096,
-    "ffn_dim": 14336,
-    "num_layers": 30,
+    "num_attention_heads": WAN_2_2_5B.heads,
+    "attention_head_dim": WAN_2_2_5B.head_dim,
+    "in_channels": WAN_2_2_5B.channels,
+    "out_channels": WAN_2_2_5B.channels,
+    "text_dim": WAN_2_2_5B.text_dim,
+    "ffn_dim": WAN_2_2_5B.ffn,
+    "num_layers": WAN_2_2_5B.layers,
 }
 
 
@@ -103,7 +104,7 @@ def write_vae(folder: Path, part: int) -> None:
 
     from worldenv.models.vae_folder import WAN_2_2
 
-    widths = {"base_dim": 160, "decoder_base_dim": 256}
+    widths = VAE_2_2_WIDTHS
     if part > 1:
         widths = {name: max(8, 8 * round(width / part**0.5 / 8)) for name, width in widths.items()}
     torch.set_default_dtype(torch.bfloat16)

@@ -39,6 +39,7 @@ from worldenv.ranges import (
 )
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
+from worldenv.teachers import DistillConfig
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 LARGEST_FILE = 1 << 20  # bytes; a config.json has four thousand
@@ -235,35 +236,6 @@ class SimulatorConfig(PublishedSimulator):
 
 
 @dataclass(frozen=True)
-class DistillConfig:
-    """Other simulators as teachers: one that sees whole clips, one of many passes a frame."""
-
-    clip_steps: FromZero = 0
-    """Optimiser steps, before the first round's simulator, of a bidirectional one: a published Wan
-    as it is, learning the commands. The causal one begins with its weights. 0: none."""
-    clip_weight: Weight = 0.5
-    """Weight of the velocities of that teacher in the training of the causal simulator."""
-    steps: FromZero = 0
-    """Optimiser steps of the ODE warm-up: where the many passes of the round's simulator end,
-    learned by one of posttrain.sampling_steps passes, after real frames. 0: none."""
-    self_forcing_steps: FromZero = 0
-    """Optimiser steps of the same after the learner's own frames. 0: none."""
-    teacher_steps: Passes = 16
-    """Denoising steps per frame of the teacher."""
-    batch: Shards = 8
-    """Windows per step."""
-    frames: Annotated[int, Range(2, 1000)] = 4
-    """Target frames per window: what self-forcing rolls out, in chunks."""
-    lr: Rate = 5e-4
-    """Peak learning rate of warm-up and self-forcing."""
-
-    @property
-    def on(self) -> bool:
-        """Whether there is a stage distill."""
-        return bool(self.steps or self.self_forcing_steps)
-
-
-@dataclass(frozen=True)
 class ReflectorConfig(PublishedReflector):
     """Reward and termination head (paper section 3.4)."""
 
@@ -448,14 +420,9 @@ class Config:
         head = "head for a policy this large: a network would be a second one in memory"
         yield not self.policy.large or self.posttrain.value == "head", "posttrain.value", head
         first = collect.episodes * len(env.tasks)
-        distill, rl = self.distill, self.posttrain
-        trained = "0 for a WoVR, which is taken as it is"
-        for name in ("clip_steps", "steps", "self_forcing_steps"):
-            holds = self.simulator.kind != "wovr" or not getattr(distill, name)
-            yield holds, f"distill.{name}", trained
-        for passes in (rl.sampling_steps, rl.refresh_sampling_steps) if distill.on else ():
-            multiple = f"a multiple of the {passes} passes it is distilled to"
-            yield distill.teacher_steps % passes == 0, "distill.teacher_steps", multiple
+        rl = self.posttrain
+        passes = {rl.sampling_steps, rl.refresh_sampling_steps}
+        yield from self.distill.fits(self.simulator.kind, passes)
         enough = f"enough to hold out one of the first round's {first} episodes"
         yield round(1 / collect.held_out) <= first, "collect.held_out", enough
 

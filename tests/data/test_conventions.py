@@ -1,5 +1,7 @@
 """What files do not say is measured: when observations were taken, and how images lie."""
 
+import math
+
 import h5py
 import numpy as np
 import pytest
@@ -73,8 +75,10 @@ def test_any_square_size_is_averaged():
     rng = np.random.default_rng(0)
     for side, size in ((224, 64), (84, 64), (100, 7), (64, 128), (5, 3)):
         images = rng.integers(0, 256, (2, side, side, 3), dtype=np.uint8)
-        fine = np.repeat(np.repeat(images, size, 1), size, 2).astype(float)  # side * size pixels
-        exact = fine.reshape(2, size, side, size, side, 3).mean(axis=(2, 4))
+        fine = math.lcm(side, size)  # pixels a side that both grids are made of
+        one, block = fine // side, fine // size
+        pixels = np.repeat(np.repeat(images, one, 1), one, 2).astype(float)
+        exact = pixels.reshape(2, size, block, size, block, 3).mean(axis=(2, 4))
         small = area_resize(images, size)
         assert small.shape == (2, size, size, 3)
         assert np.abs(small - exact).max() <= 0.5 + 1e-3

@@ -9,12 +9,14 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
+
+from worldenv.models.published_sizes import OPENVLA
 
 KEY = "libero_spatial_no_noops"
 PIECE = 1 << 24  # numbers written at once
@@ -39,7 +41,7 @@ class Layout:
 
 
 TINY = Layout()
-FULL = Layout(224, 1024, 1152, 4304, 4096, 32, 32, 11008)
+FULL = Layout(**{f.name: getattr(OPENVLA, f.name) for f in fields(OPENVLA) if f.name != "padding"})
 
 
 def shapes(layout: Layout = TINY) -> dict[str, list[int]]:

@@ -282,10 +282,11 @@ def _machine(results: dict[str, Any]) -> str:
         rows = [
             f"<tr><td>{text(name)}</td>"
             f"<td>{duration(v.get('seconds', 0))}{bar(v.get('seconds', 0) / total)}</td>"
+            f"<td>{_gigabytes(v.get('peak_memory_bytes'))}</td>"
             f'<td class="details"><small>{_details(v)}</small></td></tr>'
             for name, v in stages.items()
         ]
-        rows.append(f"<tr><th>total</th><th>{duration(total)}</th><th></th></tr>")
+        rows.append(f"<tr><th>total</th><th>{duration(total)}</th><th></th><th></th></tr>")
         parts.append(f'<div class="scroll"><table>{"".join(rows)}</table></div>')
     else:
         parts.append(absent("timing of stages"))
@@ -294,13 +295,12 @@ def _machine(results: dict[str, Any]) -> str:
     if is_number(speed):
         facts["imagined frames/s"] = speed
     facts["real episodes used"] = results.get("real_episodes_used")
-    if is_number(results.get("peak_memory_bytes")):
-        facts["peak memory"] = f"{results['peak_memory_bytes'] / 2**30:.1f} GB"
+    facts["peak memory"] = _gigabytes(results.get("peak_memory_bytes")) or None
     machine = results.get("machine") or {}
     if isinstance(machine, dict):
         machine = dict(machine)
         if is_number(machine.get("memory_bytes")):
-            machine["memory"] = f"{machine.pop('memory_bytes') / 2**30:.1f} GB"
+            machine["memory"] = _gigabytes(machine.pop("memory_bytes"))
         facts |= machine
     else:
         facts["machine"] = machine
@@ -311,6 +311,10 @@ def _machine(results: dict[str, Any]) -> str:
         f"<dt>{text(k)}</dt><dd>{text(plain(v))}</dd>" for k, v in facts.items() if v is not None
     )
     return "".join([*parts, f"<dl>{items}</dl>"])
+
+
+def _gigabytes(size: object) -> str:
+    return f"{size / 2**30:.1f} GB" if is_number(size) else ""
 
 
 def _details(stage: dict[str, Any]) -> str:

@@ -107,17 +107,26 @@ class PeakMemory:
     """Watches the memory of this process and its children while the `with` block runs.
 
     `bytes` is the highest sum of resident sizes seen, sampled every `interval` seconds from a
-    thread. Pages that processes share are counted in each, so it errs upward.
+    thread. Pages that processes share are counted in each, so it errs upward. `gpu_bytes` is what
+    torch's tensors took of a GPU at most.
     """
 
-    def __init__(self, interval: float = 0.5) -> None:
-        self.bytes = 0
+    def __init__(self, device: torch.device | None = None, interval: float = 0.5) -> None:
+        self.bytes = self.gpu_bytes = 0
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self._interval = interval
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
 
+    def peaks(self) -> dict[str, int]:
+        """Both, as a record keeps them."""
+        found = {"peak_memory_bytes": self.bytes}
+        return found if self._gpu is None else {**found, "peak_gpu_bytes": self.gpu_bytes}
+
     def __enter__(self) -> PeakMemory:
         self._sample()
+        if self._gpu is not None:
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         self._thread.start()
         return self
 
@@ -130,6 +139,8 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
         self._sample()
+        if self._gpu is not None:
+            self.gpu_bytes = torch.cuda.max_memory_allocated(self._gpu)
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval):

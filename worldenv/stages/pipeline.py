@@ -18,7 +18,6 @@ from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
 from worldenv.models.folder import weight_bytes
-from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.stages import (
@@ -37,7 +36,7 @@ from worldenv.stages import (
     simulator,
     store,
 )
-from worldenv.stages.run import Run, Stage, Step, read_record, write_record
+from worldenv.stages.run import Run, Stage, Step, read_record
 
 LARGEST_TIMED = 1 << 30  # bytes of weights that are run to say how long a run takes
 FIRST = (collect.DEMONSTRATIONS, sft.STAGE)
@@ -73,10 +72,8 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     run.save_config()
     _adopt(run, named, marks)
     _announce(run, marks)
-    with devices.PeakMemory() as memory:
-        for name, step in steps(run.config).items():
-            records.perform(run, step, marks[name])
-    _remember_peak(run, memory.bytes)
+    for name, step in steps(run.config).items():
+        records.perform(run, step, marks[name])
     return results.report(run, list(marks))
 
 
@@ -295,10 +292,3 @@ def _check_adopted(run: Run, step: Step, record: dict) -> None:
         store.check_fits(own, run.embodiment, what, drawn=bool(own.cameras))
     except UserError as error:
         raise UserError(f"{error} {mend}") from error
-
-
-def _remember_peak(run: Run, peak: int) -> None:
-    """Keep the highest memory of all attempts at this run beside the last stage's record."""
-    record = run.record("evaluate")
-    record["peak_memory_bytes"] = max(peak, record.get("peak_memory_bytes") or 0)
-    write_record(run.path("stages", "evaluate.json"), record)

@@ -112,28 +112,28 @@ def _simulator(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
 
 
 def _reflector(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
-    part, model = config.reflector, costs.reflector
-    explored = _explored(config)
-    frames = _demonstrated(config) + explored
-    imagined = explored * config.collect.record_every // config.env.chunk
-    # On a CPU episodes, sequences and the padded batch are copies; replays come on top.
-    share = 1 / LENGTH
-    padded = int((frames + imagined) * share)
-    count = padded + (2 * frames + imagined if here.cpu else 0)
-    data = {"recorded frames": count * _frame(config, costs)}
-    worlds = _worlds(config, costs, here, min(REPLAYED, config.posttrain.rows))
-    yield Moment("replays", _held(here, simulator=costs.simulator) | worlds | data)
-    judge = costs.judge(config.posttrain.rows)
-    if judge.feature:
-        seen = {"features": 2 * padded * judge.feature}
-        work = {"activations": judge.watch(part.encode_batch)}
-        yield Moment("features", _held(here, reflector=model) | work | data | seen)
-        data = seen | ({"recorded frames": 2 * frames * _frame(config, costs)} if here.cpu else {})
+    part, model, judge = config.reflector, costs.reflector, costs.judge(config.posttrain.rows)
     size = part.batch // here.shards
     line = costs.learn(size)
+    explored = _explored(config)
+    frames = _demonstrated(config) + explored
+    # On a CPU episodes and sequences are copies.
+    data = {"recorded frames": 2 * frames * _frame(config, costs)} if here.cpu else {}
     if line is not None:
+        # With the padded batch as a third; replays come on top.
+        imagined = explored * config.collect.record_every // config.env.chunk
+        padded = int((frames + imagined) / LENGTH)
+        count = padded + (2 * frames + imagined if here.cpu else 0)
+        shown = {"recorded frames": count * _frame(config, costs)}
+        worlds = _worlds(config, costs, here, min(REPLAYED, config.posttrain.rows))
+        yield Moment("replays", _held(here, simulator=costs.simulator) | worlds | shown)
+        if judge.feature:
+            seen = {"features": 2 * padded * judge.feature}
+            work = {"activations": judge.watch(part.encode_batch)}
+            yield Moment("features", _held(here, reflector=model) | work | shown | seen)
+            shown = seen | data
         step = _step(here, line, size, here.shards, model.trained_bytes)
-        yield Moment("a step", _held(here, reflector=model) | step | data)
+        yield Moment("a step", _held(here, reflector=model) | step | shown)
     if part.calibrate:
         everyone = _held(here, policy=costs.policy, simulator=costs.simulator, reflector=model)
         yield Moment("calibration", _imagine(config, costs, here, everyone) | data)

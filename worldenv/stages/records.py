@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from worldenv.runtime import device as devices
 from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.logging import read_metrics
 from worldenv.stages.run import Run, Step, read_record, write_record
@@ -36,11 +37,12 @@ def perform(run: Run, step: Step, mark: str) -> dict:
         return record
     begun = time.perf_counter()
     try:
-        record = step.stage.work(run, mark, step.number)
+        with devices.PeakMemory(run.device) as memory:
+            record = step.stage.work(run, mark, step.number)
     except BaseException:
         _begin(run, step, mark, _spent(run, step, mark) + time.perf_counter() - begun)
         raise
-    return finish(run, step, mark, record, time.perf_counter() - begun)
+    return finish(run, step, mark, record | memory.peaks(), time.perf_counter() - begun)
 
 
 def settle(run: Run, step: Step, mark: str) -> dict | None:

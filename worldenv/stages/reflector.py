@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldenv.data.episode import Episode
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.envs.imagined import first_frames, imagined_envs
 from worldenv.envs.start import Start
@@ -38,22 +39,42 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     """
     config, part = run.config, run.config.reflector
     demonstrations, explored, _ = load_round(run, number)
+    simulator_path = run.path("checkpoints", f"{world_of(config, number)}.safetensors")
+    reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
+    learned = {}
+    if any(p.requires_grad for p in reflector.parameters()):  # of a prompted one nothing is trained
+        learned = _learn(run, mark, number, reflector, simulator_path, demonstrations, explored)
+    if part.calibrate and explored:
+        simulator = store.load("simulator", simulator_path, run.device)
+        policy = store.load("policy", policy_path, run.device)
+        reflector.threshold.fill_(_calibrated(run, number, policy, simulator, reflector))
+    name = f"reflector-{number}"
+    store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
+    training.finish(run, name)
+    return {**learned, "threshold": round(float(reflector.threshold), 4)}
+
+
+def _learn(
+    run: Run,
+    mark: str,
+    number: int,
+    reflector: Reflector,
+    simulator_path: Path,
+    demonstrations: list[Episode],
+    explored: list[Episode],
+) -> dict:
+    """Train on all frames so far, real and replayed; what of it is recorded."""
+    config, part = run.config, run.config.reflector
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     own = from_first_step(chunk_sequences(explored, config.env.chunk))
-    simulator_path = run.path("checkpoints", f"{world_of(config, number)}.safetensors")
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
-    steps = config.sampling_steps(number)
-    imagined = replay(simulator, own, steps, derive(config.seed, "reflector replay", number))
+    passes = config.sampling_steps(number)
+    imagined = replay(simulator, own, passes, derive(config.seed, "reflector replay", number))
+    del simulator
     shown = [*sequences, *imagined]
     data = padded(shown, run.device)
-    del simulator
-    reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
-    sampler = _BalancedFrames(data)
-    trains = any(p.requires_grad for p in reflector.parameters())  # of a prompted one nothing is
-    if trains:
-        frames = Features(run, reflector, shown, data) if reflector.frozen else _Pictures(data)
-
-    size = training.shard_size(run, part.batch)
+    frames = Features(run, reflector, shown, data) if reflector.frozen else _Pictures(data)
+    sampler, size = _BalancedFrames(data), training.shard_size(run, part.batch)
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         g = generator(config.seed, "reflector", number, step, shard)
@@ -63,25 +84,22 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
         right = ((logits > 0) == (labels > 0.5)).float().mean()
         return loss, {"loss": loss.detach(), "accuracy": right}
 
-    name = f"reflector-{number}"
     steps = part.refresh_steps if number else part.steps
-    tail = {}
-    if trains:
-        tail = training.train(
-            run, name, mark, reflector, loss_at, steps=steps, lr=part.lr, weight_decay=0.05
-        )
-    if part.calibrate and explored:
-        simulator = store.load("simulator", simulator_path, run.device)
-        policy = store.load("policy", policy_path, run.device)
-        reflector.threshold.fill_(_calibrated(run, number, policy, simulator, reflector))
-    store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
-    training.finish(run, name)
+    tail = training.train(
+        run,
+        f"reflector-{number}",
+        mark,
+        reflector,
+        loss_at,
+        steps=steps,
+        lr=part.lr,
+        weight_decay=0.05,
+    )
     return {
         "sequences": len(sequences),
         "imagined_sequences": len(imagined),
         "positives": int((data["success"] & data["valid"]).sum()),
         "negatives": int((~data["success"] & data["valid"]).sum()),
-        "threshold": round(float(reflector.threshold), 4),
         **tail,
     }
 

@@ -121,7 +121,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
             r.get("check_episodes", 0) + (r["episodes"] if n.startswith(("demo", "explore")) else 0)
             for n, r in records.items()
         ),
-        "peak_memory_bytes": records["evaluate"].get("peak_memory_bytes"),
+        "peak_memory_bytes": max(r.get("peak_memory_bytes", 0) for r in records.values()),
         "machine": {**devices.describe(), "threads": parallel.threads()},
         "evaluation": outcomes,
     }
