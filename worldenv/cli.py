@@ -7,7 +7,7 @@ A `UserError` is printed without a traceback and exits with 2; Ctrl-C, SIGTERM a
 
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import tyro
 
 from worldenv import doctor as doctor_module
-from worldenv.config import Config
+from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
 from worldenv.fields import Items, Range, bare, check
 from worldenv.models.policy import Policy
@@ -42,7 +42,7 @@ from worldenv.runtime.seeds import derive
 from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
-from worldenv.stages import pipeline, store
+from worldenv.stages import pipeline, store, trial
 from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 
@@ -96,7 +96,9 @@ class TrainArguments:
 
 @dataclass(frozen=True)
 class EvalArguments:
-    """Measure a policy's success in the real benchmark on held-out starts."""
+    """Measure a policy's success in the real benchmark on held-out starts.
+
+    With --simulator: how far a round's learned world can be trusted, on fresh real episodes."""
 
     run_dir: Path = Path("runs/default")
     """Run folder whose configuration to use."""
@@ -107,7 +109,17 @@ class EvalArguments:
     fixture_seeds: FixtureSeeds | None = None
     """Seeds of the fixture placement; default: the run's."""
     out: Path | None = None
-    """Write the episodes' outcomes to this JSON file."""
+    """Write the episodes' outcomes, or what was measured of the world, to this JSON file."""
+    simulator: bool = False
+    """Measure the simulator and the reflector of a round instead (docs/measures.md): fresh real
+    episodes of the policy that explored are collected in the run folder, below measures/."""
+    trial: Annotated[trial.Trial, tyro.conf.arg(name="")] = field(default_factory=trial.Trial)
+
+    def rules(self) -> Iterator[tuple[bool, str, str]]:
+        """What goes together."""
+        yield self.simulator or self.trial == trial.Trial(), "simulator", "to be given beside these"
+        for name in ("policy", "starts", "fixture_seeds"):
+            yield not self.simulator or getattr(self, name) is None, name, "none with --simulator"
 
 
 @dataclass(frozen=True)
@@ -314,6 +326,9 @@ def _preset_name(argv: list[str]) -> str:
 
 def _evaluate() -> None:
     arguments = parse(EvalArguments)
+    if arguments.simulator:
+        _measure(arguments)
+        return
     run = open_run(arguments.run_dir)
     policy = _policy(run, arguments.policy)
     part = run.config.evaluate
@@ -334,6 +349,15 @@ def _evaluate() -> None:
     if arguments.out is not None:
         write_json(arguments.out, {"successes": wins, "episodes": outcomes})
     run.close()
+
+
+def _measure(arguments: EvalArguments) -> None:
+    config = load(arguments.run_dir / "config.json")
+    with closing(Run(replace(config, run_dir=arguments.run_dir))) as run:
+        measured = trial.run(run, arguments.trial)
+    if arguments.out is not None:
+        write_json(arguments.out, measured)
+    print(trial.told(measured))
 
 
 def _collect() -> None:

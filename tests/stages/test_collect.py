@@ -15,7 +15,7 @@ from worldenv.models.policy import Policy
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.stages import collect
-from worldenv.stages.collect import EpisodeRecorder, _missing, record_policy
+from worldenv.stages.collect import EpisodeRecorder, left_to_record, record_policy
 from worldenv.stages.reality import Reality
 
 STARTS = [Start(3, 0, 7), Start(3, 1, 7)]
@@ -42,10 +42,10 @@ def write(folder, start: Start = STARTS[0], success: bool = False, **meta) -> No
 
 
 def test_an_episode_is_who_acted_and_how(tmp_path):
-    assert _missing(tmp_path, "A", STARTS, alone=True) == STARTS
+    assert left_to_record(tmp_path, "A", STARTS, alone=True) == STARTS
     write(tmp_path, mark="A")
-    assert _missing(tmp_path, "A", STARTS, alone=False) == STARTS[1:]
-    assert _missing(tmp_path, "B", STARTS, alone=False) == STARTS
+    assert left_to_record(tmp_path, "A", STARTS, alone=False) == STARTS[1:]
+    assert left_to_record(tmp_path, "B", STARTS, alone=False) == STARTS
     assert len(read_episodes(tmp_path)) == 1
 
 
@@ -53,7 +53,7 @@ def test_an_episode_is_who_acted_and_how(tmp_path):
 def test_a_run_trains_on_no_episodes_but_its_own(tmp_path, meta):
     write(tmp_path, **meta)
     with pytest.raises(UserError, match="1 episodes that no run recorded"):
-        _missing(tmp_path, "mark", STARTS, alone=True)
+        left_to_record(tmp_path, "mark", STARTS, alone=True)
     assert len(read_episodes(tmp_path)) == 1
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from worldenv.runtime import places
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # The page's variables; these values (its light ones) only pass through matplotlib.
 PALETTE = {
@@ -171,19 +173,25 @@ def bar(share: float, colour: str = "accent") -> str:
 def _draw(
     title: str, description: str, size: tuple[int, int], paint: Callable[[Axes], None]
 ) -> str:
+    with drawing(*size, **{"svg.hashsalt": title}) as figure, io.StringIO() as file:
+        paint(figure.subplots())
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=nothing)
+        return _inline(file.getvalue(), title, description, size)
+
+
+@contextmanager
+def drawing(width: int, height: int, **settings: object) -> Iterator[Figure]:
+    """A figure of so many pixels (at 72 an inch) in the report's style; settings: of matplotlib."""
     # Loaded when a page is drawn: no command should wait for it at its start. It writes a cache.
     os.environ.update(places.library_environment(os.environ))
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(), io.StringIO() as file:
+    with matplotlib.rc_context():
         matplotlib.rcdefaults()  # whatever a matplotlibrc of the user's says
-        matplotlib.rcParams.update(_STYLE | {"svg.hashsalt": title})
-        figure = Figure(figsize=(size[0] / 72, size[1] / 72), layout="constrained")
-        paint(figure.subplots())
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", metadata=nothing)
-        return _inline(file.getvalue(), title, description, size)
+        matplotlib.rcParams.update(_STYLE | settings)
+        yield Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
 def _inline(svg: str, title: str, description: str, size: tuple[int, int]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.report import curves
+from worldenv.report import curves, measures
 from worldenv.report.charts import bar, interval_chart
 from worldenv.report.parts import (
     PAGE,
@@ -63,6 +63,7 @@ def write_report(run_dir: Path | str, missing: Sequence[str] = ()) -> Path:
         ("Task by task", _tasks(results)),
         ("Post-training inside the world", curves.posttraining(metrics)),
         ("The learned world", curves.world(results)),
+        *measures.sections(run_dir / "measures"),
         ("The reflector", curves.reflector(results)),
         ("Losses", curves.losses(metrics)),
         ("Time and machine", _machine(results)),

@@ -100,7 +100,7 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
         for task in config.env.tasks
         for index in range(count)
     ]
-    missing = _missing(folder, mark, starts, alone)
+    missing = left_to_record(folder, mark, starts, alone)
     env = make_env(config, config.env.workers)
     try:
         with DatasetWriter(folder) as writer, progress.bar(len(starts), "demonstrations") as bar:
@@ -128,14 +128,14 @@ def record_policy(
     """
     config, alone = reality.config, bool(mark)
     mark = mark or fingerprint(
-        store.digest(policy), config.seed, world(config), _recording(config), number
+        store.digest(policy), config.seed, world(config), recording(config), number
     )
     starts = [
         _exploration_start(config, task, number, k)
         for task in config.env.tasks
         for k in range(count)
     ]
-    missing = _missing(folder, mark, starts, alone)
+    missing = left_to_record(folder, mark, starts, alone)
     if missing:
         _roll_out(reality, policy, missing, folder, mark, number)
     return _counts(folder, mark)
@@ -173,7 +173,7 @@ def exploration_noise(config: Config, policy: Policy) -> Noise:
     return exploration(policy.distribution, config.collect, moves)
 
 
-def _recording(config: Config) -> tuple:
+def recording(config: Config) -> tuple:
     """How a policy's episodes are made: its noise, which frames are kept, when they end."""
     part = config.collect
     noise = (part.push, 0 if part.push else part.scale, part.temperature)
@@ -247,7 +247,7 @@ def _exploration_start(config: Config, task: int, number: int, k: int) -> Start:
     return Start(task, None if after > before else (k - before) % TUNING_STARTS, seed)
 
 
-def _missing(folder: Path, mark: str, starts: list[Start], alone: bool) -> list[Start]:
+def left_to_record(folder: Path, mark: str, starts: list[Start], alone: bool) -> list[Start]:
     """Starts that folder has no episode of yet that was recorded under `mark`.
 
     alone: whether it may hold no others (what a run trains on). UserError if it does: what another

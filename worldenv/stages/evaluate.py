@@ -6,6 +6,7 @@ benchmark's signal has fired by then. Policies act on their mean.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,16 +35,7 @@ def run(run: Run, mark: str, number: int = 0) -> dict:
     for label, name in policies.items():
         policy = store.load("policy", run.path("checkpoints", f"{name}.safetensors"), run.acting)
         path = run.path("evaluation", f"{label}.json")
-        stored = read_record(path) or {}
-        done = stored["episodes"] if stored.get("mark") == mark else []
-        have = {(e["task"], e["start"], e["seed"]) for e in done}
-        left = [s for s in starts if (s.task, s.index, s.seed) not in have]
-
-        def keep(episodes: list[dict], path=path, done: tuple[dict, ...] = tuple(done)) -> None:
-            write_record(path, {"mark": mark, "episodes": [*done, *episodes]})
-
-        more = evaluate_policy(run, policy, left, f"evaluate {label}", reflector, keep)
-        outcomes[label] = sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
+        outcomes[label] = resumed(run, policy, starts, f"evaluate {label}", path, mark, reflector)
     return {"outcomes": outcomes}
 
 
@@ -59,6 +51,29 @@ STAGE = Stage(
     keeps=("evaluation/sft.json", "evaluation/posttrained.json"),
     rounds=False,
 )
+
+
+def resumed(
+    run: Run,
+    policy: Policy,
+    starts: Sequence[Start],
+    label: str,
+    path: Path,
+    mark: str,
+    reflector: Reflector | None = None,
+) -> list[dict]:
+    """What `evaluate_policy` returns, in the order of task, start and seed. The episodes are kept
+    in `path`, and those that are there under this mark are not repeated."""
+    stored = read_record(path) or {}
+    done = stored["episodes"] if stored.get("mark") == mark else []
+    have = {(e["task"], e["start"], e["seed"]) for e in done}
+    left = [s for s in starts if (s.task, s.index, s.seed) not in have]
+
+    def keep(episodes: list[dict]) -> None:
+        write_record(path, {"mark": mark, "episodes": [*done, *episodes]})
+
+    more = evaluate_policy(run, policy, left, label, reflector, keep)
+    return sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
 
 
 def held_out_starts(run: Run) -> list[Start]:

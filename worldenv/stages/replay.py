@@ -20,8 +20,10 @@ def replay(
     steps: int,
     seed: int,
     batch: int = 16,
+    given: int = 1,
 ) -> list[FrameSequence]:
-    """Imagined versions of sequences: same first frame and actions, generated frames and proprio.
+    """Imagined versions of sequences: same first frames (`given` of them) and actions, generated
+    frames and proprio after them.
 
     steps: denoising steps per frame. Sequences of like length run together.
     """
@@ -31,7 +33,7 @@ def replay(
     with progress.bar(len(sequences), "imagined replays") as bar:
 
         def piece(group: list[int]) -> list[FrameSequence]:
-            done = _replay(simulator, sequences, group, steps, seed)
+            done = _replay(simulator, sequences, group, steps, seed, given)
             bar.advance(len(group))
             return done
 
@@ -41,19 +43,25 @@ def replay(
 
 
 def _replay(
-    simulator: Simulator, sequences: list[FrameSequence], group: list[int], steps: int, seed: int
+    simulator: Simulator,
+    sequences: list[FrameSequence],
+    group: list[int],
+    steps: int,
+    seed: int,
+    given: int,
 ) -> list[FrameSequence]:
     device = simulator.device
     chosen = [sequences[i] for i in group]
     state = simulator.start(len(group))
     everyone = np.ones(len(group), bool)
-    image = torch.stack([s.images[:1] for s in chosen]).to(device)
-    proprio = torch.stack([s.proprio[:1] for s in chosen]).to(device)
-    still = torch.zeros(len(group), 1, *chosen[0].actions.shape[1:], device=device)
+    image = torch.stack([s.images[:given] for s in chosen]).to(device)
+    proprio = torch.stack([s.proprio[:given] for s in chosen]).to(device)
+    led = torch.zeros(len(group), given, *chosen[0].actions.shape[1:], device=device)
+    led[:, 1:] = torch.stack([s.actions[: given - 1] for s in chosen])
     seeds = torch.tensor([derive(seed, i) for i in group], device=device)
-    simulator.prefill(state, everyone, image, proprio, still, seeds)
-    frames, states = [image[:, 0].cpu()], [proprio[:, 0].cpu()]
-    for t in range(max(len(s) for s in chosen) - 1):
+    simulator.prefill(state, everyone, image, proprio, led, seeds)
+    frames, states = list(image.cpu().unbind(1)), list(proprio.cpu().unbind(1))
+    for t in range(given - 1, max(len(s) for s in chosen) - 1):
         action = torch.stack([s.actions[min(t, len(s) - 2)] for s in chosen]).to(device)
         live = np.array([t < len(s) - 1 for s in chosen])
         picture, after = simulator.step(state, action, steps, live)

@@ -148,6 +148,7 @@ class LiberoVectorEnv(VectorEnv):
             self._rows[i] = _Row(task=chosen[i].task)  # not to be redone if this is interrupted
         for i, view in self._ask("reset", requests).items():
             self._rows[i] = _Row(chosen[i], chosen[i].task)
+            self._rows[i].objects[0] = view["objects"]
             self._image[i], self._proprio[i] = view["image"], view["proprio"]
         return self._observation(), self._info()
 
@@ -243,6 +244,11 @@ class LiberoVectorEnv(VectorEnv):
             raise failure
         return [episodes[k] for k in range(len(starts))]
 
+    def objects(self, row: int) -> dict[int, dict[str, np.ndarray]]:
+        """Where the goal's things were in a row's episode, [3] in m by name, after each number of
+        steps at which it was looked at. For measuring only: no observation holds it."""
+        return self._rows[row].objects
+
     def close_extras(self, **kwargs: Any) -> None:
         """Ends the worker processes."""
         pool = getattr(self, "_pool", None)  # absent if the constructor refused its arguments
@@ -322,6 +328,7 @@ class _Row:
     def __init__(self, start: Start | None = None, task: int = 0) -> None:
         self.start, self.task = start, task
         self.actions: list[np.ndarray] = []
+        self.objects: dict[int, dict[str, np.ndarray]] = {}
         self.steps = 0
         self.success_step = -1
         self.terminated = self.truncated = False
@@ -350,6 +357,7 @@ class _Row:
     def advance(self, actions: np.ndarray, chunk: Chunk, max_steps: int, terminate: str) -> float:
         """Counts an executed chunk; the reward."""
         executed = len(chunk.dones)
+        self.objects |= {self.steps + step: view["objects"] for step, view in chunk.views}
         first = self.success_step < 0 and bool(chunk.dones.any())
         if first:
             self.success_step = self.steps + int(np.argmax(chunk.dones)) + 1

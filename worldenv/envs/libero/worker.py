@@ -140,7 +140,7 @@ class LiberoSimulator:
         ).astype(np.float32)
 
     def observe(self) -> dict[str, np.ndarray]:
-        """Renders now: image [V, H, W, 3] uint8 upright, proprio [8] float32."""
+        """Renders now: image [V, H, W, 3] uint8 upright, proprio [8] float32; and `objects`."""
         proprio = self.proprio()
         size = self.render_size
         self._context.gl_ctx.make_current()
@@ -149,7 +149,19 @@ class LiberoSimulator:
             self._env.sim.render(camera_name=name, width=size, height=size)[::-1, ::-1]
             for name in CAMERAS
         ]
-        return {"image": area_resize(np.stack(views), self.image_size), "proprio": proprio}
+        image = area_resize(np.stack(views), self.image_size)
+        return {"image": image, "proprio": proprio, "objects": self.objects()}
+
+    def objects(self) -> dict[str, np.ndarray]:
+        """Where the things are that the goal names, [3] in m: what is moved comes first. As of the
+        last `proprio`. For measuring only: nothing that learns or acts may see it."""
+        env, data = self._env, self.sim.data._data
+        names = dict.fromkeys(name for goal in self.goal_state for name in goal[1:])
+        bodies = {
+            name: data.xpos[body] for name, body in env.obj_body_id.items()
+        }  # sites have none
+        places = ((name, bodies.get(name)) for name in names)
+        return {n: np.float32(data.site(n).xpos if at is None else at) for n, at in places}
 
     def state(self) -> np.ndarray:
         """Everything the physics goes on from (time, qpos, qvel, warm start, controls), float64."""
