@@ -122,7 +122,8 @@ def nested(name: str, value: Any) -> dict:
 
 def as_arguments(name: str, value: Any) -> list[str] | None:
     """How a person would type the value, None where the command line cannot say it."""
-    flag = {"data.paths": "--data"}.get(name, f"--{name.replace('_', '-')}")
+    flag = f"--{name.removeprefix('trial.').replace('_', '-')}"  # a group without a name of its own
+    flag = {"--data.paths": "--data"}.get(flag, flag)
     if isinstance(value, dict | bool) or value is None or "\ud800" in str(value):
         return None
     words = value if isinstance(value, list) else [value]

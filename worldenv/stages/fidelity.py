@@ -19,11 +19,13 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
 from worldenv.stages.collect import load_round
+from worldenv.stages.measures import HORIZONS
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to, world_of
+from worldenv.stages.scene import World
 
-HORIZONS = (1, 2, 4, 8, 12, 16)
+STILL, FEW_LEADS = 8, (1, 4)  # what takes seconds; all of it, and more, is a trial's (trial.py)
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -38,11 +40,14 @@ def run(run: Run, mark: str, number: int) -> dict:
     )
     steps = config.sampling_steps(number)
     imagined = replay(simulator, real, steps, derive(config.seed, "fidelity", number))
+    world = World(config, run.embodiment, simulator, reflector, real, number, imagined)
     measured = {
         "episodes": len(real),
         "sampling_steps": steps,
         **horizon_errors(real, imagined),
         **outcome_agreement(reflector, real, imagined),
+        **world.frames(STILL),
+        "event": {"placing": world.placings(FEW_LEADS)},
         "reflector": reflector_quality(reflector, real),
     }
     for horizon, value in measured["psnr_per_horizon"].items():

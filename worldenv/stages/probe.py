@@ -76,7 +76,7 @@ def fit(
     pixels: Tensor,
     radius: float,
     g: torch.Generator,
-    steps: int = STEPS,
+    steps: int,
     tick: Callable[[], None] = lambda: None,
 ) -> Probe:
     """A probe of images `[N, H, W, 3]` uint8 and the true pixels `[N, K, 2]` of K things.
@@ -176,16 +176,14 @@ def truth(episode: Episode, steps: Sequence[int], camera: Camera, size: int) -> 
 class Finder:
     """Two probes, each fitted to every other episode: what one is asked about it has not seen."""
 
-    def __init__(
-        self, episodes: list[Episode], view: int, camera: Camera, seed: int, steps: int = STEPS
-    ) -> None:
+    def __init__(self, episodes: list[Episode], view: int, camera: Camera, seed: int) -> None:
         self.view, size = view, episodes[0].images.shape[2]
         self.images = [torch.from_numpy(e.images[:, view].copy()) for e in episodes]
         self.places = [truth(e, e.frame_steps, camera, size) for e in episodes]
         self.radius = math.ceil(
             100 * REACH / float(torch.cat([p.scale for p in self.places]).min())
         )
-        with progress.bar(2 * steps, "probes") as bar:
+        with progress.bar(2 * STEPS, "probes") as bar:
             folds = [
                 partial(
                     fit,
@@ -193,7 +191,7 @@ class Finder:
                     torch.cat([p.pixels for p in self.places[other::2]]),
                     self.radius,
                     generator(seed, "probe", other),
-                    steps,
+                    STEPS,
                     bar.advance,
                 )
                 for other in (1, 0)
