@@ -42,7 +42,8 @@ from worldenv.runtime.seeds import derive
 from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
-from worldenv.stages import pipeline, store, trial
+from worldenv.stages import pipeline, store
+from worldenv.stages import trial as measuring
 from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 
@@ -113,11 +114,17 @@ class EvalArguments:
     simulator: bool = False
     """Measure the simulator and the reflector of a round instead (docs/measures.md): fresh real
     episodes of the policy that explored are collected in the run folder, below measures/."""
-    trial: Annotated[trial.Trial, tyro.conf.arg(name="")] = field(default_factory=trial.Trial)
+    trial: Annotated[measuring.Trial, tyro.conf.arg(name="")] = field(
+        default_factory=measuring.Trial
+    )
 
     def rules(self) -> Iterator[tuple[bool, str, str]]:
         """What goes together."""
-        yield self.simulator or self.trial == trial.Trial(), "simulator", "to be given beside these"
+        yield (
+            self.simulator or self.trial == measuring.Trial(),
+            "simulator",
+            "to be given beside these",
+        )
         for name in ("policy", "starts", "fixture_seeds"):
             yield not self.simulator or getattr(self, name) is None, name, "none with --simulator"
 
@@ -354,10 +361,10 @@ def _evaluate() -> None:
 def _measure(arguments: EvalArguments) -> None:
     config = load(arguments.run_dir / "config.json")
     with closing(Run(replace(config, run_dir=arguments.run_dir))) as run:
-        measured = trial.run(run, arguments.trial)
+        measured = measuring.run(run, arguments.trial)
     if arguments.out is not None:
         write_json(arguments.out, measured)
-    print(trial.told(measured))
+    print(measuring.told(measured))
 
 
 def _collect() -> None:

@@ -129,7 +129,8 @@ def test_a_trial_from_beginning_to_end(run):
         sum(s % 2 == 0 for s in seeds) / 6, abs=1e-3
     )
     for name in ("simulator-0", "film-0"):
-        assert Image.open(run.dir / "measures" / f"{name}.png").width > 300
+        with Image.open(run.dir / "measures" / f"{name}.png") as image:
+            assert image.width > 300
     ((title, body),) = drawing.sections(run.dir / "measures")
     assert "6 fresh episodes" in title
     assert body.count("data:image/png") == 2
@@ -148,12 +149,12 @@ def test_what_is_refused(run, monkeypatch):
         (replace(ASKED, round=7), "round 7: expected 0..1"),
         (replace(ASKED, episodes=5, policy_starts=5, round=0), "expected at least 6 of each"),
         (replace(ASKED, policy_starts=7, round=0), "no more starts than episodes"),
-        (replace(ASKED, within=0.1, round=0), "expected about 94 episodes"),
+        (replace(ASKED, within=0.1, round=0), "Expected about 94 episodes"),
     ):
         with pytest.raises(UserError, match=words):
             trial.run(run, asked)
     run.config = replace(run.config, env=replace(run.config.env, image_size=32))
-    with pytest.raises(UserError, match="trained with env.image_size 64, got 32"):
+    with pytest.raises(UserError, match=r"trained with env\.image_size 64, got 32"):
         trial.run(run, replace(ASKED, round=0))
     monkeypatch.undo()
     with pytest.raises(UserError, match="has not run"):

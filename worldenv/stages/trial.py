@@ -46,7 +46,7 @@ from worldenv.stages.scene import Things, World, fixed_camera
 
 FEWEST = 6  # values of which no half can all lie on one side of the middle by chance (95%)
 POLICIES = 8
-WEAKER = (0.1, 0.14, 0.07, 0.18)  # noise in deviations of each tensor's own numbers: 0.2 leaves nothing
+WEAKER = (0.1, 0.14, 0.07, 0.18)  # noise in deviations of each tensor; 0.2 leaves nothing
 
 
 @dataclass(frozen=True)
