@@ -2,8 +2,8 @@
 
 A small convolutional detector, fitted in seconds to real frames with their true places: per thing a
 softmax over cells of 4 x 4 pixels and "nowhere", and an offset within the cell. What nowhere looks
-like is taught with things painted over by what another frame shows there; as many squares are
-pasted where nothing is, so that the paste itself says nothing. Frames are blurred and made noisy at
+like is taught with things painted over by a square of another frame; as many squares are pasted
+where nothing is, so that the paste itself says nothing. Frames are blurred and made noisy at
 random, for a picture that is merely less sharp has lost nothing. A liberty: a thing that is hidden
 from the camera counts as present where it is.
 """
@@ -25,8 +25,8 @@ from worldenv.stages.measures import Places
 
 CELL = 4  # pixels
 CANDIDATES = 8  # frames tried to paint with
-STEPS, BATCH = 400, 64
-REACH = 0.09  # m from the middle of a thing to beyond its edge
+STEPS, BATCH = 350, 32
+REACH = 0.08  # m from the middle of a thing to beyond its edge
 THINGS = "object_"  # what extras of an episode that hold true places begin with
 
 
@@ -41,6 +41,7 @@ class Probe(nn.Module):
         for reach in (1, 2, 4, 1):
             layers += [nn.Conv2d(width, width, 3, padding=reach, dilation=reach), nn.SiLU()]
         self.net = nn.Sequential(*layers, nn.Conv2d(width, 3 * things, 1))
+        self.net.to(memory_format=torch.channels_last)  # a third faster to train on a CPU
         self.nowhere = nn.Parameter(torch.zeros(things))
         line = torch.linspace(-1, 1, size)
         rows, columns = torch.meshgrid(line, line, indexing="ij")
@@ -50,7 +51,8 @@ class Probe(nn.Module):
         """Logits `[N, K, cells + 1]`, the last for nowhere, and offsets `[N, K, 2, cells]` in
         cells. images: float `[N, 3, H, W]` in [0, 1]."""
         seen = torch.cat([images - 0.5, self.place.expand(len(images), -1, -1, -1)], 1)
-        out = self.net(seen).unflatten(1, (self.things, 3)).flatten(3)
+        out = self.net(seen.contiguous(memory_format=torch.channels_last))
+        out = out.contiguous().unflatten(1, (self.things, 3)).flatten(3)
         nowhere = self.nowhere[:, None].expand(len(images), -1, -1)
         return torch.cat([out[:, :, 0], nowhere], -1), out[:, :, 1:]
 
@@ -119,31 +121,36 @@ def _loss(probe: Probe, images: Tensor, pixels: Tensor, present: Tensor) -> Tens
 def painted(
     images: Tensor, pixels: Tensor, rows: Tensor, radius: float, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Frames `rows` [B] of images `[N, H, W, 3]`, half of them with one thing painted over by a
-    square of another frame and the others with a square somewhere else: ([B, H, W, 3], present
-    [B, K] bool). A square for which no frame is found that shows none of the things stays away.
+    """Frames `rows` [B] of images `[N, H, W, 3]`, half of them with one thing painted over, the
+    others with a square pasted away from all things: ([B, H, W, 3], present [B, K] bool).
+
+    What is pasted is a square of another frame at about the same height that shows none of the
+    things; where none is found, nothing is.
     """
     size, count, batch = images.shape[1], pixels.shape[1], len(rows)
+    every = torch.arange(batch)
     own = pixels[rows]
-    thing = torch.randint(count, (batch,), generator=g)
     hide = torch.rand(batch, generator=g) < 0.5
+    thing = torch.randint(count, (batch,), generator=g)
     anywhere = torch.rand(batch, 2, generator=g) * size
-    centre = torch.where(hide[:, None], own[torch.arange(batch), thing], anywhere)
+    centre = torch.where(hide[:, None], own[every, thing], anywhere)
     donors = torch.randint(len(images), (batch, CANDIDATES), generator=g)
-    near = (pixels[donors] - centre[:, None, None]).abs().amax(-1) < 2 * radius
-    fits = ~near.any(-1)  # [B, CANDIDATES]
+    across, down = torch.rand(2, batch, CANDIDATES, generator=g)
+    column = radius + across * (size - 2 * radius)
+    row = (centre[:, 1:] + (2 * down - 1) * radius).clamp(radius, size - radius)
+    source = torch.stack([column, row], -1)  # [B, CANDIDATES, 2]
+    empty = ((pixels[donors] - source[:, :, None]).abs().amax(-1) > 2 * radius).all(-1)
     covered = (own - centre[:, None]).abs().amax(-1)  # [B, K]
-    clear = hide | (covered > 2 * radius).all(-1)
-    usable = fits.any(-1) & clear
-    donor = donors[torch.arange(batch), fits.float().argmax(-1)]
-    at = torch.arange(size) + 0.5
-    inside = ((at - centre[:, :1]).abs() < radius)[:, None, :] & (
-        (at - centre[:, 1:]).abs() < radius
-    )[:, :, None]
-    paste = inside & usable[:, None, None]
-    shown = torch.where(paste[..., None], images[donor], images[rows])
-    present = ~((covered < 0.7 * radius) & (usable & hide)[:, None])
-    return shown, present
+    usable = empty.any(-1) & (hide | (covered > 2 * radius).all(-1))
+    pick = empty.float().argmax(-1)
+    donor, shift = donors[every, pick], (source[every, pick] - centre).round().long()
+    at = torch.arange(size)
+    near = (at + 0.5 - centre[..., None]).abs() < radius  # [B, 2, size]
+    paste = (near[:, 1, :, None] & near[:, 0, None]) & usable[:, None, None]
+    along = (at + shift[..., None]) % size
+    other = images[donor[:, None, None], along[:, 1, :, None], along[:, 0, None]]
+    shown = torch.where(paste[..., None], other, images[rows])
+    return shown, ~((covered < 0.7 * radius) & (usable & hide)[:, None])
 
 
 def _blurred(images: Tensor, g: torch.Generator) -> Tensor:
