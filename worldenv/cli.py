@@ -43,9 +43,9 @@ from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
-from worldenv.stages import trial as measuring
 from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, acting, open_run, world_of, write_json
+from worldenv.stages.trial import Trial, run_trial, told
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Arguments = TypeVar("_Arguments")
@@ -112,16 +112,13 @@ class EvalArguments:
     out: Path | None = None
     """Write the episodes' outcomes, or what was measured of the world, to this JSON file."""
     simulator: bool = False
-    """Measure the simulator and the reflector of a round instead (docs/measures.md): fresh real
-    episodes of the policy that explored are collected in the run folder, below measures/."""
-    trial: Annotated[measuring.Trial, tyro.conf.arg(name="")] = field(
-        default_factory=measuring.Trial
-    )
+    """Measure the world of a round instead, on fresh real episodes (docs/measures.md)."""
+    trial: Annotated[Trial, tyro.conf.arg(name="")] = field(default_factory=Trial)
 
     def rules(self) -> Iterator[tuple[bool, str, str]]:
         """What goes together."""
         yield (
-            self.simulator or self.trial == measuring.Trial(),
+            self.simulator or self.trial == Trial(),
             "simulator",
             "to be given beside these",
         )
@@ -334,8 +331,7 @@ def _preset_name(argv: list[str]) -> str:
 def _evaluate() -> None:
     arguments = parse(EvalArguments)
     if arguments.simulator:
-        _measure(arguments)
-        return
+        return _measure(arguments)
     run = open_run(arguments.run_dir)
     policy = _policy(run, arguments.policy)
     part = run.config.evaluate
@@ -361,10 +357,10 @@ def _evaluate() -> None:
 def _measure(arguments: EvalArguments) -> None:
     config = load(arguments.run_dir / "config.json")
     with closing(Run(replace(config, run_dir=arguments.run_dir))) as run:
-        measured = measuring.run(run, arguments.trial)
+        measured = run_trial(run, arguments.trial)
     if arguments.out is not None:
         write_json(arguments.out, measured)
-    print(measuring.told(measured))
+    print(told(measured))
 
 
 def _collect() -> None:

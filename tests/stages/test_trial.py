@@ -100,9 +100,9 @@ def run(tmp_path, monkeypatch):
 def test_a_trial_from_beginning_to_end(run):
     run.reality.stop_after = 2
     with pytest.raises(KeyboardInterrupt):
-        trial.run(run, replace(ASKED, round=0))
+        trial.run_trial(run, replace(ASKED, round=0))
     run.reality.stop_after = 1000
-    measured = trial.run(run, replace(ASKED, round=0))
+    measured = trial.run_trial(run, replace(ASKED, round=0))
     assert len(run.reality.begun) == 6  # those that were finished are not repeated
     assert len(set(run.reality.begun)) == 6
     assert {s.index for s in run.reality.begun} == {None}  # placements of their own
@@ -136,7 +136,7 @@ def test_a_trial_from_beginning_to_end(run):
     assert body.count("data:image/png") == 2
     assert "imagined - real success, posttrained" in trial.told(measured)
 
-    again = trial.run(run, replace(ASKED, round=0))
+    again = trial.run_trial(run, replace(ASKED, round=0))
     assert run.asked == [6] * 4 + [0] * 4  # neither are policies' episodes
     clocks = ("seconds",)
     assert {k: v for k, v in again.items() if k not in clocks} == {
@@ -152,13 +152,13 @@ def test_what_is_refused(run, monkeypatch):
         (replace(ASKED, within=0.1, round=0), "Expected about 94 episodes"),
     ):
         with pytest.raises(UserError, match=words):
-            trial.run(run, asked)
+            trial.run_trial(run, asked)
     run.config = replace(run.config, env=replace(run.config.env, image_size=32))
     with pytest.raises(UserError, match=r"trained with env\.image_size 64, got 32"):
-        trial.run(run, replace(ASKED, round=0))
+        trial.run_trial(run, replace(ASKED, round=0))
     monkeypatch.undo()
     with pytest.raises(UserError, match="has not run"):
-        trial.run(run, replace(ASKED, round=0))
+        trial.run_trial(run, replace(ASKED, round=0))
     assert not run.reality.begun
 
 

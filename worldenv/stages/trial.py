@@ -69,7 +69,7 @@ class Trial:
         check_fields(self, lambda name: f"--{name.replace('_', '-')}")
 
 
-def run(run: Run, asked: Trial) -> dict:
+def run_trial(run: Run, asked: Trial) -> dict:
     """Collect, measure, write measures/simulator-N.json and draw it; returns what it holds."""
     begun, config = time.perf_counter(), run.config
     n = config.posttrain.rounds - 1 if asked.round is None else asked.round
