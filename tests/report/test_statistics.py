@@ -6,9 +6,13 @@ import pytest
 from worldenv.report.statistics import (
     area_under_curve,
     bootstrap_difference,
+    bootstrap_mean,
+    difference_of_rates,
     mcnemar,
     paired_difference,
+    pearson,
     roc_curve,
+    spearman,
     wilson,
 )
 
@@ -33,6 +37,37 @@ def test_wilson_edges():
     assert (wilson(0, 0).low, wilson(0, 0).high) == (0.0, 1.0)
     with pytest.raises(ValueError, match="got 3 of 2"):
         wilson(3, 2)
+
+
+def test_newcombes_own_example():
+    found = difference_of_rates(wilson(56, 70), wilson(48, 80))
+    assert found.mean == pytest.approx(0.2)
+    assert (found.low, found.high) == pytest.approx((0.0524, 0.3339), abs=1e-4)
+    none = difference_of_rates(wilson(10, 10), wilson(10, 10))
+    assert (none.low, none.high) == pytest.approx((-0.2775, 0.2775), abs=1e-4)
+
+
+def test_a_mean_is_as_sure_as_its_values_are_alike():
+    values = np.random.default_rng(1).normal(3, 1, 400)
+    found = bootstrap_mean(values)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert bootstrap_mean([2.0, 2.0, 2.0]).high == 2.0
+
+
+def test_correlations_have_intervals():
+    x = np.arange(10.0)
+    y = x[[1, 0, *range(2, 10)]]  # one swap: the sum of squared ranks' differences is 2
+    found = spearman(x, np.exp(y))
+    assert found.mean == pytest.approx(1 - 12 / 990)
+    assert (found.low, found.high) == pytest.approx((0.9288, 0.9980), abs=1e-3)
+    half = 1.96 / np.sqrt(7)
+    found = pearson(x, y)
+    assert np.arctanh([found.low, found.high]) == pytest.approx(
+        [np.arctanh(found.mean) - half, np.arctanh(found.mean) + half], abs=1e-3
+    )
+    assert np.isnan(pearson(x, [1.0] * 10).mean)
+    assert np.isnan(spearman(x, [1.0] * 10).low)
 
 
 # Gained, lost and p-values of binomial tests computed by hand.

@@ -30,10 +30,10 @@ def test_a_world_that_is_right():
         assert psnr[kind][VIEWS[0]]["8"] == {"value": 100.0, "low": 100.0, "high": 100.0, "n": 4}
     assert measures.hand_errors(REAL, REAL, ROBOT)["8"]["value"] == 0
     assert "12" not in measures.hand_errors(REAL, REAL, ROBOT)  # no episode is as long
-    still = measures.motionless(REAL, ROBOT)
+    still = measures.motionless(REAL, ROBOT, 6)
     drift = measures.drift(still, still)
-    assert list(drift) == [str(k) for k in range(1, 33)]
-    assert drift["32"]["value"] == 100
+    assert list(drift) == [str(k) for k in range(1, 7)]
+    assert drift["6"]["value"] == 100
 
 
 def test_a_world_that_freezes_is_a_still_picture():
@@ -57,7 +57,7 @@ def test_a_world_that_freezes_is_a_still_picture():
 def test_nothing_is_asked_of_the_motionless_robot_but_its_gripper():
     closed = replace(REAL[0], proprio=REAL[0].proprio.clone())
     closed.proprio[:, 6:] = 0
-    opened, shut = measures.motionless([REAL[0], closed], ROBOT, chunks=3)
+    opened, shut = measures.motionless([REAL[0], closed], ROBOT, 3)
     assert len(opened) == 4
     assert opened.actions.shape == (3, 8, 7)
     assert not opened.actions[..., :6].any()

@@ -27,7 +27,7 @@ def draw(measured: dict[str, Any], path: Path) -> None:
     """Six panels of a trial's figures as a PNG; bands and bars are 95% intervals."""
     paints = (_pixels, _hand, _drift, _things, _events, _policies)
     titles = (
-        "Error of the picture, dB (dotted: first frame kept)",
+        "PSNR, dB (dotted: a still picture, moving pixels)",
         "End-effector error, cm",
         "Nothing done: PSNR to the first frame, dB",
         "Things lost (vanished or jumped), share of episodes",
@@ -96,28 +96,26 @@ def _share(figure: dict[str, Any]) -> str | None:
 
 
 def _line(axes: Axes, figures: dict[str, Any], name: str, colour: str, style: str = "-") -> None:
-    """A figure by horizon or lead as a line with its band."""
+    """A figure by horizon or lead as a line with its band; dotted ones are there to compare with,
+    and have neither band nor name."""
     rows = [(int(k), v) for k, v in figures.items() if v.get("value") is not None]
-    if not rows:
-        return
     x, y = [k for k, _ in rows], [v["value"] for _, v in rows]
-    marker = "" if style == ":" or len(x) > 8 else "o"
-    label = None if style == ":" else name
-    axes.plot(x, y, style, color=PALETTE[colour], marker=marker, label=label)
-    low = [v["value"] if v["low"] is None else v["low"] for _, v in rows]
-    high = [v["value"] if v["high"] is None else v["high"] for _, v in rows]
-    if style != ":":
-        axes.fill_between(x, low, high, color=PALETTE[colour], alpha=0.18, linewidth=0)
+    if style == ":":
+        axes.plot(x, y, style, color=PALETTE[colour])
+        return
+    marker = "o" if len(x) <= 8 else ""
+    axes.plot(x, y, style, color=PALETTE[colour], marker=marker, label=name)
+    sure = [(k, v["low"], v["high"]) for k, v in rows if v.get("low") is not None]
+    if sure:
+        axes.fill_between(*zip(*sure, strict=True), color=PALETTE[colour], alpha=0.18, linewidth=0)
 
 
 def _pixels(axes: Axes, measured: dict[str, Any]) -> None:
-    psnr, colours = measured["psnr"], iter(COLOURS * 4)
-    for kind in ("all", "moving"):
-        for view, figures in psnr[kind].items():
-            colour = next(colours)
-            _line(axes, figures, f"{view}, {kind}", colour)
-            if kind == "moving":
-                _line(axes, psnr["moving_copy"][view], "", colour, ":")
+    psnr = measured["psnr"]
+    for colour, view in zip(COLOURS, psnr["all"], strict=False):
+        _line(axes, psnr["all"][view], f"{view}, all", colour)
+        _line(axes, psnr["moving"][view], f"{view}, moving", colour, "--")
+        _line(axes, psnr["moving_copy"][view], "", colour, ":")
     axes.set_xlabel("chunks ahead")
 
 
@@ -138,12 +136,9 @@ def _things(axes: Axes, measured: dict[str, Any]) -> None:
             label = name.split("_", 2)[-1].replace("_", " ")
             label = label if len(measured["things"]) == 1 else f"{task}: {label}"
             for kind, style in (("imagined", "-"), ("on_real", ":")):
-                lost = {
-                    h: {**v, "value": v["value"] + kinds[kind]["jumped"][h]["value"]}
-                    for h, v in kinds[kind]["vanished"].items()
-                }
-                bare = {h: {**v, "low": v["value"], "high": v["value"]} for h, v in lost.items()}
-                _line(axes, bare, label, colour, style)
+                gone, moved = kinds[kind]["vanished"], kinds[kind]["jumped"]
+                lost = {h: {"value": gone[h]["value"] + moved[h]["value"]} for h in gone}
+                _line(axes, lost, label, colour, style)
     axes.set(xlabel="chunks ahead", ylim=(0, None))
 
 

@@ -113,9 +113,7 @@ def hand_errors(
     }
 
 
-def motionless(
-    real: list[FrameSequence], robot: Embodiment, chunks: int = DRIFT
-) -> list[FrameSequence]:
+def motionless(real: list[FrameSequence], robot: Embodiment, chunks: int) -> list[FrameSequence]:
     """What should happen from each first frame if nothing is done and the gripper is kept as it
     is: nothing."""
     made = []

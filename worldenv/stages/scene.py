@@ -46,19 +46,22 @@ class World:
         self.config, self.robot, self.number = config, robot, number
         self.simulator, self.reflector, self.real = simulator, reflector, real
         self.passes = config.sampling_steps(number)
-        self.imagined = imagined or self._replay(real, "replay")
+        self.imagined = imagined or self.replayed(real, "replay")
 
-    def _replay(self, shown: list[FrameSequence], *key: str | int, given: int = 1) -> list:
+    def replayed(
+        self, shown: list[FrameSequence], *key: str | int, given: int = 1
+    ) -> list[FrameSequence]:
+        """Their imagined twins, `given` frames real; key: of the noise."""
         seed = derive(self.config.seed, "trial", self.number, *key)
         return replay(self.simulator, shown, self.passes, seed, given=given)
 
     def frames(self, still: int | None = None) -> dict:
         """Errors of pictures and of the hand, and the drift; still: of so many episodes only."""
-        unmoved = measures.motionless(self.real[:still], self.robot)
+        unmoved = measures.motionless(self.real[:still], self.robot, measures.DRIFT)
         return {
             "psnr": measures.pixel_errors(self.real, self.imagined, self.robot.views),
             "hand_error_cm": measures.hand_errors(self.real, self.imagined, self.robot),
-            "drift_psnr": measures.drift(unmoved, self._replay(unmoved, "drift")),
+            "drift_psnr": measures.drift(unmoved, self.replayed(unmoved, "drift")),
         }
 
     def placings(
@@ -85,7 +88,7 @@ class World:
             ]
             return [float(r[1:].max()) > threshold for r in score(self.reflector, watched)]
 
-        said = verdicts(self._replay(frames, "placing", lead, given=2))
+        said = verdicts(self.replayed(frames, "placing", lead, given=2))
         told = {
             **measures.agreement(said, truth),
             "on_real": measures.agreement(verdicts(frames), truth),
@@ -170,7 +173,7 @@ class Things:
         for lead in LEADS:
             found = measures.branches(self.real, moments, lead)
             frames = [b.frames for b in found]
-            shown = self.world._replay(frames, "grasp", lead, given=2)
+            shown = self.world.replayed(frames, "grasp", lead, given=2)
             rows: tuple[list, list, list] = ([], [], [])
             for b, i in zip(found, shown, strict=True):
                 k, cut = b.moment.sequence, slice(b.begin - 1, b.moment.end + 1)

@@ -60,8 +60,7 @@ class Trial:
     policy_starts: Episodes = 30
     """With --simulator: fresh starts per task on which each policy to rank really acts."""
     policies: Annotated[tuple[Path, ...], Items(least=0)] = ()
-    """With --simulator: checkpoints of policies to rank; default: the run's own, and weaker copies
-    of them."""
+    """With --simulator: checkpoints to rank beside the run's own; default: weaker copies."""
     within: Annotated[float, Range(0.01, 0.5)] | None = None
     """With --simulator: refuse fewer episodes than it takes to know any rate to within this."""
 
@@ -212,25 +211,31 @@ def weakened(policy: Policy, noise: float, g: torch.Generator) -> Policy:
     return copied
 
 
-def ranked(run: Run, named: tuple[Path, ...], n: int) -> dict[str, Policy]:
-    """The policies to rank by name: those named, else the run's own and weaker copies of them."""
+def ranked(run: Run, named: tuple[Path, ...], n: int) -> tuple[dict[str, Policy], dict[str, str]]:
+    """The run's own policies up to round n by name, and beside them those named, or weaker copies
+    until there are POLICIES; and the names of those that are left out, being another once more (a
+    round may keep what it began with), with that other's."""
     config = run.config
-    if named:
-        return {p.stem: store.load("policy", p, run.device, config) for p in named}
-    folder = run.dir / "checkpoints"
     own = ["policy-sft", *(f"policy-{k}" for k in range(n + 1))]
-    paths = {name: folder / f"{name}.safetensors" for name in own}
-    found = {
-        name: store.load("policy", path, run.device, config)
-        for name, path in paths.items()
-        if path.exists()
-    }
+    paths = {name: run.dir / "checkpoints" / f"{name}.safetensors" for name in own}
+    files = {name: path for name, path in paths.items() if path.exists()}
+    files |= {str(path): path for path in named}
+    found: dict[str, Policy] = {}
+    same: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for name, path in files.items():
+        policy = store.load("policy", path, run.device, config)
+        twin = first.setdefault(store.digest(policy), name)
+        if twin == name:
+            found[name] = policy
+        else:
+            same[name] = twin
     strong = list(found.items())
-    for level in WEAKER:
+    for level in () if named else WEAKER:
         for name, policy in strong[: POLICIES - len(found)]:
             g = generator(config.seed, "weaker", name, str(level))
             found[f"{name} weakened {level}"] = weakened(policy, level, g)
-    return found
+    return found, same
 
 
 # ---------------------------------------------------------------- figures
@@ -290,7 +295,8 @@ def _policies(
             chosen.append(k)
     starts = [Start(episodes[k].task, None, episodes[k].seed) for k in chosen]
     gaps = {}
-    for name, policy in ranked(run, asked.policies, world.number).items():
+    policies, same = ranked(run, asked.policies, world.number)
+    for name, policy in policies.items():
         imagined = world.succeeds(policy.to(run.device), chosen)
         digest = store.digest(policy)
         path = run.path("measures", "policies", f"{digest[:16]}.json")
@@ -299,13 +305,16 @@ def _policies(
         asked_for = {(s.task, s.seed) for s in starts}
         real = [e["success"] for e in done if (e["task"], e["seed"]) in asked_for]
         gaps[name] = measures.gap(imagined, real)
+    gaps_of = {**gaps, **{name: gaps[twin] for name, twin in same.items()}}
     before, after = policy_before(world.number), f"policy-{world.number}"
     closed = {"explored_with_noise": measures.gap(noisy, [e.success for e in episodes])}
-    closed |= {k: gaps[n] for k, n in (("explored", before), ("posttrained", after)) if n in gaps}
+    closed |= {
+        k: gaps_of[n] for k, n in (("explored", before), ("posttrained", after)) if n in gaps_of
+    }
     enough = len(gaps) >= 4
     return {
         "closed_loop": closed,
-        "ranking": {**(measures.ranking(gaps) if enough else {}), "policies": gaps},
+        "ranking": {**(measures.ranking(gaps) if enough else {}), "policies": gaps, "same": same},
     }
 
 
