@@ -103,6 +103,7 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trial.run_trial(run, replace(ASKED, round=0))
     run.reality.stop_after = 1000
+    (run.dir / "results.json").write_text("{}")
     measured = trial.run_trial(run, replace(ASKED, round=0))
     assert len(run.reality.begun) == 6  # those that were finished are not repeated
     assert len(set(run.reality.begun)) == 6
@@ -135,6 +136,7 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
     ((title, body),) = drawing.sections(run.dir / "measures")
     assert "6 fresh episodes" in title
     assert body.count("data:image/png") == 2
+    assert body in (run.dir / "report.html").read_text()
     assert "imagined - real success, posttrained" in trial.told(measured)
 
     assert run.asked == [6] * 4

@@ -14,12 +14,12 @@ from torch import Tensor
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.report.statistics import area_under_curve, roc_curve
+from worldenv.report.statistics import roc_curve
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
 from worldenv.stages.collect import load_round
-from worldenv.stages.measures import HORIZONS
+from worldenv.stages.measures import HORIZONS, auc
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to, world_of
@@ -116,7 +116,7 @@ def outcome_agreement(
     agreed = [(t > threshold) == y for t, y in zip(top, truth, strict=True)]
     return {
         "outcome_agreement": round(sum(agreed) / len(agreed), 4),
-        "outcome_auc": _auc(top, truth),
+        "outcome_auc": auc(top, truth),
     }
 
 
@@ -138,20 +138,13 @@ def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
         fpr, tpr = roc_curve(frames, labels)
         curve = {"fpr": fpr.round(5).tolist(), "tpr": tpr.round(5).tolist()}
     return {
-        "auc": _auc(frames, labels),
+        "auc": auc(frames, labels),
         "false_stop_rate": round(false_stops / len(real), 4),
         "missed_success_rate": round(missed / successes, 4) if successes else None,
         "episodes": len(real),
         "frames": len(frames),
         "roc": curve,
     }
-
-
-def _auc(scores: list[float], labels: list[bool]) -> float | None:
-    """Area under the ROC curve, None where only one label occurs."""
-    if not 0 < sum(labels) < len(labels):
-        return None
-    return round(area_under_curve(scores, labels), 4)
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

@@ -20,6 +20,7 @@ from worldenv.data.embodiment import Embodiment
 from worldenv.data.windows import FrameSequence
 from worldenv.report.statistics import (
     Interval,
+    area_under_curve,
     bootstrap_mean,
     difference_of_rates,
     pearson,
@@ -267,6 +268,13 @@ def agreement(said: Sequence[bool], truth: Sequence[bool]) -> dict[str, Figure]:
         "of_no": rate([s == t for s, t in pairs if not t]),
         "majority": round(max(yes, len(pairs) - yes) / len(pairs), 4) if pairs else None,
     }
+
+
+def auc(scores: list[float], labels: list[bool]) -> float | None:
+    """Area under the ROC curve, None where only one label occurs."""
+    if not 0 < sum(labels) < len(labels):
+        return None
+    return round(area_under_curve(scores, labels), 4)
 
 
 def held(true: Places, found: Places, branch: Branch) -> tuple[bool, bool]:

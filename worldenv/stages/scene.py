@@ -69,7 +69,7 @@ class World:
     ) -> dict:
         """By lead: does the judge say of a branch what happened by its end? As imagined, on the
         same frames as they really were ("on_real": the judge's own error), and, of those that are
-        `near`, as imagined ("near")."""
+        `near`, as imagined ("near"). "auc" is what any threshold could do."""
         moments = measures.placings(self.real, score(self.reflector, self.real))
         return {
             str(lead): self._judged(measures.branches(self.real, moments, lead), lead, near)
@@ -81,18 +81,20 @@ class World:
         truth = [bool(f.success[-1]) for f in frames]
         threshold = float(self.reflector.threshold)
 
-        def verdicts(shown: list[FrameSequence]) -> list[bool]:
+        def highest(shown: list[FrameSequence]) -> list[float]:
             watched = [
                 measures.after_first(self.real[b.moment.sequence], s)
                 for b, s in zip(found, shown, strict=True)
             ]
-            return [float(r[1:].max()) > threshold for r in score(self.reflector, watched)]
+            return [float(r[1:].max()) for r in score(self.reflector, watched)]
 
-        said = verdicts(self.replayed(frames, "placing", lead, given=2))
-        told = {
-            **measures.agreement(said, truth),
-            "on_real": measures.agreement(verdicts(frames), truth),
-        }
+        def told_by(scores: list[float]) -> dict:
+            said = [r > threshold for r in scores]
+            return {**measures.agreement(said, truth), "auc": measures.auc(scores, truth)}
+
+        scores = highest(self.replayed(frames, "placing", lead, given=2))
+        said = [r > threshold for r in scores]
+        told = {**told_by(scores), "on_real": told_by(highest(frames))}
         if near is not None:
             chosen = [k for k, b in enumerate(found) if truth[k] or near(b.moment)]
             told["near"] = measures.agreement([said[k] for k in chosen], [truth[k] for k in chosen])

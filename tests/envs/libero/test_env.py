@@ -168,6 +168,8 @@ def test_seed_moves_the_fixtures_and_images_are_real(simulator):
     np.testing.assert_allclose(np.linalg.norm(proprio[3:6]), np.pi, atol=0.2)  # looks down
     assert 0.03 < proprio[6] < 0.045  # open
     assert simulator.goal_state == [["on", "akita_black_bowl_1", "plate_1"]]
+    body = simulator.sim.data.body("akita_black_bowl_1_main").xpos
+    assert np.array_equal(simulator.objects()["akita_black_bowl_1"], body.astype(np.float32))
 
 
 def test_fresh_placements_are_like_the_benchmarks(assets):
@@ -248,6 +250,10 @@ def test_rows_step_record_truncate_and_freeze(env):
     assert truncated.tolist() == [True, True]
     assert info["steps"].tolist() == [11, 11]
     assert info["frames"][1]["steps"].tolist() == [9, 11]
+    assert set(observation) == {"image", "proprio", "instruction"}  # where things are is no part
+    seen = env.objects(1)
+    assert [*seen] == [0, 3, 6, 8, 9, 11]
+    assert [*seen[11]] == ["akita_black_bowl_1", "plate_1"]  # what is moved comes first
     frozen, reward, _, truncated, info = env.step(np.full_like(chunk, np.nan))
     assert same(frozen, observation)
     assert truncated.tolist() == [True, True]
@@ -255,6 +261,7 @@ def test_rows_step_record_truncate_and_freeze(env):
     mask = np.array([False, True])
     refilled, info = env.reset(options={"reset_mask": mask, "starts": starts(None, 9)})
     assert info["steps"].tolist() == [11, 0]
+    assert ([*env.objects(0)], [*env.objects(1)]) == ([*seen], [0])
     assert np.array_equal(refilled["image"][0], frozen["image"][0])
     assert not np.array_equal(refilled["image"][1], frozen["image"][1])
     _, _, _, truncated, info = env.step(chunk)
