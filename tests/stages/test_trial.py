@@ -145,6 +145,7 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
         patch.setattr(trial.World, "succeeds", lambda self, policy, chosen, *noise: [True] * 6)
         patch.setattr(trial, "_things", lambda *a: {})
         patch.setattr(drawing, "draw", lambda *a: None)
+        patch.setattr(trial, "write_report", lambda folder: None)
         again = trial.run_trial(run, replace(ASKED, round=0))
     assert run.asked[4:] == [0] * 4  # no policy's episodes are repeated either
     assert [*again["ranking"]["policies"]] == [*policies]
