@@ -120,7 +120,7 @@ class EvalArguments:
         yield (
             self.simulator or self.trial == Trial(),
             "simulator",
-            "to be given beside these",
+            "beside --round and the like",
         )
         for name in ("policy", "starts", "fixture_seeds"):
             yield not self.simulator or getattr(self, name) is None, name, "none with --simulator"
