@@ -121,11 +121,11 @@ def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
 
     The threshold was put by the episodes trained on, so those held out may judge it.
     """
-    scores = score(reflector, real)
+    eta, scores = thresholds.of_reality(reflector), score(reflector, real)
     frames = torch.cat(scores).tolist()
     labels = torch.cat([r.success for r in real]).tolist()
     found = thresholds.peaks(scores, real)
-    false_stops, missed = found.rates(thresholds.of_reality(reflector))
+    false_stops, missed = found.rates(eta)
     successes = int(found.won.sum())
     curve = {}
     if 0 < sum(labels) < len(labels):
