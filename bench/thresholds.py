@@ -35,7 +35,7 @@ from worldenv.stages.evaluate import EVERY, held_out_starts
 from worldenv.stages.reality import Watcher
 from worldenv.stages.reflector import score
 from worldenv.stages.run import Run, open_run, write_json
-from worldenv.stages.thresholds import BOUNDS, Peaks, _from_above, interval, peaks, stopping
+from worldenv.stages.thresholds import BOUNDS, Peaks, exceeded_by, interval, peaks, stopping
 
 ROOT = Path(__file__).parents[1]
 HOLD = 4  # chunks that are watched after success
@@ -56,7 +56,7 @@ def twice(scored: Scored, grace: int) -> Peaks:
 
 def lowest(share: float) -> Callable[[Peaks], float]:
     """The lowest threshold with at most so many false stops."""
-    return lambda found: float(np.clip(_from_above(found.false, share), *BOUNDS))
+    return lambda found: float(np.clip(exceeded_by(found.false, share), *BOUNDS))
 
 
 RULES: dict[str, tuple[Callable, int, str, Callable[[Peaks], float] | None]] = {

@@ -30,10 +30,10 @@ from worldenv.stages.collect import exploration_noise, load_round
 from worldenv.stages.run import Run
 
 GRACE = 1  # chunks
-# Shares of the episodes trained on that may be stopped falsely, and of their successes that may be
-# missed. A reflector is surer of what it was trained on: on others false stops were twice as many,
-# so these are half of the 5% that are wanted.
-FALSE_STOPS, MISSED = 0.025, 0.10
+FALSE_STOPS = (
+    0.025  # of the episodes trained on, so that it is 5% of others: they had twice as many
+)
+MISSED = 0.10  # of successes
 BOUNDS = (0.001, 0.999)  # as `ranges.Threshold`
 CALIBRATION_EPISODES = 2  # imagined from every explored start
 RESAMPLES = 1000
@@ -64,11 +64,11 @@ def imagined(
     episodes = rollout_shards(envs, policy.eval(), starts, seeds=seeds, noise=noise, images=False)
     top = torch.zeros(len(starts), device=episodes.reward.device)
     top.scatter_reduce_(0, episodes.episode, episodes.reward, "amax")
-    won = np.array([e.success for e in explored])
-    tops = top.cpu().view(len(explored), CALIBRATION_EPISODES)
+    won = np.array([context.won for context in contexts])
+    tops = top.cpu().view(len(contexts), CALIBRATION_EPISODES)
     eta = threshold_at(top, sum(e.success for e in explored) / len(explored))
     around = interval(
-        len(explored),
+        len(contexts),
         lambda rows: threshold_at(tops[rows].flatten(), float(won[rows].mean())),
         (0.5, 0.99),
         derive(config.seed, "threshold interval", number),
@@ -131,13 +131,13 @@ def stopping(found: Peaks, false_stops: float = FALSE_STOPS, missed: float = MIS
     most that share of missed successes, it is the middle, as far as possible from either failing;
     where both cannot be had, low: a false stop loses a success, a missed one some steps.
     """
-    low = _from_above(found.false, false_stops)
+    low = exceeded_by(found.false, false_stops)
     tops = found.top[found.won]
-    high = -_from_above(-tops, missed) if len(tops) else low
+    high = -exceeded_by(-tops, missed) if len(tops) else low
     return float(np.clip((low + max(low, high)) / 2, *BOUNDS))
 
 
-def _from_above(values: np.ndarray, share: float) -> float:
+def exceeded_by(values: np.ndarray, share: float) -> float:
     """The lowest number that at most a share of `values` exceed."""
     return float(np.sort(values)[len(values) - 1 - int(share * len(values))])
 
