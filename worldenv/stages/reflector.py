@@ -44,12 +44,8 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
         learned |= thresholds.imagined(run, number, policy, simulator, reflector)
-        own = from_first_step(chunk_sequences(explored, config.env.chunk))
-        found = thresholds.peaks(_rewards(run, reflector, own), own)
-        seed = derive(config.seed, "real threshold interval", number)
-        learned |= thresholds.real(found, seed)
         reflector.threshold.fill_(learned["threshold"])
-        reflector.real_threshold.fill_(learned["real_threshold"])
+        learned |= calibrate_on_real(run, number, reflector, explored)
     name = f"reflector-{number}"
     store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
     training.finish(run, name)
@@ -182,6 +178,16 @@ class _Pictures:
         words = reflector.words([self.data["instruction"][r] for r in rows.tolist()])
         keep = torch.rand(len(rows), reflector.config.width, generator=g).to(features.device)
         return reflector.judge(features[:, 1], features[:, 0], words, keep > DROPOUT)
+
+
+def calibrate_on_real(run: Run, number: int, reflector: Reflector, explored: list[Episode]) -> dict:
+    """Puts the threshold for real frames by the episodes trained on, of an older reflector too; what
+    of it is recorded."""
+    own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
+    found = thresholds.peaks(_rewards(run, reflector, own), own)
+    record = thresholds.real(found, derive(run.config.seed, "real threshold interval", number))
+    reflector.real_threshold.fill_(record["real_threshold"])
+    return record
 
 
 def _rewards(run: Run, reflector: Reflector, own: list[FrameSequence]) -> list[Tensor]:
