@@ -1,10 +1,11 @@
 """What false stops of the reflector, injected at known rates, cost in post-training.
 
-    python -m bench.false_stops RUN [--rates 0 0.05 0.2] [--iterations 4] [--out FILE]
+    python -m bench.false_stops RUN [--rates 0.05 0.2] [--iterations 4] [--out FILE]
 
 In a folder of --work for each rate, the first round of the run's imitated policy is post-trained
 anew in the run's own world, without any check in reality; then it plays the tuning episodes that
-such a check would. The run folder is only read.
+such a check would. What no false stops lead to is the run itself: its own checks after as many
+iterations, and before the first. The run folder is only read.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from bench.__main__ import machine
 from worldenv.config import Config, load
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
-from worldenv.report.statistics import paired_difference, wilson
+from worldenv.report.statistics import wilson
+from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
@@ -35,7 +37,12 @@ def configured(run: Path, rate: float, given: argparse.Namespace) -> Config:
     rl = replace(
         config.posttrain, false_stops=rate, iterations=given.iterations, real_check_every=0
     )
-    return replace(config, run_dir=given.work / f"{run.name}-{rate:g}", threads=1, posttrain=rl)
+    return replace(
+        config,
+        run_dir=given.work / f"{run.name}-{rate:g}-{given.iterations}",
+        threads=1,
+        posttrain=rl,
+    )
 
 
 def trained(run: Path, config: Config) -> Path:
@@ -66,7 +73,7 @@ def outcomes(run: Run, name: str, label: str) -> list[dict]:
 
 
 def measured(run: Path, rate: float, given: argparse.Namespace) -> dict:
-    """Real outcomes before and after, and imagined success of every iteration."""
+    """Real outcomes, and imagined success of every iteration."""
     config = configured(run, rate, given)
     folder = trained(run, config)
     mark = fingerprint(config.seed, config.posttrain, "false stops")
@@ -76,54 +83,67 @@ def measured(run: Path, rate: float, given: argparse.Namespace) -> dict:
         return kept
     here = Run(config)
     try:
-        record = posttrain.run(here, mark, 0)
+        if not here.path("checkpoints", "policy-0.safetensors").exists():
+            posttrain.run(here, mark, 0)
         rows = read_metrics(folder, "posttrain-0")
-        after = outcomes(here, "policy-0", f"rate {rate:g}")
-        before = outcomes(here, "policy-sft", "imitation") if rate == given.rates[0] else None
+        played = outcomes(here, "policy-0", f"rate {rate:g}")
     finally:
         here.close()
     record = {
         "mark": mark,
         "rate": rate,
-        "imagined_success": [round(row["imagined_success"], 4) for row in rows],
-        "contexts": record["contexts"],
-        "after": after,
-        "before": before,
+        "imagined_success": imagined(rows),
+        "successes": sum(e["success"] for e in played),
+        "episodes": played,
     }
     write_record(path, record)
     return record
 
 
-def summary(record: dict, reference: list[dict]) -> dict:
-    """Counts, an interval, and the paired difference to the outcomes `reference`."""
-    won = [e["success"] for e in record["after"]]
-    rate = wilson(sum(won), len(won))
-    pairs = ([float(e["success"]) for e in rows] for rows in (reference, record["after"]))
-    change = paired_difference(*pairs, [(e["task"], e["start"]) for e in reference])
-    return {
-        "rate": record["rate"],
-        "imagined_success": record["imagined_success"],
-        "successes": sum(won),
-        "episodes": len(won),
-        "interval": [round(rate.low, 4), round(rate.high, 4)],
-        "difference": [round(x, 4) for x in (change.mean, change.low, change.high)],
-    }
+def imagined(rows: list[dict]) -> list[float]:
+    """Imagined success of each iteration."""
+    return [round(row["imagined_success"], 4) for row in rows]
+
+
+def itself(run: Path, iterations: int) -> dict:
+    """Real successes of the run's own policy before and after so many iterations, and imagined
+    success of each. UserError if it was not checked then."""
+    checks = {row["step"]: row["real"] for row in read_metrics(run, "check-0")}
+    if not {0, iterations} <= checks.keys():
+        raise UserError(
+            f"{run}: expected checks in reality at iterations 0 and {iterations}, got {[*checks]}. "
+            "Name a run with posttrain.real_check_every, and one of its checks."
+        )
+    config = load(run / "config.json")
+    count = config.posttrain.real_check_episodes * len(config.env.tasks)
+    rows = read_metrics(run, "posttrain-0")[:iterations]
+    won = {step: counted(round(real * count), count) for step, real in checks.items()}
+    return {"imitation": won[0], "imagined_success": imagined(rows), "trained": won[iterations]}
+
+
+def counted(successes: int, episodes: int) -> dict:
+    """Counts with a 95% interval of their ratio."""
+    rate = wilson(successes, episodes)
+    interval = [round(rate.low, 4), round(rate.high, 4)]
+    return {"successes": successes, "episodes": episodes, "interval": interval}
 
 
 def main() -> None:
     """Parses the command line, trains, plays, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="finished run")
-    parser.add_argument("--rates", type=float, nargs="+", default=[0.0, 0.05, 0.2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.05, 0.2])
     parser.add_argument("--iterations", type=int, default=4)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "false-stops")
     parser.add_argument("--out", type=Path, default=ROOT / "results/false-stops/results.json")
     given = parser.parse_args()
+    without = itself(given.run, given.iterations)
     code, records = commit(), [measured(given.run, rate, given) for rate in given.rates]
-    first = records[0]
-    rows = [summary(record, first["after"]) for record in records]
-    for row in rows:
-        print(row)
+    rates = {f"{r['rate']:g}": counted(r["successes"], len(r["episodes"])) for r in records}
+    for record in records:
+        rates[f"{record['rate']:g}"]["imagined_success"] = record["imagined_success"]
+    for name, row in {"none": without, **rates}.items():
+        print(name, row)
     arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     write_json(
         given.out,
@@ -132,12 +152,9 @@ def main() -> None:
             "commit": code,
             "machine": {**machine(), "threads": 1},
             "seed": load(given.run / "config.json").seed,
-            "imitation": {
-                "successes": sum(e["success"] for e in first["before"]),
-                "episodes": len(first["before"]),
-            },
-            "rates": rows,
-            "episodes": {f"{r['rate']:g}": r["after"] for r in records} | {"sft": first["before"]},
+            "without": without,
+            "rates": rates,
+            "episodes": {f"{r['rate']:g}": r["episodes"] for r in records},
         },
     )
 

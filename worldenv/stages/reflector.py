@@ -180,13 +180,13 @@ class _Pictures:
         return reflector.judge(features[:, 1], features[:, 0], words, keep > DROPOUT)
 
 
-def calibrate_on_real(run: Run, number: int, reflector: Reflector, explored: list[Episode]) -> dict:
+def calibrate_on_real(run: Run, number: int, judge: Reflector, explored: list[Episode]) -> dict:
     """Puts the threshold for real frames by the episodes trained on, of an older reflector too; what
     of it is recorded."""
     own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
-    found = thresholds.peaks(_rewards(run, reflector, own), own)
+    found = thresholds.peaks(_rewards(run, judge, own), own)
     record = thresholds.real(found, derive(run.config.seed, "real threshold interval", number))
-    reflector.real_threshold.fill_(record["real_threshold"])
+    judge.real_threshold.fill_(record["real_threshold"])
     return record
 
 
