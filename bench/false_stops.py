@@ -45,8 +45,8 @@ def configured(run: Path, rate: float, given: argparse.Namespace) -> Config:
     )
 
 
-def trained(run: Path, config: Config) -> Path:
-    """The folder with what the round reads and the policy that it makes."""
+def prepared(run: Path, config: Config) -> Path:
+    """The folder with what the round reads."""
     folder = config.run_dir
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():
@@ -75,7 +75,7 @@ def outcomes(run: Run, name: str, label: str) -> list[dict]:
 def measured(run: Path, rate: float, given: argparse.Namespace) -> dict:
     """Real outcomes, and imagined success of every iteration."""
     config = configured(run, rate, given)
-    folder = trained(run, config)
+    folder = prepared(run, config)
     mark = fingerprint(config.seed, config.posttrain, "false stops")
     path = folder / "stages" / "false-stops.json"
     kept = read_record(path)

@@ -181,8 +181,8 @@ class _Pictures:
 
 
 def calibrate_on_real(run: Run, number: int, judge: Reflector, explored: list[Episode]) -> dict:
-    """Puts the threshold for real frames by the episodes trained on, of an older reflector too; what
-    of it is recorded."""
+    """Puts the threshold for real frames, of an older reflector too, by the episodes trained on;
+    what of it is recorded."""
     own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
     found = thresholds.peaks(_rewards(run, judge, own), own)
     record = thresholds.real(found, derive(run.config.seed, "real threshold interval", number))
