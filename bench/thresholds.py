@@ -5,9 +5,9 @@
 Each round's reflector of finished runs scores the real episodes that it was trained on, those held
 out, and (the first round's) all that the second round explored afterwards. Every rule puts a
 threshold by some of them and is measured on the others. --reality: both policies play the held-out
-starts, the reflector watching and stopping nothing; the scores stay in --work, and say what any
-threshold would have cost. No rule is chosen by those. The run folders are only read, and may be of
-versions before real frames had a threshold of their own.
+starts, the reflector watching and stopping nothing; the scores stay in --work (what lies there is
+used in any case), and say what any threshold would have cost. No rule is chosen by those. The run
+folders are only read, and may be of versions before real frames had a threshold of their own.
 """
 
 import argparse
@@ -248,6 +248,36 @@ def table(runs: dict[str, dict]) -> str:
     return "\n".join([f"| rule | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|", *lines])
 
 
+def each(runs: dict[str, dict]) -> str:
+    """Markdown: both thresholds of every run and round, and the errors of the stage's."""
+    lines = ["| run, round | imagined | real | held out | later |", "|---" * 5 + "|"]
+    for name, run in runs.items():
+        for n, rules in run["rounds"].items():
+            own, was = rules["the stage's"], rules["imagined, as it was"]["threshold"]
+            low, high = own["interval"]
+            cells = [f"{own['threshold']:.3f} ({low:.3f} to {high:.3f})"]
+            for kind in ("held out", "later"):
+                of = own["errors"].get(kind)
+                cells.append("" if of is None else "{} of {} / {} of {}".format(*of))
+            lines.append(f"| {name}, {n} | {was:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def real_table(runs: dict[str, dict]) -> str:
+    """Markdown: what the threshold of imagination and the stage's come to in reality."""
+    lines = [
+        "| run, policy | successes | without oracle: imagined's, real's | false stops | missed |",
+        "|---" * 5 + "|",
+    ]
+    for name, run in runs.items():
+        for label, rules in run.get("reality", {}).items():
+            was, own = rules["imagined, as it was"], rules["the stage's"]
+            pairs = [f"{was[k]}, {own[k]}" for k in ("no_oracle", "false_stops", "missed")]
+            head = f"| {name}, {label} | {was['oracle']} of {was['episodes']} | "
+            lines.append(head + " | ".join(pairs) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Parses the command line, scores, plays, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -263,17 +293,14 @@ def main() -> None:
         for n, imagined, kinds in scored(run):
             rounds[n] = {rule: by_rule(rule, imagined, kinds) for rule in RULES}
         runs[folder.name] = {"seed": run.config.seed, "rounds": rounds}
-        if given.reality:
-            found = played(run, given.work / f"{folder.name}.json")
+        path = given.work / f"{folder.name}.json"
+        if given.reality or path.exists():
+            found = played(run, path)
             last = rounds[max(rounds)]
             etas = {rule: last[rule]["threshold"] for rule in RULES}
             runs[folder.name]["reality"] = in_reality(found, etas)
         run.close()
-    print(table(runs))
-    for name, run in runs.items():
-        for label, rules in run.get("reality", {}).items():
-            for rule in ("imagined, as it was", "the stage's"):
-                print(name, label, rule, rules[rule])
+    print(table(runs), each(runs), real_table(runs), sep="\n\n")
     for run in runs.values():
         for rules in run["rounds"].values():
             for rule in rules.values():
