@@ -16,7 +16,7 @@ from worldenv.rl.update import update
 from worldenv.runtime import parallel
 from worldenv.runtime.costs import Counter
 from worldenv.runtime.seeds import generator
-from worldenv.stages import plan, posttrain, store
+from worldenv.stages import plan, posttrain, reality, store
 from worldenv.stages.plan_advice import ROOM
 from worldenv.stages.plan_costs import INSTRUCTION, Costs, weigh
 from worldenv.stages.plan_moments import Machine, highest, moments
@@ -185,7 +185,7 @@ def test_an_iteration_of_post_training(config):
 def test_interpolation_never_says_too_little(config):
     costs, fresh = (Costs(config, widened=False) for _ in range(2))
     costs.imitate(16)
-    for n in (2, 5, 11):
+    for n in (3, 11):
         assert costs.imitate(n).peak(n) >= 0.999 * fresh_peak(fresh, n)
 
 
@@ -210,10 +210,8 @@ def test_small_presets_fit_a_laptop_or_say_what_does_not(name):
     ("kind", "share"),
     [
         ("small", 0.1),
-        *(
-            pytest.param("small", share, marks=pytest.mark.exhaustive)
-            for share in (0.95, 0.8, 0.65)
-        ),
+        ("small", 0.8),
+        *(pytest.param("small", share, marks=pytest.mark.exhaustive) for share in (0.95, 0.65)),
         pytest.param("published", 0.6, marks=pytest.mark.exhaustive),
     ],
 )
@@ -225,8 +223,9 @@ def test_advice_that_is_followed_fits(folders, kind, share, monkeypatch):
         sft=replace(base.sft, batch=64),
         posttrain=replace(base.posttrain, micro_batch=0, minibatch=64, rows=16),
     )
-    own, measured = 300 << 20, plan.machine  # of a process that runs nothing else
-    monkeypatch.setattr(plan, "machine", lambda *a: replace(measured(*a), own=own))
+    own = 300 << 20  # of a process that runs nothing else
+    monkeypatch.setattr(plan, "own_bytes", lambda: own)
+    monkeypatch.setattr(reality, "PROCESS_BYTES", 0)  # no advice changes these
     every = plan.plan(config, 1000.0).stages.values()
     memory = own + share * (max(m.bytes for m in every) - own)
     found = plan.plan(config, memory / plan.GIB)
@@ -247,6 +246,35 @@ def test_advice_that_is_followed_fits(folders, kind, share, monkeypatch):
         return
     again = plan.plan(changed, memory / plan.GIB)
     assert again.fits, {k: m.bytes for k, m in again.stages.items()}
+
+
+def test_a_world_and_a_judge_that_are_taken_as_they_are(tmp_path):
+    """Nothing of WoVR's is trained: its stages hold it, and no more."""
+    from worldenv.layouts import vae, wan
+
+    folder = tmp_path / "wovr"
+    z = vae.wan_vae(tmp_path / "vae").config.z_dim
+    wan.write_wovr(folder, torch.float32, in_channels=z, out_channels=z)
+    vae.reward(folder)
+    base = small()
+    config = replace(
+        base,
+        env=replace(base.env, views=1, image_size=32),
+        simulator=SimulatorConfig(
+            kind="wovr",
+            folder=folder,
+            tokenizer="wan-vae",
+            tokenizer_folder=tmp_path / "vae",
+        ),
+        reflector=ReflectorConfig(kind="wovr", folder=folder, calibrate=False),
+    )
+    costs = Costs(config, widened=False)
+    held = moments(config, costs, MACHINE)
+    for stage in ("simulator", "reflector"):
+        (only,) = held[stage]
+        assert only.what == "taken as it is"
+        assert only.parts["weights, trained"] == 0
+        assert only.parts["weights, frozen"] == getattr(costs, stage).frozen_bytes > 0
 
 
 def test_folders_that_are_not_there(tmp_path):

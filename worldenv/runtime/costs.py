@@ -5,6 +5,7 @@ when it is made until nothing holds it, autograd included, so that what the back
 in it by its true size. What kernels take for themselves while they run is not.
 """
 
+import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,10 +32,19 @@ class Spent:
 
 
 def measure(work: Callable[[], object]) -> Spent:
-    """What `work` takes. Its tensors may be on any device; on `meta` it takes no memory."""
-    with Counter() as counter:
-        result = work()
-        kept = counter.alive
+    """What `work` takes. Its tensors may be on any device; on `meta` it takes no memory.
+
+    What only Python's collector of cycles would free counts as alive: when that runs, who knows.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with Counter() as counter:
+            result = work()
+            kept = counter.alive
+    finally:
+        if collects:
+            gc.enable()
     del result
     return Spent(counter.peak, kept, counter.flops)
 

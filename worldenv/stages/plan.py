@@ -5,12 +5,13 @@ Where that is more than the machine has, changes are looked for that make it fit
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from worldenv.config import Config
 from worldenv.runtime import device as devices
@@ -43,12 +44,15 @@ def plan(config: Config, memory: float | None = None) -> Plan:
     """Of a configuration on the device it names; memory: GiB to plan for, in place of its own."""
     here = machine(config, memory)
     costs = Costs(config, here.widened)
+    if here.cpu:
+        here = replace(here, own=own_bytes())  # only now: with the libraries of its models
     stages = {name: highest(found) for name, found in moments(config, costs, here).items()}
     fits = all(m.bytes <= here.memory for m in stages.values())
     changes = [] if fits else advise(config, costs, here)
     rates: dict[str, float] = {}
     seconds = {}
-    for name, parts in iteration_flops(config, costs).items():
+    work = {} if here.absent else iteration_flops(config, costs)
+    for name, parts in work.items():
         for kind in parts.keys() - rates.keys():
             rates[kind] = rate(here.device, getattr(torch, kind))
         seconds[name] = sum(flops / rates[kind] for kind, flops in parts.items())
@@ -62,7 +66,6 @@ def machine(config: Config, memory: float | None) -> Machine:
         device = torch.device(config.device)
     else:
         device = devices.pick(config.device)
-    own = CONTEXT if device.type == "cuda" else psutil.Process().memory_info().rss
     if memory is not None:
         size = int(memory * GIB)
     elif device.type == "cuda":
@@ -71,28 +74,36 @@ def machine(config: Config, memory: float | None) -> Machine:
         size = devices.memory_limit()
     threads = config.threads or parallel.threads()
     narrow = device.type == "cpu" and devices.autocast_dtype("cpu") is torch.float32
-    return Machine(device, size, own, threads, narrow)
+    return Machine(device, size, CONTEXT, threads, narrow, absent)
+
+
+def own_bytes() -> int:
+    """Resident bytes of this process after a training step on the CPU: the libraries that one
+    loads, and what they take to begin with, are most of what a small run holds."""
+    layer = nn.Conv2d(8, 8, 3)
+    layer(torch.ones(4, 8, 64, 64)).sum().backward()
+    torch.optim.AdamW(layer.parameters()).step()
+    return psutil.Process().memory_info().rss
 
 
 def rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s at which this machine multiplies matrices, on all threads that a run would use: on
-    the device, or on the CPU where that is not here. Takes a second at most."""
-    here = (
-        torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
-    )
-    side = 8192 if here.type == "cuda" else 1024
-    if here.type == "cpu" and dtype is torch.bfloat16:
+    """FLOP/s at which the device multiplies matrices, on all threads that a run would use. Takes
+    a second at most."""
+    side = 8192 if device.type == "cuda" else 1024
+    if device.type == "cpu" and dtype is torch.bfloat16:
         dtype = devices.autocast_dtype("cpu")  # what `models.widened` multiplies in
-    a, b = (torch.ones(side, side, device=here, dtype=dtype) for _ in range(2))
+    a, b = (torch.ones(side, side, device=device, dtype=dtype) for _ in range(2))
     best, begun = float("inf"), time.perf_counter()
     while time.perf_counter() - begun < 0.3:
         start = time.perf_counter()
         a @ b
-        if here.type == "cuda":
-            torch.cuda.synchronize(here)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
-    busy = min(parallel.threads(), parallel.SHARDS) if here.type == "cpu" else 1
-    return 2 * side**3 / best * busy / (torch.get_num_threads() if here.type == "cpu" else 1)
+    if device.type == "cuda":
+        return 2 * side**3 / best
+    busy = min(parallel.threads(), parallel.SHARDS)
+    return 2 * side**3 / best * busy / torch.get_num_threads()
 
 
 # ---------------------------------------------------------------- as people read it
@@ -140,11 +151,14 @@ def _memory(found: Plan) -> Table:
 
 def _says(found: Plan) -> list[str]:
     here, said = found.machine, []
-    where = "this machine's CPU" if not torch.cuda.is_available() else str(here.device)
-    said.append(
-        f"Times are estimates: FLOPs over the rate at which {where} multiplies matrices; small "
-        "models reach a fraction of it. Imagined episodes are taken to run their full length."
-    )
+    if here.absent:
+        said.append("No times: the GPU that is planned for is not here.")
+    else:
+        where = "this machine's CPU" if here.cpu else str(here.device)
+        said.append(
+            f"Times are estimates: FLOPs over the rate at which {where} multiplies matrices; small "
+            "models reach a fraction of it. Imagined episodes are taken to run their full length."
+        )
     worst = max(found.stages, key=lambda name: found.stages[name].bytes)
     most = found.stages[worst].bytes
     if found.fits:

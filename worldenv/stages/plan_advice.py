@@ -47,7 +47,7 @@ def advise(config: Config, costs: Costs, here: Machine) -> list[Change]:
     made: list[Change] = []
     room = int(ROOM * here.memory)
     needs = _needs(config, costs, here)
-    for stage in ("sft", "simulator", "reflector", "posttrain"):
+    for stage in needs:
         for part, field, values in _LADDER[stage]:
             for value in values(config):
                 if needs[stage] <= room:
@@ -134,6 +134,11 @@ _LADDER = {
         *_WORLD,
         ("simulator", "frames", _halves("simulator", "frames")),
         ("simulator", "window", _halves("simulator", "window")),
+    ),
+    "distill": (
+        ("distill", "batch", _halves("distill", "batch", 4)),
+        *_WORLD,
+        ("distill", "frames", _halves("distill", "frames", 2)),
     ),
     "reflector": (
         ("reflector", "batch", _halves("reflector", "batch", 4)),

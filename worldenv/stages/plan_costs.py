@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from worldenv.config import Config
 from worldenv.models import blank
+from worldenv.models.distillation import conversion_loss, distillation_loss
 from worldenv.models.policy import Critic, ValueHead
 from worldenv.models.published_sizes import image_text
 from worldenv.models.simulator import World
@@ -209,28 +210,62 @@ class Costs:
 
     # ------------------------------------------------------------ the world
 
+    def windows(self, n: int, targets: int) -> dict[str, Tensor]:
+        """A batch of `n` windows of `targets` frames and the one before them."""
+        robot, frames = self.robot, targets + 1
+        pictures, chunk = (robot.V, *[robot.image_size] * 2, 3), (robot.chunk, robot.A)
+        return {
+            "image": _meta(n, frames, *pictures, dtype=torch.uint8),
+            "reference": _meta(n, *pictures, dtype=torch.uint8),
+            "proprio": _meta(n, frames, robot.P),
+            "action": _meta(n, frames, *chunk),
+            "previous_proprio": _meta(n, robot.P),
+            "previous_action": _meta(n, *chunk),
+        }
+
     def denoise(self, count: int, transitions: int) -> Line:
-        """A loss of the world on so many windows, whose history is its own, and its gradient."""
-        robot, part = self.robot, self.config.simulator
-        chunk, size = (robot.chunk, robot.A), robot.image_size
+        """A loss of the world on so many windows, whose history is its own, and its gradient;
+        beside a teacher of whole clips, if there is one."""
+        robot, frames, clips = self.robot, self.config.simulator.frames, self.clips
 
         def work(n: int) -> object:
-            frames, m = part.frames + 1, max(1, transitions * n // count)
-            batch = {
-                "image": _meta(n, frames, robot.V, size, size, 3, dtype=torch.uint8),
-                "reference": _meta(n, robot.V, size, size, 3, dtype=torch.uint8),
-                "proprio": _meta(n, frames, robot.P),
-                "action": _meta(n, frames, *chunk),
-                "previous_proprio": _meta(n, robot.P),
-                "previous_action": _meta(n, *chunk),
-            }
+            m = max(1, transitions * n // count)
             poses = ("proprio", "previous_proprio", "next_proprio")
             motion = {name: _meta(m, robot.P) for name in poses}
+            chunk = (robot.chunk, robot.A)
             motion |= {name: _meta(m, *chunk) for name in ("action", "previous_action")}
-            loss, _ = self.world.loss(batch, generator("plan"), True)
-            return _gradient(self.world, loss + self.world.dynamics_loss(motion))
+            batch, g = self.windows(n, frames), generator("plan")
+            loss, _ = self.world.loss(batch, g, True)
+            loss = loss + self.world.dynamics_loss(motion)
+            if clips:
+                loss = loss + conversion_loss(self.world, self.world, batch, g)
+            return _gradient(self.world, loss)
 
         return self.line("denoise", count, lambda n: partial(work, n))
+
+    @property
+    def clips(self) -> bool:
+        """Whether the world learns from one that sees whole clips."""
+        return bool(self.config.distill.clip_steps)
+
+    def distil(self, count: int) -> Line:
+        """A loss of a world of few passes on so many windows, after its own frames, and its
+        gradient."""
+        part, few = self.config.distill, self.config.posttrain.sampling_steps
+
+        def work(n: int) -> object:
+            loss, _ = distillation_loss(
+                self.world,
+                self.world,
+                self.windows(n, part.frames),
+                generator("plan"),
+                steps=few,
+                refine=part.teacher_steps // few,
+                own=bool(part.self_forcing_steps),
+            )
+            return _gradient(self.world, loss)
+
+        return self.line("distil", count, lambda n: partial(work, n))
 
     def encode(self, count: int) -> Line | None:
         """A loss of the autoencoder that is trained before the world, and its gradient."""

@@ -5,12 +5,13 @@ share (`runtime.parallel`): those at work hold their activations, those that are
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from worldenv.config import Config
 from worldenv.runtime import parallel
+from worldenv.stages import reality
 from worldenv.stages.estimate import IMAGINED, LENGTH
 from worldenv.stages.plan_costs import Costs, Line, Model
 
@@ -27,6 +28,7 @@ class Machine:
     own: int  # bytes that the process, or CUDA, has for itself
     threads: int
     widened: bool  # whether frozen bfloat16 is multiplied in float32
+    absent: bool = False  # whether it is a GPU that is not here
 
     @property
     def shards(self) -> int:
@@ -64,12 +66,19 @@ def highest(found: list[Moment]) -> Moment:
 
 def moments(config: Config, costs: Costs, here: Machine) -> dict[str, list[Moment]]:
     """Of every stage that computes on the device."""
-    return {
-        "sft": list(_imitation(config, costs, here)),
-        "simulator": list(_simulator(config, costs, here)),
-        "reflector": list(_reflector(config, costs, here)),
-        "posttrain": list(_posttrain(config, costs, here)),
+    stages = {
+        "sft": _imitation,
+        "simulator": _simulator,
+        **({"distill": _distill} if config.distill.on else {}),
+        "reflector": _reflector,
+        "posttrain": _posttrain,
     }
+    found = {name: list(of(config, costs, here)) for name, of in stages.items()}
+    if here.cpu:  # from the first exploration on the benchmark's processes wait for more to do
+        beside = {"real benchmark": config.env.workers * reality.PROCESS_BYTES}
+        for name in found.keys() - {"sft"}:
+            found[name] = [replace(moment, parts=beside | moment.parts) for moment in found[name]]
+    return found
 
 
 def _imitation(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
@@ -102,12 +111,27 @@ def _simulator(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
         own["optimiser"] = 2 * tokenizer
         yield Moment("its autoencoder", own | _step(here, encode, size, here.shards, tokenizer, 0))
     line = costs.denoise(size, part.dynamics_batch // here.shards)
+    teacher = {"teacher": model.state_bytes} if costs.clips else {}
     yield Moment(
         "a step",
         _held(here, simulator=model)
         | _step(here, line, size, here.shards, model.trained_bytes)
         | {"moving average": model.state_bytes}
+        | teacher
         | data,
+    )
+
+
+def _distill(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
+    model = costs.simulator
+    frames = _demonstrated(config) + _explored(config)
+    size = config.distill.batch // here.shards
+    yield Moment(
+        "a step",
+        _held(here, simulator=model)
+        | _step(here, costs.distil(size), size, here.shards, model.trained_bytes)
+        | {"moving average": model.state_bytes, "teacher": model.state_bytes}
+        | {"recorded frames": frames * _frame(config, costs) * (3 if here.cpu else 1)},
     )
 
 
@@ -119,7 +143,9 @@ def _reflector(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     frames = _demonstrated(config) + explored
     # On a CPU episodes and sequences are copies.
     data = {"recorded frames": 2 * frames * _frame(config, costs)} if here.cpu else {}
-    if line is not None:
+    if line is None:
+        yield Moment("taken as it is", _held(here, reflector=model) | data)
+    else:
         # With the padded batch as a third; replays come on top.
         imagined = explored * config.collect.record_every // config.env.chunk
         padded = int((frames + imagined) / LENGTH)
@@ -265,6 +291,9 @@ def iteration_flops(config: Config, costs: Costs) -> dict[str, dict[str, float]]
     if simulator.kind != "wovr":
         trains = world if simulator.kind == "wan" else "float32"
         found["simulator"] = {trains: simulator.batch * costs.denoise(1, 1).flops}
+    if config.distill.on:
+        trains = world if simulator.kind == "wan" else "float32"
+        found["distill"] = {trains: config.distill.batch * costs.distil(1).flops}
     learn = costs.learn(1)
     if learn is not None:
         found["reflector"] = {"float32": config.reflector.batch * learn.flops}

@@ -22,6 +22,10 @@ from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Actor, Stop, rollout
 
+PROCESS_BYTES = 606 << 20
+"""Resident bytes of a simulator's process: MuJoCo, numba and torch, pages that processes share
+counted in each (measured in the default run)."""
+
 
 def embodiment(config: Config) -> Embodiment:
     """The robot of the benchmark that a configuration names, as its models see it."""

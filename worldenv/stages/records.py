@@ -42,6 +42,7 @@ def perform(run: Run, step: Step, mark: str) -> dict:
     except BaseException:
         _begin(run, step, mark, _spent(run, step, mark) + time.perf_counter() - begun)
         raise
+    devices.give_back()
     return finish(run, step, mark, record | memory.peaks(), time.perf_counter() - begun)
 
 

@@ -66,11 +66,12 @@ def _learn(
 ) -> dict:
     """Train on all frames so far, real and replayed; what of it is recorded."""
     config, part = run.config, run.config.reflector
-    sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
-    own = from_first_step(chunk_sequences(explored, config.env.chunk))
+    own = chunk_sequences(explored, config.env.chunk)
+    sequences = [*chunk_sequences(demonstrations, config.env.chunk), *own]
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
     passes = config.sampling_steps(number)
-    imagined = replay(simulator, own, passes, derive(config.seed, "reflector replay", number))
+    seed = derive(config.seed, "reflector replay", number)
+    imagined = replay(simulator, from_first_step(own), passes, seed)
     del simulator
     shown = [*sequences, *imagined]
     data = padded(shown, run.device)
