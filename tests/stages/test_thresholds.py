@@ -82,9 +82,12 @@ def test_where_both_cannot_be_had_false_stops_come_first():
 
 
 def test_thresholds_stay_within_bounds_whatever_happened():
-    assert stopping(found([0.0], [0.0], [False])) == 0.001
+    assert stopping(found([0.0], [0.0], [True])) == 0.001
     assert stopping(found([1.0], [1.0], [False])) == 0.999
-    assert stopping(found([0.4, 0.6], [0.4, 0.6], [False, False])) == 0.6  # nothing succeeded
+
+
+def test_where_nothing_has_succeeded_a_success_may_get_any_reward():
+    assert stopping(found([0.4, 0.6], [0.4, 0.6], [False, False])) == pytest.approx(0.8)
 
 
 def test_an_interval_is_of_the_episodes_and_of_the_seed():

@@ -129,11 +129,12 @@ def stopping(found: Peaks, false_stops: float = FALSE_STOPS, missed: float = MIS
 
     Of `low`, the lowest with at most that share of false stops, and `high`, the highest with at
     most that share of missed successes, it is the middle, as far as possible from either failing;
-    where both cannot be had, low: a false stop loses a success, a missed one some steps.
+    where both cannot be had, low: a false stop loses a success, a missed one some steps. Where no
+    success has been seen, one may get any reward: high is 1.
     """
     low = exceeded_by(found.false, false_stops)
     tops = found.top[found.won]
-    high = -exceeded_by(-tops, missed) if len(tops) else low
+    high = -exceeded_by(-tops, missed) if len(tops) else 1.0
     return float(np.clip((low + max(low, high)) / 2, *BOUNDS))
 
 
