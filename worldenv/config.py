@@ -60,8 +60,7 @@ class EnvConfig:
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
     views: Annotated[int, Range(1, 2)] = 2
-    """Of the benchmark's cameras, how many models see: the third person's, and the hand's. Both are
-    recorded."""
+    """How many of the cameras models see: the third person's, and the hand's. Both are recorded."""
     chunk: Annotated[int, Range(1, 1000)] = 8
     """Actions executed open loop per policy decision."""
     max_steps: Annotated[int, Range(1, 100_000)] = 160
