@@ -34,6 +34,7 @@ from worldenv.ranges import (
     Shards,
     StartRange,
     Tasks,
+    Threshold,
     Weight,
     Width,
 )
@@ -59,8 +60,7 @@ class EnvConfig:
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
     views: Annotated[int, Range(1, 2)] = 2
-    """Of the benchmark's cameras, how many models see: the third person's, and the hand's. Both are
-    recorded."""
+    """How many of the cameras models see: the third person's, and the hand's. Both are recorded."""
     chunk: Annotated[int, Range(1, 1000)] = 8
     """Actions executed open loop per policy decision."""
     max_steps: Annotated[int, Range(1, 100_000)] = 160
@@ -251,12 +251,12 @@ class ReflectorConfig(PublishedReflector):
     """Frames per step."""
     lr: Rate = 1e-3
     """Peak learning rate."""
-    threshold: Fraction = 0.7
-    """eta: an episode ends as a success where the reward exceeds it, unless it is calibrated."""
+    threshold: Threshold = 0.7
+    """eta: imagined or real, an episode has succeeded above this reward, unless calibrated."""
     calibrate: bool = True
-    """Choose eta anew in each round, such that the policy that explored succeeds as often in its
-    imagination as it did in reality. With a fixed one some worlds call nearly everything a success,
-    and nothing is learned there."""
+    """Choose two eta in each round: in imagination the policy that explored is to succeed as often
+    as it did in reality (else some worlds call nearly everything a success and nothing is learned
+    there); of real episodes few are to be stopped too early, few missed."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +268,7 @@ class PosttrainConfig:
     a later round's world has seen where the policy before it failed."""
     restart: bool = False
     """Whether each round post-trains the imitated policy anew: what was learned wrongly in a world
-    too kind is forgotten. Otherwise rounds go on from each other: few iterations in each allow it.
-    """
+    too kind is forgotten. Otherwise rounds go on from each other: few iterations each allow it."""
     iterations: Count = 8
     """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
     real success falls."""
@@ -315,8 +314,7 @@ class PosttrainConfig:
     scale: Factor = 2.0
     """Without a push: multiple of the policy's Laplace scale, whose head is not trained here."""
     temperature: Factor = 1.0
-    """Of tokens: what their logits are divided by, where they are drawn and where they are scored.
-    """
+    """Of tokens: what their logits are divided by, where they are drawn and where scored."""
     sampling_steps: Passes = 1
     """Denoising steps per imagined frame in the first round."""
     refresh_sampling_steps: Passes = 1
@@ -328,6 +326,8 @@ class PosttrainConfig:
     """Chunks after which such a context may begin."""
     lost_contexts: Fraction = 0.5
     """Fraction of contexts taken from real episodes that failed: there is most to gain."""
+    false_stops: Fraction = 0.0
+    """Of imagined episodes, those in which the reflector wrongly says success, on purpose."""
     max_clip_fraction: Fraction = 0.5
     """Guard: an update beyond this is undone and the learning rate halved."""
     max_mu_change: Rate = 0.1

@@ -25,6 +25,7 @@ Channels = Annotated[int, Range(8, 4096, step=8)]  # normalised in eight groups
 Batch = Annotated[int, Range(1, 10**6)]
 Shards = Annotated[int, Range(4, 10**6, step=4)]  # a batch cut in runtime.parallel.SHARDS
 Fraction = Annotated[float, Range(0, 1)]
+Threshold = Annotated[float, Range(0.001, 0.999)]  # beyond, everything or nothing is a success
 Rate = Annotated[float, Range(0, above=True)]
 Weight = Annotated[float, Range(0)]
 Factor = Annotated[float, Range(0, 1000, above=True)]

@@ -115,3 +115,41 @@ def test_bad_input_is_named():
         env.step(torch.zeros(2, 7))
     with pytest.raises(UserError, match="at least one context"):
         ImaginedVectorEnv(env.simulator, env.reflector, [], 2, max_chunks=4, sampling_steps=1)
+
+
+def mistaken(rows: int, rate: float, starts: list[Start], threshold: float = 0.999):
+    """Episodes of a reflector that is never sure, but for its mistakes."""
+    env = make(rows, threshold=threshold, false_stops=rate)
+    return rollout(env, actor, starts, seeds=[0] * len(starts))
+
+
+def test_false_stops_end_episodes_as_successes_at_chunks_of_their_own_seeds():
+    starts = [Start(0, 0, 1, mistakes=k) for k in range(24)]
+    all_of_them, once_more = mistaken(4, 1.0, starts), mistaken(3, 1.0, starts)
+    assert all_of_them.terminated.all()
+    assert all(info["success"] for info in all_of_them.info)
+    assert torch.equal(all_of_them.length, once_more.length)  # whatever rows they ran in
+    assert set(all_of_them.length.tolist()) == {1, 2, 3, 4}  # any chunk, the last one too
+    torch.testing.assert_close(all_of_them.final_reward, torch.full((24,), (1 + 0.999) / 2))
+    some = mistaken(4, 0.5, starts)
+    assert 6 < int(some.terminated.sum()) < 18
+    stopped = some.terminated
+    assert torch.equal(some.length[stopped], all_of_them.length[stopped])  # a share of the same
+    assert (some.length[~stopped] == 4).all()
+    late = mistaken(2, 1.0, [Start(0, 3, 1, mistakes=k) for k in range(6)])
+    assert (late.length == 1).all()  # one chunk is left of a context's four
+
+
+def test_without_a_rate_or_a_seed_nobody_errs():
+    seeds, none = ([Start(0, 0, 1, mistakes=m) for m in ms] for ms in ([1, 2, 3], [None] * 3))
+    plain = rollout(make(2, threshold=0.999), actor, none, seeds=[0] * 3)
+    for got in (mistaken(2, 0.0, seeds), mistaken(2, 1.0, none)):
+        assert torch.equal(got.reward, plain.reward)
+        assert not got.terminated.any()
+
+
+def test_where_the_reflector_says_success_itself_there_is_no_mistake():
+    starts = [Start(0, 0, 1, mistakes=k) for k in range(4)]
+    sure = mistaken(2, 1.0, starts, threshold=0.001)
+    plain = rollout(make(2, threshold=0.001), actor, starts, seeds=[0] * 4)
+    assert torch.equal(sure.final_reward, plain.final_reward)

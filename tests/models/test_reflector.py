@@ -1,10 +1,13 @@
 """The reflector frame by frame equals the reflector on the whole sequence."""
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from worldenv.config import ReflectorConfig
 from worldenv.envs.libero.robot import embodiment
-from worldenv.models.reflector import Judge, Reflector
+from worldenv.models.reflector import NOT_CALIBRATED, Judge, Reflector
 from worldenv.runtime.seeds import generator
 
 SMALL = ReflectorConfig(width=16, encoder_channels=8)
@@ -28,3 +31,14 @@ def test_watching_frame_by_frame_equals_the_whole_sequence():
     assert not judge.fresh.any()
     follow = judge.watch(image[:, 4], proprio[:, 4], WORDS, everyone)
     torch.testing.assert_close(follow, expected[:, 4], rtol=1e-5, atol=1e-6)
+
+
+def test_it_has_two_thresholds_and_one_number_serves_both_where_it_is_fixed():
+    judge = Reflector(SMALL, embodiment(16))
+    assert (float(judge.threshold), float(judge.real_threshold)) == (
+        pytest.approx(SMALL.threshold),
+        NOT_CALIBRATED,
+    )
+    fixed = Reflector(replace(SMALL, calibrate=False, threshold=0.6), embodiment(16))
+    assert float(fixed.threshold) == float(fixed.real_threshold) == pytest.approx(0.6)
+    assert {"threshold", "real_threshold"} <= fixed.state_dict().keys()

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from published.damage import RAN, Payload
 
+from worldenv.config import ReflectorConfig
+from worldenv.envs.libero.robot import embodiment
 from worldenv.layouts import vae as published
-from worldenv.models.wovr_reward import ImageNet, TaskNet, WoVRReward, load_reward
+from worldenv.models.wovr_reward import ImageNet, TaskNet, WoVRReflector, WoVRReward, load_reward
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import generator
 
@@ -70,6 +72,14 @@ def test_an_image_is_judged_by_the_published_formula(tmp_path):
     assert torch.equal(got > judge.threshold, torch.round(got) == 1)
     other = WoVRReward(judge.network, view=1)(image, [""] * 4)
     assert not torch.allclose(other, got)
+
+
+def test_of_a_run_s_reflector_the_thresholds_alone_are_kept(tmp_path):
+    published.reward(tmp_path)
+    config = ReflectorConfig(kind="wovr", folder=tmp_path, calibrate=False, threshold=0.5)
+    state = WoVRReflector(config, embodiment(16)).state_dict()
+    assert set(state) == {"threshold", "real_threshold", "proprio_mean", "proprio_std"}
+    assert float(state["threshold"]) == float(state["real_threshold"]) == 0.5
 
 
 def test_a_task_is_joined_with_the_image(tmp_path):

@@ -270,3 +270,16 @@ def test_bad_results(tmp_path):
 
 if __name__ == "__main__":
     print(write_report(build(Path(sys.argv[1]), tasks=(3, 5))))
+
+
+def test_both_thresholds_of_the_last_round_are_shown_with_their_intervals():
+    first = {"threshold": 0.7, "real_threshold": 0.6}
+    last = {"threshold": 0.92, "threshold_interval": [0.81, 0.95]}
+    last |= {"real_threshold": 0.883, "real_threshold_interval": [0.783, 0.958]}
+    results = {"reflector": {"auc": 0.9}, "stages": {"reflector-0": first, "reflector-1": last}}
+    shown = curves.reflector(results)
+    for text in ("Threshold, imagined", "0.920", "0.810 to 0.950", "Threshold, real", "0.883"):
+        assert text in shown
+    results["stages"] = {"reflector-0": first}  # of a version without intervals
+    assert "interval" not in curves.reflector(results)
+    assert "Threshold" not in curves.reflector({"reflector": {"auc": 0.9}})

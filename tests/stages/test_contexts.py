@@ -1,11 +1,16 @@
 """What the simulator trains on, and which policy and contexts post-training begins with."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from worldenv.config import PosttrainConfig
 from worldenv.data.windows import FrameSequence
+from worldenv.presets import preset
 from worldenv.runtime.seeds import generator
+from worldenv.stages import posttrain
 from worldenv.stages.posttrain import choose_contexts, starting_policy
 from worldenv.stages.simulator import balanced
 
@@ -43,3 +48,21 @@ def test_rounds_go_on_from_each_other_unless_they_restart():
     anew, on = PosttrainConfig(restart=True), PosttrainConfig()
     assert [starting_policy(anew, n) for n in range(3)] == ["policy-sft"] * 3
     assert [starting_policy(on, n) for n in range(3)] == ["policy-sft", "policy-0", "policy-1"]
+
+
+def test_episodes_of_a_group_share_a_world_and_err_each_for_itself(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        posttrain, "rollout_shards", lambda envs, policy, starts, **_: seen.append(starts)
+    )
+    base = preset("smoke")
+    rl = replace(base.posttrain, contexts=3, group=4)
+    run = SimpleNamespace(config=replace(base, posttrain=rl))
+    envs = [SimpleNamespace(contexts=[SimpleNamespace(won=True)] * 5)]
+    learner = SimpleNamespace(policy=None, noise=None, features=False)
+    for step in (0, 1):
+        posttrain._imagine_contexts(run, learner, envs, [0, 1, 2, 3, 4], [], (0, step))
+    for starts in seen:
+        worlds = [{s.seed for s in starts[k : k + 4]} for k in (0, 4, 8)]
+        assert [len(group) for group in worlds] == [1, 1, 1]
+    assert len({s.mistakes for starts in seen for s in starts}) == 24

@@ -19,8 +19,9 @@ from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.seeds import generator, numpy_generator
-from worldenv.stages import features, reflector, store
+from worldenv.stages import features, reflector, store, thresholds
 from worldenv.stages.run import Run
+from worldenv.stages.thresholds import peaks, stopping
 
 SIZE, CHUNK = 16, 8
 
@@ -62,9 +63,10 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def train(tmp_path, monkeypatch, folder):
     """The stage on toy episodes; changes: of the reflector. Returns its record and checkpoint."""
-    monkeypatch.setattr(
-        reflector, "load_round", lambda run, n: (DEMONSTRATIONS, EXPLORED if n >= 0 else [], [])
-    )
+    for module in (reflector, thresholds):
+        monkeypatch.setattr(
+            module, "load_round", lambda run, n: (DEMONSTRATIONS, EXPLORED if n >= 0 else [], [])
+        )
     base = preset("smoke")
     config = replace(
         base,
@@ -124,7 +126,7 @@ def test_a_head_learns_from_kept_features(train, calls, tmp_path, monkeypatch):
     assert len(calls) == 2 * (6 + 4)
     saved = load_file(path)
     head = {"norm.weight", "norm.bias", "hidden.weight", "hidden.bias", "out.weight", "out.bias"}
-    assert set(saved) == {"threshold", "proprio_mean", "proprio_std", *head}
+    assert set(saved) == {"threshold", "real_threshold", "proprio_mean", "proprio_std", *head}
     loaded = store.load("reflector", path)
     sequences = chunk_sequences(EXPLORED)
     scores = reflector.score(loaded, sequences)
@@ -160,7 +162,7 @@ def test_a_stage_whose_folder_has_changed_is_another(folder, tmp_path):
     config = preset("smoke")
     settings = reflector.STAGE.settings
     small = settings(config, 0)
-    assert small == (config.reflector, config.sampling_steps(0))
+    assert small == (config.reflector, config.sampling_steps(0), "two thresholds")
     seen = []
     for seed in (0, 0, 1):
         place = published.write(tmp_path / "model", "llava", seed=seed)
@@ -186,7 +188,14 @@ def test_it_watches_over_an_imagined_world(train, kind):
     record, path = train(kind=kind, steps=10, use_proprio=kind == "vlm", calibrate=True)
     judge = store.load("reflector", path)
     assert 0.5 <= record["threshold"] <= 0.99
-    assert record["threshold"] == pytest.approx(float(judge.threshold), abs=1e-4)
+    sequences = chunk_sequences(EXPLORED)
+    scores = reflector.score(judge, sequences)  # of features anew, not of those that were kept
+    assert record["real_threshold"] == pytest.approx(stopping(peaks(scores, sequences)), abs=1e-4)
+    for name in ("threshold", "real_threshold"):
+        low, high = record[f"{name}_interval"]
+        assert low <= record[name] + 1e-4
+        assert record[name] <= high + 1e-4
+        assert record[name] == pytest.approx(float(getattr(judge, name)), abs=1e-4)
     assert bool(list(judge.parameters())) == (kind == "vlm")
     # Where nothing is trained nothing is replayed either.
     assert all((name in record) == (kind == "vlm") for name in ("loss", "imagined_sequences"))

@@ -30,8 +30,18 @@ def files(tmp_path):
     torch.manual_seed(0)
     paths = {kind: tmp_path / f"{kind}.safetensors" for kind in KINDS}
     for kind, path in paths.items():
-        store.save(kind, store.build(kind, BASE), path)
+        model = store.build(kind, BASE)
+        if kind == "reflector":
+            model.real_threshold.fill_(0.5)
+        store.save(kind, model, path)
     return paths
+
+
+def test_a_reflector_without_a_threshold_for_real_frames_is_refused_at_once(toy, files):
+    store.save("reflector", store.build("reflector", BASE), files["reflector"])
+    with pytest.raises(UserError, match="calibrated on real frames, got none"):
+        toy.run(files={"reflector": files["reflector"]})
+    assert not (toy.folder / "config.json").exists()
 
 
 def artifact(toy: Toy, kind: str):

@@ -76,7 +76,10 @@ def run(tmp_path, monkeypatch):
     for name in ("policy-sft", "policy-0", "simulator-0", "reflector-0"):
         kind = name.split("-")[0]
         torch.manual_seed(len(name))
-        store.save(kind, store.build(kind, config), made.path("checkpoints", f"{name}.safetensors"))
+        model = store.build(kind, config)
+        if kind == "reflector":
+            model.real_threshold.fill_(0.5)
+        store.save(kind, model, made.path("checkpoints", f"{name}.safetensors"))
     monkeypatch.setattr(probe, "STEPS", 3)
     monkeypatch.setattr(trial, "POLICIES", 4)
     monkeypatch.setattr(measures, "DRIFT", 3)

@@ -22,6 +22,7 @@ from worldenv.data.windows import FrameSequence, from_first_step
 from worldenv.envs.start import Start
 from worldenv.runtime import parallel
 from worldenv.runtime.errors import UserError
+from worldenv.runtime.seeds import numpy_generator
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-,.'"
 
@@ -140,6 +141,12 @@ class ImaginedVectorEnv(VectorEnv):
 
     Reward: R in [0, 1] after each frame (0 for finished rows). terminated: R > the reflector's eta;
     truncated: the episode has `max_chunks` chunks, those before its context included.
+
+    false_stops: share of the episodes whose start has a seed for `mistakes` in which the reflector
+    errs once, after a chunk drawn evenly from those that are left: it says success, and the episode
+    ends as any other success does. R is then what such a word implies and no more, the middle of
+    (eta, 1]; where R was above eta there is nothing to err about. An episode that ends before its
+    chunk comes is spared, so that of short ones fewer are stopped. To learn what mistakes cost.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
@@ -154,6 +161,7 @@ class ImaginedVectorEnv(VectorEnv):
         max_chunks: int,
         sampling_steps: int,
         terminate: bool = True,
+        false_stops: float = 0.0,
     ) -> None:
         if not contexts:
             raise UserError("an imagined environment needs at least one context; collect episodes")
@@ -161,6 +169,7 @@ class ImaginedVectorEnv(VectorEnv):
         self.contexts, self.num_envs = list(contexts), num_envs
         self.max_chunks, self.sampling_steps = max_chunks, sampling_steps
         self.threshold, self.terminate = float(reflector.threshold), terminate
+        self.false_stops = false_stops
         frame, proprio = contexts[0].image, contexts[0].proprio
         self.single_observation_space = spaces.Dict(
             {
@@ -178,6 +187,7 @@ class ImaginedVectorEnv(VectorEnv):
         self._judge = reflector.onlooker(num_envs)
         self._instructions = [""] * num_envs
         self._chunks = np.zeros(num_envs, np.int64)
+        self._mistake = np.zeros(num_envs, np.int64)  # chunk after which the reflector errs
         self._steps = np.zeros(num_envs, np.int64)
         self._success_step = np.full(num_envs, -1)
         self._terminated = np.ones(num_envs, bool)  # rows are idle until their first reset
@@ -237,9 +247,19 @@ class ImaginedVectorEnv(VectorEnv):
         self._image[index], self._proprio[index] = image[:, -1], proprio[:, -1]
         for i, context in zip(order, contexts, strict=True):
             self._instructions[i], self._chunks[i] = context.instruction, context.elapsed
+            self._mistake[i] = self._draw_mistake(rows[i].mistakes, context.elapsed)
         flags = torch.as_tensor(mask)
         self._judge.reset(flags)
         self._judge.watch(self._image, self._proprio, self._instructions, flags)
+
+    def _draw_mistake(self, seed: int | None, elapsed: int) -> int:
+        """Number of the chunk after which the reflector errs, 0 for none: by the seed alone."""
+        if not self.false_stops or seed is None:
+            return 0
+        errs, place = numpy_generator(seed).random(2)
+        if errs >= self.false_stops:
+            return 0
+        return elapsed + 1 + int(place * (self.max_chunks - elapsed))
 
     def step(
         self, actions: Tensor
@@ -258,6 +278,10 @@ class ImaginedVectorEnv(VectorEnv):
         reward = reward * rows.to(self.device)
         self._chunks += live
         self._steps += live * actions.shape[1]
+        mistaken = live & (self._chunks == self._mistake)
+        if mistaken.any():
+            below = torch.as_tensor(mistaken).to(self.device) & (reward <= self.threshold)
+            reward = torch.where(below, (1 + self.threshold) / 2, reward)
         # The one read-back per chunk: the host decides which rows to refill.
         success = (reward > self.threshold).cpu().numpy() & live
         first = success & (self._success_step < 0)

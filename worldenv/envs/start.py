@@ -12,9 +12,11 @@ class Start:
         environment reads it as the row of its context bank.
     seed: seeds fixture poses (real) or the noise of the dynamics (imagined).
     noise: scale of the expert's action noise, 0 = none; policies ignore it.
+    mistakes: seeds the false stops of the judge (imagined); None: it makes none.
     """
 
     task: int
     index: int | None
     seed: int
     noise: float = 0.0
+    mistakes: int | None = None

@@ -2,7 +2,8 @@
 
 World-Env section 3.4 (arXiv 2509.24948): R(o_{1:t}, g) = sigmoid(head(h_t)), trained by binary
 cross-entropy on per-frame success labels; R > eta ends the episode and R at the end is its reward.
-eta travels with the weights, for it is calibrated after training (see stages/reflector.py).
+eta travels with the weights, for it is calibrated after training; real frames have one of their own
+(stages/thresholds.py).
 h_t joins the features of frame t with those of frame 1, so that it can tell what has changed, and
 with the instruction. Liberties: of o_{1:t} only the ends are used; the small presets train a
 convolutional encoder per camera where the paper freezes a VLM.
@@ -18,6 +19,16 @@ from worldenv.config import ReflectorConfig
 from worldenv.data.embodiment import Embodiment
 from worldenv.models.layers import ConvEncoder, WordEncoder, views_to_channels
 
+NOT_CALIBRATED = -1.0
+"""A reflector's `real_threshold` before there is one."""
+
+
+def thresholds(config: ReflectorConfig) -> dict[str, Tensor]:
+    """The two buffers that every reflector has: above which reward an imagined episode has
+    succeeded, and above which a real one. What is not to be calibrated serves both."""
+    real = NOT_CALIBRATED if config.calibrate else config.threshold
+    return {"threshold": torch.tensor(config.threshold), "real_threshold": torch.tensor(real)}
+
 
 class Reflector(nn.Module):
     """Frames, proprio and instruction to a success logit per frame."""
@@ -29,7 +40,8 @@ class Reflector(nn.Module):
         super().__init__()
         self.config, self.embodiment = config, embodiment
         features = 64
-        self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
+        for name, eta in thresholds(config).items():
+            self.register_buffer(name, eta)
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
         self.encoders = nn.ModuleList(

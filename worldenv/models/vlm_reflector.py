@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from worldenv.config import ReflectorConfig
 from worldenv.data.embodiment import Embodiment
+from worldenv.models.reflector import thresholds
 from worldenv.models.vlm import Begun, ImageText
 
 
@@ -34,7 +35,8 @@ class ImageTextReflector(nn.Module):
         super().__init__()
         self.config, self.embodiment = config, embodiment
         self.encoder = encoder or _seeing(config, embodiment)
-        self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
+        for name, eta in thresholds(config).items():
+            self.register_buffer(name, eta)
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
         self.answers = self.encoder.answers() if config.kind == "prompted" else None

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from worldenv.config import ReflectorConfig
 from worldenv.data.embodiment import Embodiment
 from worldenv.models.pixels import to_unit
+from worldenv.models.reflector import thresholds
 from worldenv.models.weights import fill, read_pth
 from worldenv.runtime.errors import UserError, unknown
 
@@ -129,7 +130,7 @@ class WoVRReward(nn.Module):
 
 class WoVRReflector(nn.Module):
     """The reward network of a WoVR folder as a run's reflector: nothing is trained but the
-    threshold, which is calibrated, and no weights are in its state dict."""
+    thresholds, which are calibrated, and no weights are in its state dict."""
 
     frozen = True
 
@@ -137,7 +138,8 @@ class WoVRReflector(nn.Module):
         super().__init__()
         self.config, self.embodiment = config, embodiment
         self._reward = [load_reward(config.folder, config.tasks)]  # a list: its weights stay out
-        self.register_buffer("threshold", torch.tensor(config.threshold))  # eta
+        for name, eta in thresholds(config).items():
+            self.register_buffer(name, eta)
         self.register_buffer("proprio_mean", torch.zeros(embodiment.P))
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
 
@@ -147,7 +149,7 @@ class WoVRReflector(nn.Module):
         return self._reward[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Wherever the threshold goes, the network goes too."""
+        """Wherever the thresholds go, the network goes too."""
         self.reward._apply(fn)
         return super()._apply(fn, recurse)
 

@@ -145,7 +145,7 @@ def world(results: dict[str, Any]) -> str:
 def _distilled(results: dict[str, Any]) -> list[str]:
     """The last round's distillation, if there was one: the teacher, and one that makes few passes a
     frame as it was and as it became."""
-    rounds = [v for k, v in (results.get("stages") or {}).items() if k.startswith("distill-")]
+    rounds = _rounds(results, "distill")
     if not rounds:
         return []
     reached = rounds[-1]["reached"]
@@ -164,16 +164,37 @@ def _horizon(values: dict, key: str, name: str, colour: str, dashed: bool = Fals
     return Series(name, [k for k, _ in found], [v for _, v in found], colour, dashed)
 
 
+def _rounds(results: dict[str, Any], stage: str) -> list[dict]:
+    """Records of a stage, a round each."""
+    stages = (results.get("stages") or {}).items()
+    return [v for k, v in stages if k.startswith(f"{stage}-") and isinstance(v, dict)]
+
+
+def _bounds(record: dict, name: str) -> str:
+    """An interval in words, of a record that may be older than it."""
+    around = record.get(name) or ()
+    return f"95% interval {' to '.join(str(decimal(x)) for x in around)}" if around else ""
+
+
 def reflector(results: dict[str, Any]) -> str:
     """How well the reflector tells success from failure."""
     reflector = results.get("reflector") or {}
+    made = (_rounds(results, "reflector") or [{}])[-1]
     if not reflector:
         return absent("check of the reflector")
     numbers = tiles(
         (
             ("AUC", decimal(reflector.get("auc")), "success against failure, real frames"),
-            ("False stops", percent(reflector.get("false_stop_rate")), "episodes ended too early"),
+            (
+                "False stops",
+                percent(reflector.get("false_stop_rate")),
+                "real episodes ended too early",
+            ),
             ("Missed", percent(reflector.get("missed_success_rate")), "successes never noticed"),
+            *(
+                (f"Threshold, {where}", decimal(made.get(name)), _bounds(made, f"{name}_interval"))
+                for where, name in (("imagined", "threshold"), ("real", "real_threshold"))
+            ),
         )
     )
     roc = reflector.get("roc") or {}

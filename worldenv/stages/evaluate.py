@@ -1,8 +1,9 @@
 """Success in the real benchmark: seeded, paired, with and without the benchmark's own word.
 
 One rollout answers both questions. With oracle: the episode succeeds when the benchmark's signal
-first fires. Without: it ends when the reflector says so (or at the last step), and counts if the
-benchmark's signal has fired by then. Policies act on their mean.
+first fires. Without: it ends when the reflector, by its threshold for real frames, has said so and
+a short grace is over (or at the last step), and counts if the benchmark's signal has fired by then.
+Policies act on their mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.runtime import progress
-from worldenv.stages import store
+from worldenv.stages import store, thresholds
 from worldenv.stages.collect import world
 from worldenv.stages.reality import Watcher
 from worldenv.stages.run import Run, Stage, acting, read_record, stage_before, write_record
@@ -98,7 +99,8 @@ def evaluate_policy(
     """One deterministic episode per start: task, start, seed, success, steps and, with a
     reflector, success_no_oracle and stop_step (None where it did not end the episode first).
 
-    keep is called with all outcomes so far from time to time.
+    keep is called with all outcomes so far from time to time. UserError for a reflector that was
+    not calibrated on real frames.
     """
     if not starts:
         return []
@@ -145,18 +147,23 @@ class _Ruling(Watcher):
     ) -> None:
         self.starts, self.note = starts, note
         self.judge = None if reflector is None else reflector.onlooker(1)
-        self.threshold = None if reflector is None else float(reflector.threshold)
+        self.threshold = None if reflector is None else thresholds.of_reality(reflector)
         self.begun, self.verdict = False, None
+        self.grace: int | None = None  # chunks until the end, once the reflector has spoken
 
     def step(self, episode: int, before: dict, action: Any, after: dict, info: dict) -> None:
         """Show the reflector the frames before the first and after every chunk."""
         if self.judge is None:
             return
         if not self.begun:
-            self.begun, self.verdict = True, None
+            self.begun, self.verdict, self.grace = True, None, None
             self.judge.reset(EVERY)
             self._watch(before)
-        if self._watch(after) > self.threshold and self.verdict is None:
+        if self.grace is not None:
+            self.grace -= 1
+        elif self._watch(after) > self.threshold:
+            self.grace = thresholds.GRACE
+        if self.grace == 0 and self.verdict is None:
             self.verdict = {
                 "success_no_oracle": bool(info["success"][0]),
                 "stop_step": int(info["steps"][0]),
@@ -167,7 +174,7 @@ class _Ruling(Watcher):
         return float(self.judge.watch(*seen, EVERY))
 
     def finish(self, episode: int, info: dict) -> None:
-        """Where the reflector has not spoken it would later, or at the last step: the signal has
+        """Where the reflector has not ended it, it would later, or at the last step: the signal has
         fired by then, or never does.
         """
         start = self.starts[episode]

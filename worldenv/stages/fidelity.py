@@ -14,10 +14,10 @@ from torch import Tensor
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.report.statistics import roc_curve
+from worldenv.report.statistics import roc_curve, wilson
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
-from worldenv.stages import store
+from worldenv.stages import store, thresholds
 from worldenv.stages.collect import load_round
 from worldenv.stages.measures import HORIZONS, auc
 from worldenv.stages.reflector import score
@@ -121,30 +121,40 @@ def outcome_agreement(
 
 
 def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
-    """Frame-wise ROC on real frames, and how often an episode is stopped before it succeeded."""
-    scores = score(reflector, real)
+    """Frame-wise ROC on real frames, and by the threshold for real frames: the share of episodes
+    that are stopped without having succeeded, that of successes that are never noticed.
+
+    The threshold was put by the episodes trained on, so those held out may judge it.
+    """
+    eta, scores = thresholds.of_reality(reflector), score(reflector, real)
     frames = torch.cat(scores).tolist()
     labels = torch.cat([r.success for r in real]).tolist()
-    threshold = float(reflector.threshold)
-    false_stops = missed = successes = 0
-    for s, r in zip(scores, real, strict=True):
-        over = (s > threshold).nonzero()
-        stopped = bool(len(over))
-        false_stops += stopped and not bool(r.success[over[0, 0]])
-        successes += bool(r.success.any())
-        missed += bool(r.success.any()) and not stopped
+    found = thresholds.peaks(scores, real)
+    false_stops, missed = found.rates(eta)
+    successes = int(found.won.sum())
     curve = {}
     if 0 < sum(labels) < len(labels):
         fpr, tpr = roc_curve(frames, labels)
         curve = {"fpr": fpr.round(5).tolist(), "tpr": tpr.round(5).tolist()}
     return {
         "auc": auc(frames, labels),
-        "false_stop_rate": round(false_stops / len(real), 4),
-        "missed_success_rate": round(missed / successes, 4) if successes else None,
+        "false_stop_rate": round(false_stops, 4),
+        "false_stop_interval": _wilson(false_stops, len(real)),
+        "missed_success_rate": None if missed is None else round(missed, 4),
+        "missed_success_interval": _wilson(missed, successes),
+        "successes": successes,
         "episodes": len(real),
         "frames": len(frames),
         "roc": curve,
     }
+
+
+def _wilson(rate: float | None, count: int) -> list[float] | None:
+    """95% interval of a share of `count`, None where there is no share."""
+    if rate is None:
+        return None
+    around = wilson(round(rate * count), count)
+    return [round(around.low, 4), round(around.high, 4)]
 
 
 def _mse(a: Tensor, b: Tensor) -> float:

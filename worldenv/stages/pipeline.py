@@ -35,6 +35,7 @@ from worldenv.stages import (
     sft,
     simulator,
     store,
+    thresholds,
 )
 from worldenv.stages.run import Run, Stage, Step, read_record
 
@@ -249,6 +250,8 @@ def _named(run: Run, files: Mapping[str, Path], number: int) -> dict[str, _File]
     named = {}
     for kind, path in files.items():
         model = store.load(kind, path, fits=run.config)
+        if kind == "reflector":
+            thresholds.of_reality(model)  # the evaluation, hours from now, would refuse it
         drawn = getattr(model.config, "action_map", False)
         robot = run.embodiment if drawn else replace(run.embodiment, cameras=())
         step = steps(run.config)["sft" if kind == "policy" else f"{kind}-{number}"]

@@ -144,6 +144,7 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
         config.posttrain.rows,
         max_chunks=config.max_chunks,
         sampling_steps=config.sampling_steps(number),
+        false_stops=config.posttrain.false_stops,
     )
     split = len(firsts)
     return envs, list(range(split)), list(range(split, split + len(middles)))
@@ -210,7 +211,15 @@ def _imagine_contexts(
     pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
     # One world seed for a group (common random numbers): its episodes differ by their actions
     # alone, and the baseline takes the world's luck away.
-    starts = [Start(0, chosen[c], derive(config.seed, "world", *key, c)) for c, _ in pairs]
+    starts = [
+        Start(
+            0,
+            chosen[c],
+            derive(config.seed, "world", *key, c),
+            mistakes=derive(config.seed, "mistakes", *key, c, n),  # each episode its own
+        )
+        for c, n in pairs
+    ]
     seeds = [derive(config.seed, "action", *key, c, n) for c, n in pairs]
     return rollout_shards(
         envs,

@@ -1,9 +1,8 @@
 """Train the reflector on real frames and on imagined replays of them (World-Env section 3.4).
 
 The replays (the simulator driven by an episode's real actions) carry the real labels, so that the
-reflector learns to judge the frames it will be shown in post-training. Then its threshold eta is
-calibrated: simulators differ in how readily they imagine success, and the real outcomes of the
-explored episodes say how often it should be found.
+reflector learns to judge the frames it will be shown in post-training. Then its two thresholds are
+calibrated (thresholds.py).
 """
 
 from functools import partial
@@ -15,18 +14,15 @@ from torch import Tensor
 
 from worldenv.data.episode import Episode
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
-from worldenv.envs.imagined import first_frames, imagined_envs
-from worldenv.envs.start import Start
 from worldenv.models.layers import views_to_channels
-from worldenv.models.policy import Policy, augment
+from worldenv.models.policy import augment
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.rl.rollout import rollout_shards
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import derive, generator
-from worldenv.stages import store, training
-from worldenv.stages.collect import exploration_noise, load_round
-from worldenv.stages.features import DROPOUT, LATE_START, Features
+from worldenv.stages import store, thresholds, training
+from worldenv.stages.collect import load_round
+from worldenv.stages.features import DROPOUT, LATE_START, Features, encoded
 from worldenv.stages.replay import padded, replay
 from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before, world_of
 
@@ -47,11 +43,16 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     if part.calibrate and explored:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
-        reflector.threshold.fill_(_calibrated(run, number, policy, simulator, reflector))
+        learned |= thresholds.imagined(run, number, policy, simulator, reflector)
+        reflector.threshold.fill_(learned["threshold"])
+        learned |= calibrate_on_real(run, number, reflector, explored)
     name = f"reflector-{number}"
     store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
     training.finish(run, name)
-    return {**learned, "threshold": round(float(reflector.threshold), 4)}
+    etas = {
+        eta: round(float(getattr(reflector, eta)), 4) for eta in ("threshold", "real_threshold")
+    }
+    return {**learned, **etas}
 
 
 def _learn(
@@ -113,6 +114,7 @@ STAGE = Stage(
     settings=lambda config, n: (
         config.reflector,
         config.sampling_steps(n),
+        "two thresholds",  # one that was made before real frames had theirs is made anew
         *store.digests(config.reflector),
     ),
     needs=lambda config, n: (
@@ -123,46 +125,6 @@ STAGE = Stage(
     ),
     makes=("checkpoints/reflector-{n}.safetensors",),
 )
-
-CALIBRATION_EPISODES = 2  # imagined from every explored start
-
-
-def _calibrated(
-    run: Run, number: int, policy: Policy, simulator: Simulator, reflector: Reflector
-) -> float:
-    """The eta at which the policy that explored succeeds in imagination, from the same first frames
-    and with the same noise, as often as it did in reality."""
-    config = run.config
-    _, earlier, _ = load_round(run, number - 1)
-    explored = load_round(run, number)[1][len(earlier) :]
-    contexts = first_frames(chunk_sequences(explored, config.env.chunk))
-    envs = imagined_envs(
-        simulator.for_generation(),
-        reflector,
-        contexts,
-        config.posttrain.rows,
-        max_chunks=config.max_chunks,
-        sampling_steps=config.sampling_steps(number),
-        terminate=False,
-    )
-    keys = [(c, n) for c in range(len(contexts)) for n in range(CALIBRATION_EPISODES)]
-    starts = [Start(0, c, derive(config.seed, "calibration", number, c, n)) for c, n in keys]
-    seeds = [derive(config.seed, "calibration action", number, c, n) for c, n in keys]
-    noise = exploration_noise(config, policy)
-    imagined = rollout_shards(envs, policy.eval(), starts, seeds=seeds, noise=noise, images=False)
-    top = torch.zeros(len(starts), device=imagined.reward.device)
-    top.scatter_reduce_(0, imagined.episode, imagined.reward, "amax")
-    rate = sum(e.success for e in explored) / len(explored)
-    return threshold_at(top, rate)
-
-
-def threshold_at(top: Tensor, rate: float) -> float:
-    """The threshold that a share `rate` of the highest rewards `[M]` exceed, within [0.5, 0.99].
-
-    A world harsher than reality is not made up for by believing what is likelier no success.
-    """
-    return float(torch.quantile(top, 1 - rate).clamp(0.5, 0.99))
-
 
 NEAR = 4  # frames before success, or before a failure's end, that are nearly one
 
@@ -217,6 +179,28 @@ class _Pictures:
         words = reflector.words([self.data["instruction"][r] for r in rows.tolist()])
         keep = torch.rand(len(rows), reflector.config.width, generator=g).to(features.device)
         return reflector.judge(features[:, 1], features[:, 0], words, keep > DROPOUT)
+
+
+def calibrate_on_real(run: Run, number: int, judge: Reflector, explored: list[Episode]) -> dict:
+    """Puts the threshold for real frames, of an older reflector too, by the episodes trained on;
+    what of it is recorded."""
+    own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
+    found = thresholds.peaks(_rewards(run, judge, own), own)
+    record = thresholds.real(found, derive(run.config.seed, "real threshold interval", number))
+    judge.real_threshold.fill_(record["real_threshold"])
+    return record
+
+
+def _rewards(run: Run, reflector: Reflector, own: list[FrameSequence]) -> list[Tensor]:
+    """R `[F]` of sequences that were trained on, from features that were kept if there are any."""
+    if not reflector.frozen or not any(p.requires_grad for p in reflector.parameters()):
+        return score(reflector, own)
+    device = reflector.proprio_mean.device
+    with torch.no_grad():
+        return [
+            torch.sigmoid(reflector.judge(seen.whole.to(device), s.proprio.to(device))).cpu()
+            for seen, s in zip(encoded(run, reflector, own), own, strict=True)
+        ]
 
 
 def score(reflector: Reflector, sequences: list[FrameSequence]) -> list[Tensor]:

@@ -22,7 +22,7 @@ from worldenv.models.simulator import Simulator
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import rollout_shards
 from worldenv.runtime.seeds import derive
-from worldenv.stages import measures
+from worldenv.stages import measures, thresholds
 from worldenv.stages.measures import LEADS, Branch, Moment
 from worldenv.stages.probe import Finder, names, truth
 from worldenv.stages.reflector import score
@@ -79,7 +79,7 @@ class World:
     def _judged(self, found: list[Branch], lead: int, near: Callable | None) -> dict:
         frames = [b.frames for b in found]
         truth = [bool(f.success[-1]) for f in frames]
-        threshold = float(self.reflector.threshold)
+        eta, real_eta = float(self.reflector.threshold), thresholds.of_reality(self.reflector)
 
         def highest(shown: list[FrameSequence]) -> list[float]:
             watched = [
@@ -88,13 +88,13 @@ class World:
             ]
             return [float(r[1:].max()) for r in score(self.reflector, watched)]
 
-        def told_by(scores: list[float]) -> dict:
-            said = [r > threshold for r in scores]
+        def told_by(scores: list[float], above: float) -> dict:
+            said = [r > above for r in scores]
             return {**measures.agreement(said, truth), "auc": measures.auc(scores, truth)}
 
         scores = highest(self.replayed(frames, "placing", lead, given=2))
-        said = [r > threshold for r in scores]
-        told = {**told_by(scores), "on_real": told_by(highest(frames))}
+        said = [r > eta for r in scores]
+        told = {**told_by(scores, eta), "on_real": told_by(highest(frames), real_eta)}
         if near is not None:
             chosen = [k for k, b in enumerate(found) if truth[k] or near(b.moment)]
             told["near"] = measures.agreement([said[k] for k in chosen], [truth[k] for k in chosen])

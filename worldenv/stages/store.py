@@ -21,7 +21,7 @@ from worldenv.data.embodiment import Embodiment, differences
 from worldenv.fields import from_dict, to_dict
 from worldenv.models.folder import digest as digest_of_folder
 from worldenv.models.policy import Policy
-from worldenv.models.reflector import Reflector
+from worldenv.models.reflector import NOT_CALIBRATED, Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.models.wan_world import WanSimulator
 from worldenv.models.wovr import WoVR
@@ -132,9 +132,27 @@ def read(
                 f"{path}: {name} {list(tensor.shape)}: expected finite weights, got {bad} NaN or "
                 f"infinite value(s). This {kind} is of no use: name another, or train it anew."
             )
+    if kind == "reflector":
+        _check_thresholds(tensors, path)
     metadata = {"folder_digests": [], **metadata}
     _check_folders(part, checkpoint.fact(metadata, "folder_digests", list, path), path)
     return tensors, part, robot
+
+
+def _check_thresholds(tensors: dict[str, Tensor], path: Path) -> None:
+    """UserError for a threshold outside (0, 1). A reflector from before real frames had one of
+    their own gets the mark of none, which is said: it can judge imagined frames as ever, and who
+    uses it on real ones is refused (`thresholds.of_reality`)."""
+    if "threshold" in tensors and "real_threshold" not in tensors:
+        print(f"{path}: has no threshold for real frames; it can judge imagined ones only")
+        tensors["real_threshold"] = torch.full_like(tensors["threshold"], NOT_CALIBRATED)
+    for name in tensors.keys() & {"threshold", "real_threshold"}:
+        for eta in tensors[name].flatten().tolist():
+            if not 0 < eta < 1 and (name, eta) != ("real_threshold", NOT_CALIBRATED):
+                raise UserError(
+                    f"{path}: {name}: expected a number above 0 and below 1, got {eta:g}. "
+                    "This reflector is of no use: name another, or train it anew."
+                )
 
 
 def _check_folders(part: object, trained: list, path: Path) -> None:

@@ -38,7 +38,7 @@ from worldenv.runtime import parallel, progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive, generator
-from worldenv.stages import collect, measures, pipeline, probe, store
+from worldenv.stages import collect, measures, pipeline, probe, store, thresholds
 from worldenv.stages.evaluate import resumed
 from worldenv.stages.reality import embodiment
 from worldenv.stages.run import Run, policy_before, stage_before, world_of, write_json
@@ -95,6 +95,7 @@ def run_trial(run: Run, asked: Trial) -> dict:
         "round": n,
         "sampling_steps": world.passes,
         "threshold": round(float(reflector.threshold), 4),
+        "real_threshold": round(thresholds.of_reality(reflector), 4),
         **world.frames(),
         **_things(run, world, episodes),
         **_policies(run, world, explorer, episodes, asked),
