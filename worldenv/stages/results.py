@@ -94,6 +94,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
     measured = records[f"fidelity-{last}"]
     reflector_quality = measured["reflector"]
     skip = {"fingerprint", "artifacts", "outcomes", "reflector"}
+    costs = {"seconds", "peak_memory_bytes", "peak_gpu_bytes"}
     stages = {
         name: {k: v for k, v in record.items() if k not in skip} for name, record in records.items()
     }
@@ -110,7 +111,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
         **success_of(outcomes, "success"),
         "no_oracle": success_of(outcomes, "success_no_oracle"),
         "fidelity": {
-            **{k: v for k, v in measured.items() if k not in {*skip, "seconds"}},
+            **{k: v for k, v in measured.items() if k not in skip | costs},
             "closed_loop_gap": _closed_loop_gap(run, last, imagined[-1]["kept_iteration"]),
         },
         "reflector": reflector_quality,

@@ -332,6 +332,7 @@ def test_never_terminates_without_the_oracle(env):
 
     dones = np.array([False, False, True, False])
     view = {"image": np.zeros((2, 4, 4, 3), np.uint8), "proprio": np.zeros(8, np.float32)}
+    view["objects"] = {}
     row = _Row(Start(TASK, 0, 0))
     assert row.advance(np.zeros((4, 7)), Chunk(dones, [(4, view)]), 220, "never") == 1.0
     assert (row.steps, row.success_step, row.finished) == (4, 3, False)
