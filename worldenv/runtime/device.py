@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import platform
 import threading
@@ -155,7 +154,6 @@ class PeakMemory:
 def give_back() -> None:
     """Return to the system what has been freed: glibc keeps it, and what a stage needed at its peak
     would be held through all that follow. Elsewhere allocators do it themselves."""
-    gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
