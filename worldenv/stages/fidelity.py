@@ -6,8 +6,6 @@ in reality? Reflector on real frames: ROC, false stops. The run stops here if th
 better than a still picture: RL in a poor world makes a policy worse (World-Env, table 4).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,7 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store, thresholds
 from worldenv.stages.collect import load_round
-from worldenv.stages.measures import HORIZONS, auc
+from worldenv.stages.measures import HORIZONS, auc, decibels
 from worldenv.stages.reflector import score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to, world_of
@@ -162,4 +160,4 @@ def _mse(a: Tensor, b: Tensor) -> float:
 
 
 def _psnr(errors: list[float]) -> float:
-    return round(-10 * math.log10(max(sum(errors) / len(errors), 1e-10)), 3)
+    return round(decibels(sum(errors) / len(errors)), 3)

@@ -97,9 +97,7 @@ def _imitation(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
 
 def _simulator(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     part, model = config.simulator, costs.simulator
-    frames = _demonstrated(config) + _explored(config)
-    # On a CPU episodes, sequences and windows are three copies.
-    data = {"recorded frames": frames * _frame(config, costs) * (3 if here.cpu else 1)}
+    data = _windows(config, costs, here)
     if part.kind == "wovr":
         yield Moment("taken as it is", _held(here, simulator=model) | data)
         return
@@ -124,14 +122,13 @@ def _simulator(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
 
 def _distill(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     model = costs.simulator
-    frames = _demonstrated(config) + _explored(config)
     size = config.distill.batch // here.shards
     yield Moment(
         "a step",
         _held(here, simulator=model)
         | _step(here, costs.distil(size), size, here.shards, model.trained_bytes)
         | {"moving average": model.state_bytes, "teacher": model.state_bytes}
-        | {"recorded frames": frames * _frame(config, costs) * (3 if here.cpu else 1)},
+        | _windows(config, costs, here),
     )
 
 
@@ -259,6 +256,12 @@ def _imagine(config: Config, costs: Costs, here: Machine, held: dict[str, int]) 
     return held | worlds | {"kept prefixes": rows * judge.row, "activations": max(others, frame)}
 
 
+def _windows(config: Config, costs: Costs, here: Machine) -> dict[str, int]:
+    """All frames so far as windows; on a CPU episodes and sequences are two copies more."""
+    frames = _demonstrated(config) + _explored(config)
+    return {"recorded frames": frames * _frame(config, costs) * (3 if here.cpu else 1)}
+
+
 def _frame(config: Config, costs: Costs) -> int:
     """Bytes of a recorded frame."""
     return costs.robot.V * config.env.image_size**2 * 3
@@ -288,11 +291,10 @@ def iteration_flops(config: Config, costs: Costs) -> dict[str, dict[str, float]]
     world = simulator.precision
     found: dict[str, dict[str, float]] = {}
     found["sft"] = {policy: config.sft.batch * costs.imitate(1).flops}
+    trains = world if simulator.kind == "wan" else "float32"
     if simulator.kind != "wovr":
-        trains = world if simulator.kind == "wan" else "float32"
         found["simulator"] = {trains: simulator.batch * costs.denoise(1, 1).flops}
     if config.distill.on:
-        trains = world if simulator.kind == "wan" else "float32"
         found["distill"] = {trains: config.distill.batch * costs.distil(1).flops}
     learn = costs.learn(1)
     if learn is not None:

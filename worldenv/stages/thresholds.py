@@ -30,9 +30,7 @@ from worldenv.stages.collect import exploration_noise, load_round
 from worldenv.stages.run import Run
 
 GRACE = 1  # chunks
-FALSE_STOPS = (
-    0.025  # of the episodes trained on, so that it is 5% of others: they had twice as many
-)
+FALSE_STOPS = 0.025  # of the episodes trained on; others had twice as many, and 5% is wanted
 MISSED = 0.10  # of successes
 BOUNDS = (0.001, 0.999)  # as `ranges.Threshold`
 CALIBRATION_EPISODES = 2  # imagined from every explored start

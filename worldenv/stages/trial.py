@@ -73,14 +73,15 @@ def run_trial(run: Run, asked: Trial) -> dict:
     begun, config = time.perf_counter(), run.config
     n = config.posttrain.rounds - 1 if asked.round is None else asked.round
     check(run, asked, n)
-    load = lambda kind, name: store.load(  # noqa: E731
-        kind, run.path("checkpoints", f"{name}.safetensors"), run.device, config
+    names = {
+        "simulator": world_of(config, n),
+        "reflector": f"reflector-{n}",
+        "policy": policy_before(n),
+    }
+    simulator, reflector, explorer = (
+        store.load(kind, run.path("checkpoints", f"{name}.safetensors"), run.device, config)
+        for kind, name in names.items()
     )
-    simulator, reflector = (
-        load("simulator", world_of(config, n)),
-        load("reflector", f"reflector-{n}"),
-    )
-    explorer = load("policy", policy_before(n))
     episodes = held_out(run, explorer, asked.episodes, n)
     real = from_first_step(chunk_sequences(episodes, config.env.chunk))
     world = World(config, run.embodiment, simulator, reflector, real, n)
@@ -138,7 +139,8 @@ def check(run: Run, asked: Trial, n: int) -> None:
             f"least {FEWEST} of each, the fewest that have a 95% interval, and no more starts than "
             "episodes, whose first frames they begin with. Ask for more episodes."
         )
-    half = (lambda rate: (rate.high - rate.low) / 2)(wilson(asked.episodes // 2, asked.episodes))
+    widest = wilson(asked.episodes // 2, asked.episodes)
+    half = (widest.high - widest.low) / 2
     if asked.within is not None and half > asked.within:
         need = int((1.96 / (2 * asked.within)) ** 2) - 2
         raise UserError(

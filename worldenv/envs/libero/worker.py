@@ -157,11 +157,11 @@ class LiberoSimulator:
         last `proprio`. For measuring only: nothing that learns or acts may see it."""
         env, data = self._env, self.sim.data._data
         names = dict.fromkeys(name for goal in self.goal_state for name in goal[1:])
-        bodies = {
-            name: data.xpos[body] for name, body in env.obj_body_id.items()
-        }  # sites have none
-        places = ((name, bodies.get(name)) for name in names)
-        return {n: np.float32(data.site(n).xpos if at is None else at) for n, at in places}
+        bodies = env.obj_body_id  # of things; regions are sites
+        return {
+            name: np.float32(data.xpos[bodies[name]] if name in bodies else data.site(name).xpos)
+            for name in names
+        }
 
     def state(self) -> np.ndarray:
         """Everything the physics goes on from (time, qpos, qvel, warm start, controls), float64."""
