@@ -3,8 +3,8 @@
     python -m bench.gate RUN... [--spoil RUN...] [--work DIR] [--out FILE]
 
 Every round's world of the finished runs is measured as the stage fidelity does, and put before the
-gate. Of each run after --spoil the first round is also trained anew, spoiled on purpose (`ARMS`), in
-a folder of --work for each arm, which keeps what is done: the same command goes on. What is not
+gate. Of each run after --spoil the first round is also trained anew, spoiled on purpose (`ARMS`),
+in a folder of --work for each arm, which keeps what is done: the same command goes on. What is not
 spoiled follows from what is, as in a run: the reflector sees the replays of its own simulator, and
 both its thresholds are calibrated by the explored episodes in every arm. The run folders are only
 read, and may be of versions before real frames had a threshold of their own.
@@ -12,7 +12,6 @@ read, and may be of versions before real frames had a threshold of their own.
 
 import argparse
 import contextlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -28,6 +27,7 @@ from bench.thresholds import model
 from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.fields import fingerprint
+from worldenv.gate import GateConfig
 from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import collect, fidelity, gate, reflector, simulator, store, training
@@ -156,6 +156,44 @@ def good(run: Run, work: Path) -> Iterator[tuple[int, dict]]:
         yield number, kept["record"]
 
 
+def verdicts(worlds: dict[str, dict]) -> dict[str, dict]:
+    """By world: the gate's rows by the configuration's defaults, and what it is refused for."""
+    said = {}
+    for name, world in worlds.items():
+        rows = gate.judged(world["record"], GateConfig())
+        failed = [row["measure"] for row in rows if not row["passed"]]
+        said[name] = {"good": world["good"], "failed": failed, "measures": rows}
+    return said
+
+
+def table(said: dict[str, dict]) -> str:
+    """Markdown: every measure's value and the bound it is judged by, and the verdict."""
+    names = [measure.limit for measure in gate.MEASURES]
+    lines = [f"| world | {' | '.join(names)} | refused for |", "|---" * (len(names) + 2) + "|"]
+    for name, world in said.items():
+        cells = []
+        for row in world["measures"]:
+            bound = row["low"] if row["least"] else row["high"]
+            shown = " ".join("none" if x is None else f"{x:.3g}" for x in (row["value"], bound))
+            cells.append(shown if row["passed"] else f"**{shown}**")
+        reasons = ", ".join(world["failed"]) or "passes"
+        lines.append(f"| {name} | {' | '.join(cells)} | {reasons} |")
+    return "\n".join(lines)
+
+
+def report(out: Path, worlds: dict[str, dict]) -> None:
+    """Writes what is known so far."""
+    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
+    found = {
+        "command": " ".join(["python", "-m", "bench.gate", *arguments]),
+        "commit": commit(),
+        "machine": {**machine(), "threads": 1},
+        "verdicts": verdicts(worlds),
+        "records": {name: world["record"] for name, world in worlds.items()},
+    }
+    write_json(out, found)
+
+
 def main() -> None:
     """Parses the command line, trains, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -181,7 +219,7 @@ def main() -> None:
             report(given.out, worlds)
         run.close()
     report(given.out, worlds)
-    print(table(worlds))
+    print(table(verdicts(worlds)))
 
 
 if __name__ == "__main__":
