@@ -47,7 +47,8 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
         reflector.threshold.fill_(learned["threshold"])
         learned |= calibrate_on_real(run, number, reflector, explored)
     name = f"reflector-{number}"
-    store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
+    path = run.path("checkpoints", f"{name}.safetensors")
+    store.save("reflector", reflector, path, config.env)
     training.finish(run, name)
     etas = {
         eta: round(float(getattr(reflector, eta)), 4) for eta in ("threshold", "real_threshold")
