@@ -154,7 +154,7 @@ def test_an_adopted_world_or_judge_is_of_the_same_suite(toy, files, kind):
     other = replace(BASE.env, suite="libero_goal")
     for named in ({"files": {kind: files[kind]}}, {}):
         with pytest.raises(UserError, match="tasks 8 of libero_spatial, got tasks 8 of"):
-            toy.run(env=other, **named)
+            toy.run("posttrain", env=other, **named)
     assert toy.run() == []
 
 
