@@ -4,10 +4,12 @@
 
 Every round's world of the finished runs is measured as the stage fidelity does, and put before the
 gate. Of each run after --spoil the first round is also trained anew, spoiled on purpose (`ARMS`),
-in a folder of --work for each arm, which keeps what is done: the same command goes on. What is not
-spoiled follows from what is, as in a run: the reflector sees the replays of its own simulator, and
-both its thresholds are calibrated by the explored episodes in every arm. The run folders are only
-read, and may be of versions before real frames had a threshold of their own.
+in a folder of --work for each arm, which keeps what is done: the same command goes on, or does some
+of the arms. What is not spoiled is the run's own, but for the reflector after the simulator of
+demonstrations alone, which is trained on that one's replays as in a run: everything hangs on it.
+Thresholds for real frames are calibrated by the explored episodes in every arm; that in imagination
+is not, for no measure of the gate reads it. The run folders are only read, and may be of versions
+before real frames had a threshold of their own.
 """
 
 import argparse
@@ -30,7 +32,16 @@ from worldenv.fields import fingerprint
 from worldenv.gate import GateConfig
 from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
-from worldenv.stages import collect, fidelity, gate, reflector, simulator, store, training
+from worldenv.stages import (
+    collect,
+    fidelity,
+    gate,
+    reflector,
+    simulator,
+    store,
+    thresholds,
+    training,
+)
 from worldenv.stages.run import Run, open_run, read_record, world_of, write_json, write_record
 
 ROOT = Path(__file__).parents[1]
@@ -73,13 +84,16 @@ def unexplored(*arguments) -> dict:
 
 LEARN = reflector._learn
 ARMS: dict[str, dict[str, Callable]] = {
-    "simulator untrained": {"simulator.run": blank},
-    "simulator of shuffled actions": {"simulator.load_round": shuffled},
-    "simulator of demonstrations alone": {"simulator.load_round": demonstrated},
-    "reflector of demonstrations alone": {"reflector._learn": unexplored},
     "reflector untrained": {"reflector._learn": lambda *_: {}},
+    "simulator untrained": {"simulator.run": blank},
+    "reflector of demonstrations alone": {"reflector._learn": unexplored},
+    "simulator of shuffled actions": {"simulator.load_round": shuffled},
+    "simulator of demonstrations alone": {
+        "simulator.load_round": demonstrated,
+        "reflector._learn": LEARN,
+    },
 }
-"""What of the stages is replaced; an arm whose simulator is not spoiled has the run's own."""
+"""What of the stages is replaced; what is not made anew is the run's own."""
 
 
 @contextlib.contextmanager
@@ -90,41 +104,52 @@ def patched(changes: dict[str, Callable]) -> Iterator[None]:
             stage, attribute = name.split(".")
             whole = {"simulator": simulator, "reflector": reflector}[stage]
             stack.enter_context(mock.patch.object(whole, attribute, other))
+        stack.enter_context(
+            mock.patch.object(thresholds, "imagined", return_value={"threshold": 0.5})
+        )
         yield
 
 
-def prepared(run: Run, folder: Path, own: bool) -> Config:
-    """The folder with what the round reads; own: the run's simulator among it."""
+def mark_of(run: Run, what: str) -> str:
+    """Of what a world came from: not of what the gate asks of it."""
+    config = run.config
+    return fingerprint(config.seed, config.collect, config.simulator, config.reflector, what)
+
+
+def prepared(run: Run, folder: Path, made: set[str]) -> Config:
+    """The folder with what the round reads and what of it is not made anew."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if not (folder / "data").exists():
         (folder / "data").symlink_to((run.dir / "data").resolve())
-    kinds = {"policy-sft": "policy", **({world_of(run.config, 0): "simulator"} if own else {})}
-    for name, kind in kinds.items():
+    names = {
+        "policy": "policy-sft",
+        "simulator": world_of(run.config, 0),
+        "reflector": "reflector-0",
+    }
+    for kind, name in names.items():
         path = folder / "checkpoints" / f"{name}.safetensors"
-        if not path.exists():
+        if kind not in made and not path.exists():
             store.save(kind, model(run, kind, name), path)
     return replace(run.config, run_dir=folder, threads=1)
 
 
 def spoiled(run: Run, arm: str, work: Path) -> dict:
-    """The measurements of the first round's world, spoiled, and how its training ended."""
-    changes = ARMS[arm]
-    folder = work / f"{run.dir.name}-{arm.replace(' ', '-')}"
-    mark = fingerprint(run.config, arm)
+    """The measurements of the first round's world, spoiled."""
+    folder, mark = work / f"{run.dir.name}-{arm.replace(' ', '-')}", mark_of(run, arm)
     path = folder / "stages" / "spoiled.json"
     kept = read_record(path)
     if kept is not None and kept["mark"] == mark:
         return kept["record"]
-    own = all(name.startswith("reflector") for name in changes)
-    here = Run(prepared(run, folder, own))
+    made = {name.split(".")[0] for name in ARMS[arm]}
+    here = Run(prepared(run, folder, made))
+    files = {kind: folder / "checkpoints" / f"{kind}-0.safetensors" for kind in made}
     try:
-        with patched(changes):
-            if not (own or (folder / "checkpoints" / "simulator-0.safetensors").exists()):
+        with patched(ARMS[arm]):
+            if "simulator" in made and not files["simulator"].exists():
                 simulator.run(here, mark, 0)
-            judge = folder / "checkpoints" / "reflector-0.safetensors"
-            if not judge.exists():
+            if "reflector" in made and not files["reflector"].exists():
                 reflector.run(here, mark, 0, folder / "checkpoints" / "policy-sft.safetensors")
-        record = measured(here, model(here, "simulator", "simulator-0"), 0)
+        record = measured(here, model(here, "simulator", world_of(run.config, 0)), 0)
     finally:
         here.close()
     write_record(path, {"mark": mark, "record": record})
@@ -139,15 +164,14 @@ def measured(run: Run, world: nn.Module, number: int) -> dict:
     calibrated = reflector.calibrate_on_real(run, number, judge, explored)
     record = fidelity.measure(run, number, world, judge)
     record["reflector"].pop("roc")
-    etas = {"threshold": round(float(judge.threshold), 4), **calibrated}
-    return {**record, "thresholds": etas}
+    return {**record, "calibrated": calibrated}
 
 
 def good(run: Run, work: Path) -> Iterator[tuple[int, dict]]:
     """(round, measurements) of a run's own worlds."""
     for number in range(run.config.posttrain.rounds):
         path = work / f"{run.dir.name}-round-{number}.json"
-        mark = fingerprint(run.config)
+        mark = mark_of(run, str(number))
         kept = read_record(path)
         if kept is None or kept["mark"] != mark:
             world = model(run, "simulator", world_of(run.config, number))
@@ -197,8 +221,9 @@ def report(out: Path, worlds: dict[str, dict]) -> None:
 def main() -> None:
     """Parses the command line, trains, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
+    parser.add_argument("runs", type=Path, nargs="*", help="finished runs")
     parser.add_argument("--spoil", type=Path, nargs="*", default=[], help="runs to spoil")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gate")
     parser.add_argument("--out", type=Path, default=ROOT / "results/gate/results.json")
     given = parser.parse_args()
@@ -213,7 +238,7 @@ def main() -> None:
         run.close()
     for folder in given.spoil:
         run = open_run(folder, threads=1)
-        for arm in ARMS:
+        for arm in given.arms:
             name = f"seed {run.config.seed}, {folder.name}, {arm}"
             worlds[name] = {"good": False, "record": spoiled(run, arm, given.work)}
             report(given.out, worlds)
