@@ -113,7 +113,8 @@ def patched(changes: dict[str, Callable]) -> Iterator[None]:
 def mark_of(run: Run, what: str) -> str:
     """Of what a world came from: not of what the gate asks of it."""
     config = run.config
-    return fingerprint(config.seed, config.collect, config.simulator, config.reflector, what)
+    parts = (config.collect, config.simulator, config.reflector)
+    return fingerprint(config.seed, *parts, what, "episode_auc")
 
 
 def prepared(run: Run, folder: Path, made: set[str]) -> Config:
@@ -167,9 +168,9 @@ def measured(run: Run, world: nn.Module, number: int) -> dict:
     return {**record, "calibrated": calibrated}
 
 
-def good(run: Run, work: Path) -> Iterator[tuple[int, dict]]:
-    """(round, measurements) of a run's own worlds."""
-    for number in range(run.config.posttrain.rounds):
+def good(run: Run, work: Path, first: bool) -> Iterator[tuple[int, dict]]:
+    """(round, measurements) of a run's own worlds; first: of the first round's alone."""
+    for number in range(1 if first else run.config.posttrain.rounds):
         path = work / f"{run.dir.name}-round-{number}.json"
         mark = mark_of(run, str(number))
         kept = read_record(path)
@@ -223,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="*", help="finished runs")
     parser.add_argument("--spoil", type=Path, nargs="*", default=[], help="runs to spoil")
+    parser.add_argument("--first", action="store_true", help="of the runs, the first round alone")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=[*ARMS], metavar="ARM")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "gate")
     parser.add_argument("--out", type=Path, default=ROOT / "results/gate/results.json")
@@ -232,7 +234,7 @@ def main() -> None:
     worlds = {}
     for folder in given.runs:
         run = open_run(folder, threads=1)
-        for number, record in good(run, given.work):
+        for number, record in good(run, given.work, given.first):
             name = f"seed {run.config.seed}, {folder.name}, round {number}"
             worlds[name] = {"good": True, "record": record}
         run.close()

@@ -30,15 +30,14 @@ GOOD = {
     "psnr": {"gain": {"front": {"1": figure(7.0)}, "wrist": {"1": figure(6.0), "8": figure(-9.0)}}},
     "hand_error_cm": {"1": figure(0.2), "8": figure(0.6)},
     "outcome_auc": 0.95,
-    "event": {"placing": {"1": {"on_real": {"auc": 0.95, "of_yes": {"n": 8}, "of_no": {"n": 12}}}}},
-    "reflector": {"successes": 8},
+    "reflector": {"successes": 8, "episode_auc": 0.95},
 }
 SPOILED = {
     "held_out": ("episodes", 15),
     "gain_db": ("psnr.gain.front.1", figure(1.0)),
     "hand_cm": ("hand_error_cm.8", figure(5.0)),
     "outcome_auc": ("outcome_auc", 0.6),
-    "judge_auc": ("event.placing.1.on_real.auc", 0.6),
+    "judge_auc": ("reflector.episode_auc", 0.6),
 }
 
 
@@ -74,12 +73,12 @@ def test_the_bound_that_speaks_against_the_world_decides():
     assert failed(wide) == ["gain_db", "hand_cm"]
     few = copy.deepcopy(GOOD)
     few["reflector"]["successes"] = 1  # the same area, of one success among twenty
-    assert failed(few) == ["outcome_auc"]
+    assert failed(few) == ["outcome_auc", "judge_auc"]
 
 
 def test_what_cannot_be_measured_has_not_been_shown():
     none = copy.deepcopy(GOOD)
-    none["outcome_auc"] = none["event"]["placing"]["1"]["on_real"]["auc"] = None
+    none["outcome_auc"] = none["reflector"]["episode_auc"] = None
     none["hand_error_cm"].pop("8")
     none["psnr"]["gain"] = {"front": {}, "wrist": {}}
     assert failed(none) == list(SPOILED)[1:]

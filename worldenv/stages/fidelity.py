@@ -116,8 +116,9 @@ def outcome_agreement(
 
 
 def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
-    """Frame-wise ROC on real frames, and by the threshold for real frames: the share of episodes
-    that are stopped without having succeeded, that of successes that are never noticed.
+    """Frame-wise ROC on real frames, whether the highest reward of an episode tells its outcome,
+    and by the threshold for real frames: the share of episodes that are stopped without having
+    succeeded, that of successes that are never noticed.
 
     The threshold was put by the episodes trained on, so those held out may judge it.
     """
@@ -133,6 +134,7 @@ def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
         curve = {"fpr": fpr.round(5).tolist(), "tpr": tpr.round(5).tolist()}
     return {
         "auc": auc(frames, labels),
+        "episode_auc": auc(found.top.tolist(), found.won.tolist()),
         "false_stop_rate": round(false_stops, 4),
         "false_stop_interval": _wilson(false_stops, len(real)),
         "missed_success_rate": None if missed is None else round(missed, 4),

@@ -48,14 +48,10 @@ def _area(auc: float | None, won: int, lost: int) -> Figure:
     return {"value": auc, "low": round(found.low, 4), "high": round(found.high, 4), "n": won + lost}
 
 
-def _outcomes(record: dict) -> Figure:
+def _told_apart(record: dict, auc: float | None) -> Figure:
+    """Of successes and failures among the held-out episodes."""
     won = record["reflector"]["successes"]
-    return _area(record["outcome_auc"], won, record["episodes"] - won)
-
-
-def _judge(record: dict) -> Figure:
-    seen = record["event"]["placing"][NEAR]["on_real"]
-    return _area(seen["auc"], seen["of_yes"]["n"], seen["of_no"]["n"])
+    return _area(auc, won, record["episodes"] - won)
 
 
 MORE = "more explored episodes (collect.episodes)"
@@ -89,15 +85,15 @@ MEASURES = (
         "outcomes told apart in imagined replays (AUC)",
         "",
         True,
-        _outcomes,
+        lambda record: _told_apart(record, record["outcome_auc"]),
         f"show simulator and reflector {MORE}, failures among them",
     ),
     Measure(
         "judge_auc",
-        "successes told apart on real frames (AUC)",
+        "outcomes told apart on real frames (AUC)",
         "",
         True,
-        _judge,
+        lambda record: _told_apart(record, record["reflector"]["episode_auc"]),
         f"train the reflector longer (reflector.steps), on {MORE}",
     ),
 )
