@@ -114,7 +114,7 @@ def mark_of(run: Run, what: str) -> str:
     """Of what a world came from: not of what the gate asks of it."""
     config = run.config
     parts = (config.collect, config.simulator, config.reflector)
-    return fingerprint(config.seed, *parts, what, "episode_auc")
+    return fingerprint(config.seed, *parts, what, "false_stops")
 
 
 def prepared(run: Run, folder: Path, made: set[str]) -> Config:

@@ -33,7 +33,10 @@ class GateConfig:
     than one whose failed, at least: the lower bound. Fails where the world imagines the same
     outcome whatever happened."""
     judge_auc: Fraction = 0.5
-    """The same of real frames."""
+    """The same of real frames. Fails where the reflector knows nothing."""
+    false_stops: Fraction = 0.1
+    """Of all explored episodes, those that the reflector would stop without success, at most: the
+    upper bound. Fails where it has not learned from them."""
 
     def fits(self, episodes: int, fraction: float) -> Iterator[Rule]:
         """What it requires of the first round's episodes, a fraction of which is held out."""

@@ -168,11 +168,11 @@ def test_area_is_the_chance_of_right_order():
     )
 
 
-@pytest.mark.parametrize("shift", [0.0, 1.0, 2.5])
+@pytest.mark.parametrize("shift", [0.0, 2.0])
 def test_an_area_of_few_episodes_is_known_as_well_as_is_said(shift):
     rng, truth = np.random.default_rng(0), scipy.stats.norm.cdf(shift / np.sqrt(2))
     labels = [True] * 7 + [False] * 13
-    draws = rng.normal(size=(400, 20)) + shift * np.array(labels)
+    draws = rng.normal(size=(200, 20)) + shift * np.array(labels)
     found = [area_interval(area_under_curve(scores, labels), 7, 13) for scores in draws]
     covered = np.mean([i.low <= truth <= i.high for i in found])
     assert 0.93 <= covered <= 0.99

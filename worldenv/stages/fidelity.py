@@ -15,10 +15,10 @@ from worldenv.models.simulator import Simulator
 from worldenv.report.statistics import roc_curve, wilson
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
-from worldenv.stages import store, thresholds
+from worldenv.stages import measures, store, thresholds
 from worldenv.stages.collect import load_round
 from worldenv.stages.measures import HORIZONS, auc, decibels
-from worldenv.stages.reflector import score
+from worldenv.stages.reflector import rewards, score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to, world_of
 from worldenv.stages.scene import World
@@ -55,6 +55,7 @@ def measure(run: Run, number: int, simulator: Simulator, reflector: Reflector) -
         **world.frames(STILL),
         "event": {"placing": world.placings(FEW_LEADS)},
         "reflector": reflector_quality(reflector, real),
+        "false_stops": false_stops(run, number, reflector, real),
     }
 
 
@@ -144,6 +145,18 @@ def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
         "frames": len(frames),
         "roc": curve,
     }
+
+
+def false_stops(
+    run: Run, number: int, reflector: Reflector, real: list[FrameSequence]
+) -> measures.Figure:
+    """By the threshold for real frames, of all explored episodes. Those trained on are among them:
+    a reflector that has learned from them makes few."""
+    _, explored, _ = load_round(run, number)
+    own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
+    scores = [*rewards(run, reflector, own), *score(reflector, real)]
+    found = thresholds.peaks(scores, [*own, *real])
+    return measures.rate((found.false > thresholds.of_reality(reflector)).tolist())
 
 
 def _wilson(rate: float | None, count: int) -> list[float] | None:

@@ -1,11 +1,12 @@
 """Is a learned world fit to train in? Decided by what the fidelity stage measured of it.
 
 RL in a poor world ends below imitation (World-Env, table 4), so post-training begins with `check`.
-Each of the `MEASURES` is there for a kind of world that no other refuses (results/gate), and is
-judged by the bound of its 95% interval that speaks against the world: that it can be trusted is to
-be shown, and twenty held-out episodes show less than two hundred. What cannot be measured, for want
-of a success or a failure among them, has not been shown either. `--force` goes on regardless; it
-changes no fingerprint, so nothing is measured or made again.
+Each of the `MEASURES` is there for a kind of world (results/gate), and judged by the bound of its
+interval that speaks against the world: that it can be trusted is to be shown, and twenty held-out
+episodes show less than two hundred. Intervals are 95% ones; of AUC, of which so few episodes say
+least, the bound is the one-sided 95%. What cannot be measured, for want of a success or a failure
+among them, has not been shown either. `--force` goes on regardless; it changes no fingerprint, so
+nothing is measured or made again.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from worldenv.stages.measures import Figure
 from worldenv.stages.run import Run
 
 NEAR, FAR = "1", "8"  # chunks ahead
+ONE_SIDED = 0.9  # of both sides together, where one side is asked at 95%
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def _gain(record: dict) -> Figure:
 def _area(auc: float | None, won: int, lost: int) -> Figure:
     if auc is None:
         return {"value": None, "low": None, "high": None, "n": won + lost}
-    found = area_interval(auc, won, lost)
+    found = area_interval(auc, won, lost, ONE_SIDED)
     return {"value": auc, "low": round(found.low, 4), "high": round(found.high, 4), "n": won + lost}
 
 
@@ -94,6 +96,14 @@ MEASURES = (
         "",
         True,
         lambda record: _told_apart(record, record["reflector"]["episode_auc"]),
+        f"train the reflector longer (reflector.steps), on {MORE}",
+    ),
+    Measure(
+        "false_stops",
+        "explored episodes stopped without success",
+        "",
+        False,
+        lambda record: record["false_stops"],
         f"train the reflector longer (reflector.steps), on {MORE}",
     ),
 )
@@ -149,7 +159,7 @@ def _told(row: dict) -> str:
     if row[end] is None:
         return f"{asked}, got no figure with an interval (n = {row['n']}): nothing is shown"
     short = _number(abs(row["limit"] - row[end]), unit)
-    around = f"95% {row['low']:.4g} to {row['high']:.4g}, n = {row['n']}"
+    around = f"{row['low']:.4g} to {row['high']:.4g}, n = {row['n']}"
     return f"{asked}, got {_number(row['value'], unit)} ({around}): {short} too {far}"
 
 
