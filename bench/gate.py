@@ -5,11 +5,9 @@
 Every round's world of the finished runs is measured as the stage fidelity does, and put before the
 gate. Of each run after --spoil the first round is also trained anew, spoiled on purpose (`ARMS`),
 in a folder of --work for each arm, which keeps what is done: the same command goes on, or does some
-of the arms. What is not spoiled is the run's own, but for the reflector after the simulator of
-demonstrations alone, which is trained on that one's replays as in a run: everything hangs on it.
-Thresholds for real frames are calibrated by the explored episodes in every arm; that in imagination
-is not, for no measure of the gate reads it. The run folders are only read, and may be of versions
-before real frames had a threshold of their own.
+of the arms. What is not spoiled is the run's own. Thresholds for real frames are calibrated by the
+explored episodes in every arm; that in imagination is not, for no measure of the gate reads it. The
+run folders are only read, and may be of versions before real frames had a threshold of their own.
 """
 
 import argparse
@@ -88,10 +86,7 @@ ARMS: dict[str, dict[str, Callable]] = {
     "simulator untrained": {"simulator.run": blank},
     "reflector of demonstrations alone": {"reflector._learn": unexplored},
     "simulator of shuffled actions": {"simulator.load_round": shuffled},
-    "simulator of demonstrations alone": {
-        "simulator.load_round": demonstrated,
-        "reflector._learn": LEARN,
-    },
+    "simulator of demonstrations alone": {"simulator.load_round": demonstrated},
 }
 """What of the stages is replaced; what is not made anew is the run's own."""
 
