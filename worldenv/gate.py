@@ -28,12 +28,9 @@ class GateConfig:
     hand_cm: Annotated[float, Range(0, 1000, above=True)] = 2.0
     """Error of the end effector eight chunks ahead in cm, at most: the upper bound. Fails where
     actions do not lead where they should."""
-    outcome_auc: Fraction = 0.5
-    """Of imagined replays, how often the reflector scores one whose real episode succeeded higher
-    than one whose failed, at least: the lower bound. Fails where the world imagines the same
-    outcome whatever happened."""
     judge_auc: Fraction = 0.5
-    """The same of real frames. Fails where the reflector knows nothing."""
+    """Of real episodes, how often the reflector's highest reward is higher in one that succeeded
+    than in one that failed, at least: the lower bound. Fails where it knows nothing."""
     false_stops: Fraction = 0.1
     """Of all explored episodes, those that the reflector would stop without success, at most: the
     upper bound. Fails where it has not learned from them."""

@@ -20,7 +20,7 @@ def section(results: dict[str, Any]) -> str:
     if not rounds:
         return absent("gate")
     said = "".join(f"<p>{_SAID[g['verdict']].format(n=n)}</p>" for n, g in rounds.items())
-    titles = ("Round", "Measure", "Limit", "Measured (interval)", "")
+    titles = ("Round", "Measure", "Limit", "Measured (95% interval)", "")
     head = "".join(f"<th>{title}</th>" for title in titles)
     rows = "".join(_row(n, row) for n, gate in rounds.items() for row in gate["measures"])
     return f'{said}<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'

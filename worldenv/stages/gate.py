@@ -1,10 +1,9 @@
 """Is a learned world fit to train in? Decided by what the fidelity stage measured of it.
 
 RL in a poor world ends below imitation (World-Env, table 4), so post-training begins with `check`.
-Each of the `MEASURES` is there for a kind of world (results/gate), and judged by the bound of its
+Each of the `MEASURES` is there for a kind of world (results/gate), judged by the bound of its 95%
 interval that speaks against the world: that it can be trusted is to be shown, and twenty held-out
-episodes show less than two hundred. Intervals are 95% ones; of AUC, of which so few episodes say
-least, the bound is the one-sided 95%. What cannot be measured, for want of a success or a failure
+episodes show less than two hundred. What cannot be measured, for want of a success or a failure
 among them, has not been shown either. `--force` goes on regardless; it changes no fingerprint, so
 nothing is measured or made again.
 """
@@ -19,7 +18,6 @@ from worldenv.stages.measures import Figure
 from worldenv.stages.run import Run
 
 NEAR, FAR = "1", "8"  # chunks ahead
-ONE_SIDED = 0.9  # of both sides together, where one side is asked at 95%
 
 
 @dataclass(frozen=True)
@@ -46,14 +44,13 @@ def _gain(record: dict) -> Figure:
 def _area(auc: float | None, won: int, lost: int) -> Figure:
     if auc is None:
         return {"value": None, "low": None, "high": None, "n": won + lost}
-    found = area_interval(auc, won, lost, ONE_SIDED)
+    found = area_interval(auc, won, lost)
     return {"value": auc, "low": round(found.low, 4), "high": round(found.high, 4), "n": won + lost}
 
 
-def _told_apart(record: dict, auc: float | None) -> Figure:
-    """Of successes and failures among the held-out episodes."""
+def _judge(record: dict) -> Figure:
     won = record["reflector"]["successes"]
-    return _area(auc, won, record["episodes"] - won)
+    return _area(record["reflector"]["episode_auc"], won, record["episodes"] - won)
 
 
 MORE = "more explored episodes (collect.episodes)"
@@ -83,19 +80,11 @@ MEASURES = (
         f"train the simulator longer (simulator.steps), on {MORE}",
     ),
     Measure(
-        "outcome_auc",
-        "outcomes told apart in imagined replays (AUC)",
-        "",
-        True,
-        lambda record: _told_apart(record, record["outcome_auc"]),
-        f"show simulator and reflector {MORE}, failures among them",
-    ),
-    Measure(
         "judge_auc",
         "outcomes told apart on real frames (AUC)",
         "",
         True,
-        lambda record: _told_apart(record, record["reflector"]["episode_auc"]),
+        _judge,
         f"train the reflector longer (reflector.steps), on {MORE}",
     ),
     Measure(
@@ -159,7 +148,7 @@ def _told(row: dict) -> str:
     if row[end] is None:
         return f"{asked}, got no figure with an interval (n = {row['n']}): nothing is shown"
     short = _number(abs(row["limit"] - row[end]), unit)
-    around = f"{row['low']:.4g} to {row['high']:.4g}, n = {row['n']}"
+    around = f"95% {row['low']:.4g} to {row['high']:.4g}, n = {row['n']}"
     return f"{asked}, got {_number(row['value'], unit)} ({around}): {short} too {far}"
 
 
