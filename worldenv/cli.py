@@ -85,11 +85,12 @@ class TrainArguments:
     """Use this simulator checkpoint for the round, instead of training one."""
     reflector: Path | None = None
     """Use this reflector checkpoint for the round, instead of training one."""
+    force: bool = False
+    """Post-train in a world that the gate refuses too; the record, results and report say so."""
     plan: bool = False
-    """Build and write nothing: print the models' parameters, the memory of each stage at its
-    highest (weights, optimiser, gradients, activations, frame cache, VAE state, rollout buffer),
-    the time per iteration, and where it does not fit what to change; the exit code is 1 then.
-    Folders that are not there yet are planned for with the published sizes."""
+    """Build and write nothing: print parameters, each stage's memory at its highest, the time per
+    iteration, and where it does not fit what to change (the exit code is 1 then). Folders that are
+    not there yet are planned for with the published sizes."""
     plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
     """GiB to plan for, in place of the device's own: of a GPU too that is not here."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
@@ -288,7 +289,7 @@ def _train() -> int | None:
         from worldenv.layouts import tiny
 
         tiny.prepare(arguments.config)
-    run = Run(arguments.config)
+    run = Run(arguments.config, force=arguments.force)
     try:
         if arguments.stage == "all":
             results = pipeline.run_all(run, files, arguments.round)

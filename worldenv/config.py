@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from worldenv.fields import Items, Range, check, from_dict, named
+from worldenv.gate import GateConfig, without_older
 from worldenv.published import PublishedPolicy, PublishedReflector, PublishedSimulator, Rule
 from worldenv.ranges import (
     INIT_STATES,
@@ -340,8 +341,6 @@ class PosttrainConfig:
     keep_best: bool = True
     """Whether a round keeps the policy that did best in its checks, the one it began with included,
     rather than the last one."""
-    require_fidelity: bool = True
-    """Refuse to train inside a simulator that predicts no better than a still picture."""
     rows: Batch = 32
     """B, imagined environments running side by side."""
     value: Literal["network", "head"] = "network"
@@ -396,6 +395,7 @@ class Config:
     simulator: SimulatorConfig = field(default_factory=SimulatorConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
     posttrain: PosttrainConfig = field(default_factory=PosttrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -423,8 +423,7 @@ class Config:
         rl = self.posttrain
         passes = {rl.sampling_steps, rl.refresh_sampling_steps}
         yield from self.distill.fits(self.simulator.kind, passes)
-        enough = f"enough to hold out one of the first round's {first} episodes"
-        yield round(1 / collect.held_out) <= first, "collect.held_out", enough
+        yield from self.gate.fits(first, collect.held_out)
 
     @property
     def max_chunks(self) -> int:
@@ -444,6 +443,6 @@ def load(path: Path) -> Config:
     except FileNotFoundError:
         raise UserError(f"no config at {path}; expected a run folder's config.json") from None
     try:
-        return from_dict(Config, values)
+        return from_dict(Config, without_older(values))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

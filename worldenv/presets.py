@@ -19,6 +19,7 @@ from worldenv.config import (
     SFTConfig,
     SimulatorConfig,
 )
+from worldenv.gate import GateConfig
 from worldenv.runtime.errors import unknown
 
 _MAX_STEPS = {
@@ -52,8 +53,8 @@ def _smoke() -> Config:
             rows=8,
             reward="continuous",
             real_check_every=0,
-            require_fidelity=False,
         ),
+        gate=GateConfig(on=False),  # such a world is fit for nothing but a try
         evaluate=EvaluateConfig(starts=(20, 22), fixture_seeds=(1000,)),
     )
 

@@ -102,3 +102,7 @@ def test_models_of_another_robot_are_built_saved_and_refused(kind, tmp_path):
     assert store.load(kind, tmp_path / "m.safetensors").embodiment == OTHER
     with pytest.raises(UserError, match=r"robot gripper on rails, of which name is gripper on"):
         store.load(kind, tmp_path / "m.safetensors", fits=config)
+    scaled = replace(store.build(kind, config).embodiment, normalisation="q99")
+    store.save(kind, store._build(kind, getattr(config, kind), scaled), tmp_path / "m.safetensors")
+    with pytest.raises(UserError, match=r"normalisation is q99; this configuration's.*mean-std"):
+        store.load(kind, tmp_path / "m.safetensors", fits=config)

@@ -92,6 +92,16 @@ def build(folder: Path, tasks=(3,), videos=2) -> Path:
         "peak_memory_bytes": 4_512_000_000,
         "machine": {"cpu": "a laptop", "cores": 2, "memory_bytes": 16_000_000_000, "gpu": None},
     }
+    hand = {
+        "what": "hand",
+        "unit": "cm",
+        "least": False,
+        "limit": 2.0,
+        "value": 0.6,
+        "passed": True,
+    }
+    hand |= {"low": 0.5, "high": 0.7, "n": 20}
+    results["stages"]["posttrain"]["gate"] = {"verdict": "passed", "measures": [hand]}
     (folder / "results.json").write_text(json.dumps(results))
     rows = []
     for step in range(0, 800, 5):
@@ -198,6 +208,7 @@ def test_every_section_is_filled(page):
         "Groups with signal",
         "PSNR of predicted frames",
         "End-effector error, cm",
+        "hand at most 2 cm 0.6 cm 0.5 to 0.7, n = 20 passes",
         "simulator-0 9 min 30 s",
         "total 19 min 23 s",
         "Start 20, post-trained",

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from worldenv.report.statistics import (
+    area_interval,
     area_under_curve,
     bootstrap_difference,
     bootstrap_mean,
@@ -164,3 +166,20 @@ def test_area_is_the_chance_of_right_order():
     assert area_under_curve(scores, labels) == pytest.approx(
         ((gaps > 0) + 0.5 * (gaps == 0)).mean()
     )
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.0])
+def test_an_area_of_few_episodes_is_known_as_well_as_is_said(shift):
+    rng, truth = np.random.default_rng(0), scipy.stats.norm.cdf(shift / np.sqrt(2))
+    labels = [True] * 7 + [False] * 13
+    draws = rng.normal(size=(200, 20)) + shift * np.array(labels)
+    found = [area_interval(area_under_curve(scores, labels), 7, 13) for scores in draws]
+    covered = np.mean([i.low <= truth <= i.high for i in found])
+    assert 0.93 <= covered <= 0.99
+
+
+def test_an_area_of_one_is_not_known_to_be_one():
+    sure, unsure = area_interval(1.0, 10, 10), area_interval(1.0, 1, 19)
+    assert unsure.low < 0.5 < sure.low < 1.0 == sure.high
+    mirrored = area_interval(0.0, 10, 10)
+    assert (mirrored.low, mirrored.high) == pytest.approx((0.0, 1 - sure.low), abs=1e-6)

@@ -146,6 +146,18 @@ def test_an_adopted_simulator_that_draws_is_of_the_same_cameras(toy, tmp_path, m
         assert toy.run() == []
 
 
+@pytest.mark.parametrize("kind", ["simulator", "reflector"])
+def test_an_adopted_world_or_judge_is_of_the_same_suite(toy, files, kind):
+    model = store.load(kind, files[kind])
+    store.save(kind, model, files[kind], BASE.env)
+    toy.run(files={kind: files[kind]})
+    other = replace(BASE.env, suite="libero_goal")
+    for named in ({"files": {kind: files[kind]}}, {}):
+        with pytest.raises(UserError, match="tasks 8 of libero_spatial, got tasks 8 of"):
+            toy.run("posttrain", env=other, **named)
+    assert toy.run() == []
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_such_checkpoint_is_refused_before_anything_is_written(
     toy, files, kind, tmp_path

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.report import curves, measures
+from worldenv.report import curves, gate, measures
 from worldenv.report.charts import bar, interval_chart
 from worldenv.report.parts import (
     PAGE,
@@ -62,6 +62,7 @@ def write_report(run_dir: Path | str, missing: Sequence[str] = ()) -> Path:
         ("Imagined and real", _media(run_dir / "media", missing)),
         ("Task by task", _tasks(results)),
         ("Post-training inside the world", curves.posttraining(metrics)),
+        ("The gate", gate.section(results)),
         ("The learned world", curves.world(results)),
         *measures.sections(run_dir / "measures"),
         ("The reflector", curves.reflector(results)),
@@ -155,7 +156,7 @@ def _headline(results: dict[str, Any]) -> str:
             f'<p class="lead">Success in real LIBERO on {post[1]} held-out episodes, before '
             "and after post-training inside the learned world only.</p>"
         )
-        lines.append(_verdict(results))
+        lines += [_verdict(results), gate.warning(results)]
     rows = []
     labels = {"before": "Imitation (SFT)", "after": "Post-trained in imagination"}
     for name, (wins, total) in rates.items():

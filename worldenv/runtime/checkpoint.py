@@ -53,9 +53,9 @@ def save(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str,
 
 
 def load(
-    path: Path | str, device: torch.device | str = "cpu"
+    path: Path | str, device: torch.device | str = "cpu", header: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata that `save` wrote to `path`.
+    """The tensors (header: none of them) and metadata that `save` wrote to `path`.
 
     Raises UserError for a missing file, a truncated one, and one that `save` did not write.
     """
@@ -67,7 +67,8 @@ def load(
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             metadata = _metadata(file.metadata() or {}, path)
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            names = () if header else file.keys()
+            return {name: file.get_tensor(name) for name in names}, metadata
     except SafetensorError as error:
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) is truncated or no safetensors file: {error}. "

@@ -58,7 +58,8 @@ def run(run: Run, mark: str, number: int) -> dict:
                 run, name, mark, student, loss, steps=count, lr=part.lr, ema=True
             )
             reached[phase] = measure(real, replay(student, real, steps, seed), many)
-    store.save("simulator", student, run.path("checkpoints", f"distill-{number}.safetensors"))
+    path = run.path("checkpoints", f"distill-{number}.safetensors")
+    store.save("simulator", student, path, run.config.env)
     for name in names.values():  # only now: whoever is stopped in the second begins there
         training.finish(run, name)
     _log(run, f"distill-{number}", reached)

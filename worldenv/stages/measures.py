@@ -68,9 +68,11 @@ def pixel_errors(
     real: list[FrameSequence], imagined: list[FrameSequence], views: Sequence[str]
 ) -> dict[str, dict[str, dict[str, Figure]]]:
     """PSNR in dB by "all" and "moving" pixels ("moving_copy": of the first frame, for comparison),
-    by view and by horizon. The mean is of the squared errors, as in any PSNR.
+    by view and by horizon. The mean is of the squared errors, as in any PSNR. "gain": dB over the
+    first frame on moving pixels, the mean of each episode's own.
     """
-    said: dict[str, dict[str, dict[str, Figure]]] = {"all": {}, "moving": {}, "moving_copy": {}}
+    said: dict[str, dict[str, dict[str, Figure]]]
+    said = {"all": {}, "moving": {}, "moving_copy": {}, "gain": {}}
     for v, view in enumerate(views):
         found: dict[str, dict[str, list[float]]] = {kind: {} for kind in said}
         for r, i in zip(real, imagined, strict=True):
@@ -84,10 +86,14 @@ def pixel_errors(
                 still = ((first - true) / 255).square().mean(-1)
                 found["all"].setdefault(str(h), []).append(float(error.mean()))
                 if moved.any():
-                    found["moving"].setdefault(str(h), []).append(float(error[moved].mean()))
-                    found["moving_copy"].setdefault(str(h), []).append(float(still[moved].mean()))
+                    ours, copied = float(error[moved].mean()), float(still[moved].mean())
+                    found["moving"].setdefault(str(h), []).append(ours)
+                    found["moving_copy"].setdefault(str(h), []).append(copied)
+                    gained = decibels(ours) - decibels(copied)
+                    found["gain"].setdefault(str(h), []).append(gained)
         for kind, horizons in found.items():
-            said[kind][view] = {h: estimate(e, decibels) for h, e in horizons.items()}
+            unit = float if kind == "gain" else decibels
+            said[kind][view] = {h: estimate(e, unit) for h, e in horizons.items()}
     return said
 
 

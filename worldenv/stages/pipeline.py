@@ -18,6 +18,7 @@ from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
 from worldenv.models.folder import weight_bytes
+from worldenv.runtime import checkpoint
 from worldenv.runtime.checkpoint import write_error
 from worldenv.runtime.errors import UserError, unknown
 from worldenv.stages import (
@@ -293,5 +294,8 @@ def _check_adopted(run: Run, step: Step, record: dict) -> None:
     what = f"{step.name} was adopted from {record['adopted']}, trained"
     try:
         store.check_fits(own, run.embodiment, what, drawn=bool(own.cameras))
+        path = run.dir / step.makes[0]
+        seen = store.shown(checkpoint.load(path, header=True)[1], path)
+        store.check_shown(seen, run.config.env, what)
     except UserError as error:
         raise UserError(f"{error} {mend}") from error

@@ -34,14 +34,14 @@ from worldenv.runtime import checkpoint, progress
 from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
-from worldenv.stages import store
+from worldenv.stages import gate, store
 from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, Stage, data_up_to, stage_before, world_of
 
 
 def run(run: Run, mark: str, number: int) -> dict:
-    """Stage `posttrain-N`: writes checkpoints/policy-N.safetensors."""
+    """Writes checkpoints/policy-N.safetensors."""
     config, rl = run.config, run.config.posttrain
     checkpoints = run.path("checkpoints")
     start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
@@ -101,9 +101,14 @@ def run(run: Run, mark: str, number: int) -> dict:
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
 
 
+def at_the_gate(run_: Run, mark: str, number: int) -> dict:
+    """Stage `posttrain-N`: `run`, if the round's world is fit for it. UserError if not."""
+    return {"gate": gate.check(run_, number), **run(run_, mark, number)}
+
+
 STAGE = Stage(
     "posttrain",
-    run,
+    at_the_gate,
     # One round more continues a finished run: how many there are changes none of them.
     settings=lambda config, n: (replace(config.posttrain, rounds=1),),
     needs=lambda config, n: (

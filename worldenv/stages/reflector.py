@@ -47,7 +47,8 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
         reflector.threshold.fill_(learned["threshold"])
         learned |= calibrate_on_real(run, number, reflector, explored)
     name = f"reflector-{number}"
-    store.save("reflector", reflector, run.path("checkpoints", f"{name}.safetensors"))
+    path = run.path("checkpoints", f"{name}.safetensors")
+    store.save("reflector", reflector, path, config.env)
     training.finish(run, name)
     etas = {
         eta: round(float(getattr(reflector, eta)), 4) for eta in ("threshold", "real_threshold")
@@ -185,13 +186,13 @@ def calibrate_on_real(run: Run, number: int, judge: Reflector, explored: list[Ep
     """Puts the threshold for real frames, of an older reflector too, by the episodes trained on;
     what of it is recorded."""
     own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
-    found = thresholds.peaks(_rewards(run, judge, own), own)
+    found = thresholds.peaks(rewards(run, judge, own), own)
     record = thresholds.real(found, derive(run.config.seed, "real threshold interval", number))
     judge.real_threshold.fill_(record["real_threshold"])
     return record
 
 
-def _rewards(run: Run, reflector: Reflector, own: list[FrameSequence]) -> list[Tensor]:
+def rewards(run: Run, reflector: Reflector, own: list[FrameSequence]) -> list[Tensor]:
     """R `[F]` of sequences that were trained on, from features that were kept if there are any."""
     if not reflector.frozen or not any(p.requires_grad for p in reflector.parameters()):
         return score(reflector, own)

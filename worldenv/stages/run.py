@@ -38,11 +38,11 @@ class Run:
     benchmark), `embodiment` (its robot) and the finished records.
 
     writes: whether to be the only run at work in the folder (UserError if there is another).
-    Whoever only reads disturbs nobody.
+    Whoever only reads disturbs nobody. force: whether to train in a world that the gate refuses.
     """
 
-    def __init__(self, config: Config, writes: bool = True) -> None:
-        self.config, self.dir = config, Path(config.run_dir)
+    def __init__(self, config: Config, writes: bool = True, force: bool = False) -> None:
+        self.config, self.dir, self.force = config, Path(config.run_dir), force
         self.device = devices.pick(config.device)
         parallel.use_threads(config.threads)
         self._lock = FolderLock(self.dir) if writes else None

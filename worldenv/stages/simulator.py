@@ -61,7 +61,7 @@ def run(run: Run, mark: str, number: int) -> dict:
         return loss, metrics
 
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
-    store.save("simulator", simulator, path)
+    store.save("simulator", simulator, path, config.env)
     for log in ("clip", name):
         training.finish(run, log)
     parameters = sum(p.numel() for p in simulator.parameters())

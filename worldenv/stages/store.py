@@ -68,14 +68,18 @@ def _build(kind: str, part: object, robot: Embodiment, train: bool = True) -> nn
     return ImageTextReflector(part, robot)
 
 
-def save(kind: str, model: nn.Module, path: Path, **facts: object) -> None:
-    """Write a model with what is needed to build it again: its own sizes, and its robot."""
+def save(kind: str, model: nn.Module, path: Path, shown: EnvConfig | None = None) -> None:
+    """Write a model with what is needed to build it again: its own sizes, and its robot.
+
+    shown: where the episodes come from that a simulator or reflector has seen: what it may be used
+    for.
+    """
     metadata = {
         **({"folder_digests": digests(model.config)} if model.config.reads else {}),
         "kind": kind,
         "config": to_dict(model.config),
         "embodiment": to_dict(model.embodiment),
-        **facts,
+        **({"shown": {"suite": shown.suite, "tasks": shown.tasks}} if shown else {}),
     }
     checkpoint.save(path, checkpoint.weights(model, holds_all(kind)), metadata)
 
@@ -115,7 +119,8 @@ def read(
 ) -> tuple[dict[str, Tensor], object, Embodiment]:
     """The tensors of a model written by `save`, and the configuration and robot it was built with.
 
-    fits: the configuration it is to be used with, of the same robot, image size and chunk.
+    fits: the configuration it is to be used with, of the same robot, image size and chunk, and of
+    tasks that it has seen (`shown`; checkpoints of before do not say).
     UserError naming the file for anything else than a whole model of this kind with finite weights.
     """
     tensors, metadata = checkpoint.load(path, device)
@@ -125,6 +130,7 @@ def read(
     if fits is not None:
         drawn = getattr(part, "action_map", False)
         check_fits(robot, embodiment(fits), f"{path}: this {kind} was trained", drawn)
+        check_shown(shown(metadata, path), fits.env, f"{path}: this {kind} was trained")
     for name, tensor in tensors.items():
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
@@ -191,6 +197,23 @@ def check_fits(own: Embodiment, asked: Embodiment, what: str, drawn: bool = Fals
             f"{what} for the robot {own.name}, of which {name} is {_words(mine)}; this "
             f"configuration's, {asked.name}, has {_words(other)}. Use a checkpoint of this robot."
         )
+
+
+def shown(metadata: dict, path: Path) -> EnvConfig | None:
+    """Suite and tasks of the episodes that a checkpoint's model has seen, if it says so."""
+    if "shown" not in metadata:
+        return None
+    return from_dict(EnvConfig, checkpoint.fact(metadata, "shown", dict, path), f"{path}: shown")
+
+
+def check_shown(seen: EnvConfig | None, asked: EnvConfig, what: str) -> None:
+    """UserError that begins with `what` unless a model has seen the tasks it is asked about."""
+    if seen is None or (seen.suite == asked.suite and {*asked.tasks} <= {*seen.tasks}):
+        return
+    raise UserError(
+        f"{what} on tasks {_words(seen.tasks)} of {seen.suite}, got tasks {_words(asked.tasks)} of "
+        f"{asked.suite}. Use one that has seen them, or leave it out and have one trained."
+    )
 
 
 def _words(value: object) -> str:
