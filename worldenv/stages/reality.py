@@ -20,7 +20,7 @@ from worldenv.envs.libero.cameras import of_tasks
 from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
-from worldenv.rl.rollout import Actor, Stop, rollout
+from worldenv.rl.rollout import Actor, Stop, Trajectories, rollout
 
 PROCESS_BYTES = 606 << 20
 """Resident bytes of a simulator's process: MuJoCo, numba and torch, pages that processes share
@@ -78,15 +78,19 @@ class Reality:
         noise: Noise | None,
         terminate: str,
         record_every: int | None = None,
-    ) -> None:
-        """One episode from each of `starts`; `watch` makes the watcher of an environment.
+        images: bool = False,
+        features: bool = False,
+    ) -> list[Trajectories]:
+        """One episode from each of `starts`, in their order; `watch` makes the watcher of an
+        environment.
 
-        seeds and noise: as of `rl.rollout.rollout`. terminate, record_every: as of
+        seeds, noise, images, features: as of `rl.rollout.rollout`. terminate, record_every: as of
         `LiberoVectorEnv`. After an error or an interruption no episode is begun; those in progress
         are finished first.
         """
         waiting = list(range(len(starts)))
         turn = threading.Lock()
+        done: list[Trajectories | None] = [None] * len(starts)
         count = min(self.config.env.workers, len(starts))
         self._envs += [make_env(self.config) for _ in range(count - len(self._envs))]
 
@@ -113,7 +117,7 @@ class Reality:
                 def step(rows: np.ndarray, *seen: Any, k: int = k) -> None:
                     watcher.step(k, *seen)
 
-                rollout(
+                done[k] = rollout(
                     env,
                     policy,
                     [starts[k]],
@@ -122,18 +126,20 @@ class Reality:
                     stop=watcher.stop,
                     on_finish=finish,
                     on_step=step,
-                    images=False,
+                    images=images,
+                    features=features,
                 )
 
         with ThreadPoolExecutor(max(count, 1), "reality", torch.set_num_threads, (1,)) as pool:
             lanes = [pool.submit(lane, env) for env in self._envs[:count]]
             try:
-                for done in lanes:
-                    done.result()
+                for ended in lanes:
+                    ended.result()
             except BaseException:
                 with turn:
                     waiting.clear()
                 raise
+        return done
 
     def close(self) -> None:
         """End the simulators' processes."""
