@@ -2,13 +2,14 @@
 
     python -m bench.arms RUNS [--arms full real] [--seeds 0 1 2] [-- FLAG...]
 
-Each arm is `worldenv-train --preset libero-spatial-small` with the flags of ARMS, in RUNS/seed-N-ARM;
-whatever follows `--` goes to all of them. The same command resumes: what is finished is not done
-again, and demonstrations, imitation and the first exploration, which arms with a learned world have
-in common, are copied from the first of a seed that has them. Results are kept in
-results/libero_spatial as seed-N-ARM.json (full: seed-N.json); the table is of all that lie there.
-All arms use as many real episodes; in `real` those go to the policy itself, with as many optimiser
-steps as the learned world's larger iterations make.
+Each arm is `worldenv-train --preset libero-spatial-small` with the flags of ARMS, in the folder
+RUNS/seed-N-ARM; whatever follows `--` goes to all of them. The same command resumes. What arms with
+a learned world have in common (demonstrations, imitation, the first exploration) is copied from the
+first of a seed that has it. Results are kept in results/libero_spatial as seed-N-ARM.json (full:
+seed-N.json), and the table is of all that lie there.
+
+All arms use as many real episodes; in `real` those go to the policy itself, with about as many
+optimiser steps as the learned world's larger iterations make.
 """
 
 import argparse
