@@ -284,10 +284,9 @@ def test_in_reality_nothing_is_held_of_a_world():
     costs = Costs(config, widened=False)
     held = moments(config, costs, MACHINE)
     assert held.keys() == {"sft", "posttrain"}
-    weights = (
-        sum(m.parts[f"weights, {k}"] for k in ("frozen", "trained")) for m in held["posttrain"]
-    )
-    assert set(weights) == {costs.policy.frozen_bytes + costs.policy.trained_bytes}
+    policy = {costs.policy.frozen_bytes + costs.policy.trained_bytes}
+    kinds = ("weights, frozen", "weights, trained")
+    assert {sum(m.parts[kind] for kind in kinds) for m in held["posttrain"]} == policy
     assert not any("recorded frames" in m.parts for m in held["posttrain"])
     assert plan.iteration_flops(config, costs).keys() == {"sft", "posttrain"}
 
