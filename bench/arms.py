@@ -3,8 +3,8 @@
     python -m bench.arms RUNS [--arms full real] [--seeds 0 1 2] [-- FLAG...]
 
 Each arm is `worldenv-train --preset libero-spatial-small` with the flags of ARMS, in the folder
-RUNS/seed-N-ARM; whatever follows `--` goes to all of them. The same command resumes. What arms with
-a learned world have in common (demonstrations, imitation, the first exploration) is copied from the
+RUNS/seed-N-ARM; whatever follows `--` goes to all of them. The same command resumes. What arms have
+in common (demonstrations, imitation, with a learned world the first exploration) is copied from the
 first of a seed that has it. Results are kept in results/libero_spatial as seed-N-ARM.json (full:
 seed-N.json), and the table is of all that lie there.
 
@@ -38,14 +38,13 @@ ARMS: dict[str, tuple[str, ...]] = {
     "real": (
         *("--posttrain.world", "real", "--posttrain.rounds", "1", "--posttrain.epochs", "4"),
         *("--posttrain.iterations", "10", "--posttrain.contexts", "10", "--posttrain.group", "5"),
+        *("--posttrain.draws", "1"),  # without a critic as many as with one
     ),
 }
 """The ablation two by two (the world learned from explored episodes or from demonstrations alone,
 the judge likewise), and post-training in the benchmark itself."""
-COMMON = (
-    *("data/demonstrations", "data/explore-0", "checkpoints/policy-sft.safetensors"),
-    *("stages/demonstrations.json", "stages/sft.json", "stages/explore-0.json"),
-)
+STARTED = ("data/demonstrations", "checkpoints/policy-sft.safetensors")
+RECORDS = ("stages/demonstrations.json", "stages/sft.json")
 
 
 def arguments(arm: str, seed: int, folder: Path, more: Sequence[str] = ()) -> list[str]:
@@ -54,22 +53,28 @@ def arguments(arm: str, seed: int, folder: Path, more: Sequence[str] = ()) -> li
     return [*own, *ARMS[arm], *more]
 
 
-def share(source: Path, target: Path) -> None:
-    """Copy what arms have in common, its records last: each names what it is the record of."""
-    for name in COMMON:
-        target_path = target / name
-        target_path.parent.mkdir(parents=True, exist_ok=True)
+def common(arm: str) -> tuple[str, ...]:
+    """What an arm has in common with others, its records last."""
+    if arm == "real":
+        return (*STARTED, *RECORDS)
+    return (*STARTED, "data/explore-0", *RECORDS, "stages/explore-0.json")
+
+
+def share(source: Path, target: Path, arm: str) -> None:
+    """Copy that into an arm's new folder."""
+    for name in common(arm):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
-        copy(source / name, target_path)
+        copy(source / name, target / name)
 
 
 def run(arm: str, seed: int, runs: Path, more: Sequence[str]) -> None:
     """Train an arm, and keep its results."""
     folder = runs / f"seed-{seed}-{arm}"
-    others = [runs / f"seed-{seed}-{other}" for other in ARMS if other != "real"]
-    whole = [other for other in others if all((other / name).exists() for name in COMMON)]
-    if arm != "real" and whole and not (folder / "stages").exists():
-        share(whole[0], folder)
+    others = [runs / f"seed-{seed}-{other}" for other in ARMS]
+    whole = [other for other in others if all((other / name).exists() for name in common(arm))]
+    if whole and not (folder / "stages").exists():
+        share(whole[0], folder, arm)
     code = "import sys; from worldenv.entry import train; sys.argv[0] = 'worldenv-train'; train()"
     words = arguments(arm, seed, folder, more)
     subprocess.run([sys.executable, "-c", code, *words], check=True)

@@ -81,17 +81,24 @@ def test_the_table_has_a_row_for_every_kept_run(tmp_path):
     assert "seed-0-real" in written.getvalue()
 
 
-def test_what_arms_share_is_recognised_as_done(tmp_path):
-    """Records name what they are the record of by its content, not by where it lies."""
-    source, target = tmp_path / "seed-0-full", tmp_path / "seed-0-neither"
-    for name in arms.COMMON:
-        path = source / name
-        if path.suffix:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(name)
-        else:
-            path.mkdir(parents=True)
-            (path / "episodes.hdf5").write_text(name)
-    arms.share(source, target)
-    copied = {str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()}
-    assert copied == {str(p.relative_to(source)) for p in source.rglob("*") if p.is_file()}
+@pytest.mark.parametrize("arm", ["neither", "real"])
+def test_what_arms_have_in_common_is_made_once(tmp_path, monkeypatch, arm):
+    source, target = tmp_path / "seed-0-full", tmp_path / f"seed-0-{arm}"
+    for name in (*arms.common("full"), "stages/simulator-0.json"):
+        path = source / name if name.endswith((".json", "tensors")) else source / name / "a.hdf5"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    ran = []
+
+    def train(command, check):
+        ran.append(command[3:])
+        (target / "results.json").write_text("{}")
+
+    monkeypatch.setattr(arms.subprocess, "run", train)
+    monkeypatch.setattr(arms, "KEPT", tmp_path / "kept")
+    arms.run(arm, 0, tmp_path, ["--threads", "1"])
+    assert ran == [arms.arguments(arm, 0, target, ["--threads", "1"])]
+    assert all((target / name).exists() for name in arms.common(arm))
+    assert (target / "data" / "explore-0").exists() == (arm != "real")
+    assert not (target / "stages" / "simulator-0.json").exists()
+    assert (tmp_path / "kept" / f"seed-0-{arm}.json").exists()
