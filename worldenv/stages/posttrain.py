@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from worldenv.config import PosttrainConfig
+from worldenv.config import Config, PosttrainConfig
 from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import (
     Context,
@@ -74,15 +74,7 @@ def run(run: Run, mark: str, number: int) -> dict:
             episodes = _imagine(run, learner, envs, firsts, middles, number, step)
             seconds = time.perf_counter() - begun
             metrics = update(learner, episodes, derive(config.seed, "update", number), step)
-            success = f"{'imagined' if config.learned else 'real'}_success"
-            metrics[success] = metrics.pop("imagined_success")
-            if config.learned:
-                frames = len(episodes.episode)
-                totals["frames"] += frames
-                totals["imagination_seconds"] += seconds
-                metrics["frames_per_second"] = frames / seconds
-            else:
-                totals["rl_episodes"] += len(episodes.length)
+            success = _count(config, episodes, seconds, metrics, totals)
             run.logger.log(name, step, **metrics)
             bar.update(
                 step + 1,
@@ -102,6 +94,21 @@ def run(run: Run, mark: str, number: int) -> dict:
     os.replace(best, path)
     partial.unlink(missing_ok=True)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
+
+
+def _count(
+    config: Config, episodes: Trajectories, seconds: float, metrics: dict, totals: dict
+) -> str:
+    """Add an iteration to totals, and its rate to metrics; what its success is called in these."""
+    if not config.learned:
+        totals["rl_episodes"] += len(episodes.length)
+        metrics["real_success"] = metrics.pop("imagined_success")
+        return "real_success"
+    frames = len(episodes.episode)
+    totals["frames"] += frames
+    totals["imagination_seconds"] += seconds
+    metrics["frames_per_second"] = frames / seconds
+    return "imagined_success"
 
 
 STAGE = Stage(
