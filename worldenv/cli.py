@@ -70,7 +70,7 @@ class TrainArguments:
 
     Without a stage the whole pipeline runs; stages whose artifacts match the configuration are
     skipped, so the same command resumes an interrupted run. Choose a starting point with --preset
-    (default, smoke, libero-spatial, libero-object, libero-goal, libero-10) and change any field.
+    (default, smoke, libero-spatial-small, libero-spatial, ...) and change any field.
     """
 
     stage: tyro.conf.Positional[_Stage] = "all"

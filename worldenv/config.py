@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
-from worldenv.fields import Items, Range, check, from_dict, named
+from worldenv.fields import Range, check, from_dict, named
 from worldenv.gate import GateConfig, without_older
 from worldenv.published import PublishedPolicy, PublishedReflector, PublishedSimulator, Rule
 from worldenv.ranges import (
-    INIT_STATES,
     Batch,
     Channels,
     Count,
@@ -34,89 +31,17 @@ from worldenv.ranges import (
     Seed,
     Shards,
     StartRange,
-    Tasks,
     Threshold,
     Weight,
     Width,
 )
 from worldenv.runtime import strict_json
 from worldenv.runtime.errors import UserError
+from worldenv.sources import CollectConfig, DataConfig, EnvConfig
 from worldenv.teachers import DistillConfig
 
 SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 LARGEST_FILE = 1 << 20  # bytes; a config.json has four thousand
-
-
-@dataclass(frozen=True)
-class EnvConfig:
-    """The real benchmark."""
-
-    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
-    """LIBERO suite."""
-    tasks: Tasks = (8,)
-    """Task ids within the suite (0-9)."""
-    assets: Path | None = None
-    """Folder with LIBERO's assets. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
-    image_size: Annotated[int, Range(8, 256, step=8)] = 64
-    """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
-    for the encoders of the cameras end in a grid of eighths."""
-    views: Annotated[int, Range(1, 2)] = 2
-    """How many of the cameras models see: the third person's, and the hand's. Both are recorded."""
-    chunk: Annotated[int, Range(1, 1000)] = 8
-    """Actions executed open loop per policy decision."""
-    max_steps: Annotated[int, Range(1, 100_000)] = 160
-    """Control steps (20 Hz) after which an episode is truncated."""
-    workers: Annotated[int, Range(1, 256)] = 2
-    """Simulator processes."""
-
-
-@dataclass(frozen=True)
-class CollectConfig:
-    """Demonstrations and self-explored episodes (paper section 3.2)."""
-
-    demonstrations: Annotated[int, Range(1, INIT_STATES)] = 5
-    """Scripted demonstrations per task (init states 0, 1, ...)."""
-    demonstration_noise: Noise = 0.25
-    """Std of the correlated action noise added while demonstrating, relative to the action."""
-    episodes: Episodes = 160
-    """Policy episodes per task in the first round."""
-    refresh_episodes: Episodes = 80
-    """Policy episodes per task in each later round."""
-    record_every: Count = 4
-    """Control steps between recorded frames of policy episodes (a divisor of env.chunk). Each chunk
-    can begin at any of them, so that the world learns from more poses of the same episodes."""
-    push: Noise = 0.053
-    """Exploration noise: Laplace scale of a push, the same for all actions of a chunk (1 moves the
-    hand by about a centimetre a step). The world must have seen what such pushes lead to. Without
-    one (0), noise in every action by itself."""
-    scale: Factor = 1.5
-    """Without a push: multiple of the policy's Laplace scale."""
-    temperature: Factor = 1.0
-    """Of tokens: what their logits are divided by."""
-    fresh: Fraction = 1.0
-    """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19. With
-    half from those twenty starts the policy improved less on others."""
-    hold_chunks: FromZero = 1
-    """Chunks recorded after success first fires: the world must see what success looks like."""
-    held_out: Annotated[float, Range(0, 0.5, above=True)] = 0.125
-    """Fraction of policy episodes kept from training, to measure simulator and reflector on."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
-
-    paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
-    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own."""
-    episodes: Episodes | None = None
-    """Demonstrations per task at most; unset: all."""
-    no_ops: Literal["keep", "drop"] = "keep"
-    """What to do with actions that ask for nothing (openvla-oft's rule)."""
-    observations: Literal["detect", "before", "after"] = "detect"
-    """Whether observations were taken before or after each action (LIBERO's own writer)."""
-    images: Literal["detect", "raw", "upright", "flipped", "mirrored"] = "detect"
-    """How images lie: raw (upside down and mirrored, as LIBERO's and openvla's files have them),
-    upright, or with rows (mirrored) or columns (flipped) the wrong way round."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +133,11 @@ class SimulatorConfig(PublishedSimulator):
     """Target frames per training window."""
     dynamics_batch: Shards = 256
     """Transitions per step that train the prediction of proprio alone."""
+    explored: bool = True
+    """Train on the policy's own episodes as well, not on demonstrations alone (to learn what they
+    are worth)."""
     balance: bool = True
-    """Train as if there were as many failures as successes: a simulator that has seen mostly
+    """Train as if each task had as many failures as successes: a simulator that has seen mostly
     successes imagines one where a grasp is in doubt."""
     lr: Rate = 1.5e-3
     """Peak learning rate."""
@@ -252,6 +180,9 @@ class ReflectorConfig(PublishedReflector):
     """Frames per step."""
     lr: Rate = 1e-3
     """Peak learning rate."""
+    explored: bool = True
+    """Train on the policy's own episodes and on replays of them. Without, and with calibrate off:
+    a judge of demonstrations alone and of replays of these."""
     threshold: Threshold = 0.7
     """eta: imagined or real, an episode has succeeded above this reward, unless calibrated."""
     calibrate: bool = True
@@ -264,6 +195,10 @@ class ReflectorConfig(PublishedReflector):
 class PosttrainConfig:
     """PPO inside the learned world (paper section 3.5)."""
 
+    world: Literal["learned", "real"] = "learned"
+    """Where episodes are rolled out: in the learned world, or in the benchmark itself, by whose
+    success they are rewarded (what the learned one is compared with: nothing is explored then and
+    no world or judge is trained; evaluation is by the benchmark's word alone)."""
     rounds: Annotated[int, Range(1, 1000)] = 2
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""
@@ -356,6 +291,13 @@ class PosttrainConfig:
         """Whether advantages need a learned critic."""
         return self.advantage in ("gae", "loop-gae")
 
+    def rules(self) -> Iterator[Rule]:
+        """What its fields require of each other."""
+        learned = self.world == "learned"
+        yield learned or self.rounds == 1, "rounds", "1 in the real world: nothing to refresh"
+        checked = "0 in the real world, where every iteration is a check"
+        yield learned or not self.real_check_every, "real_check_every", checked
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -365,6 +307,8 @@ class EvaluateConfig:
     """Half-open range of benchmark init states; 0-19 are for tuning."""
     fixture_seeds: FixtureSeeds = (1000, 2000, 3000)
     """Seeds of the fixture placement; every start runs once with each."""
+    sampled: bool = False
+    """Evaluate both policies a second time, acting with the noise of post-training."""
 
     def rules(self) -> Iterator[Rule]:
         """What its fields require of each other."""
@@ -424,6 +368,11 @@ class Config:
         passes = {rl.sampling_steps, rl.refresh_sampling_steps}
         yield from self.distill.fits(self.simulator.kind, passes)
         yield from self.gate.fits(first, collect.held_out)
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a learned world, and a judge of it."""
+        return self.posttrain.world == "learned"
 
     @property
     def max_chunks(self) -> int:

@@ -12,6 +12,7 @@ Preset = Literal[
     "libero-object",
     "libero-goal",
     "libero-10",
+    "libero-spatial-small",
     "openvla-oft-wan",
     "openvla-oft-wovr",
 ]

@@ -44,11 +44,13 @@ def spent(run: Trained) -> dict[str, int]:
         for kind in ("demonstrations", "explore")
     )
     checks = sum(stage.get("check_episodes", 0) for stage in stages.values())
-    other = run.results["real_episodes_used"] - shown - attempts - checks
+    practised = sum(stage.get("rl_episodes", 0) for stage in stages.values())
+    other = run.results["real_episodes_used"] - shown - attempts - checks - practised
     return {
         "demonstrations": shown,
         "attempts that the world is learned from": attempts,
         "checks of policies on tuning starts": checks,
+        "in which the policy itself was post-trained": practised,
         "others": other,
     }
 

@@ -61,7 +61,7 @@ def episode(seed: int, steps: int = 20) -> Episode:
 @pytest.fixture(autouse=True)
 def _episodes(monkeypatch):
     found = [episode(0)], [episode(1), episode(2)], [episode(3)]
-    for stage in (simulator, distill, fidelity):
+    for stage in (simulator, fidelity):
         monkeypatch.setattr(stage, "load_round", lambda run, number: found)
 
 

@@ -57,6 +57,18 @@ def test_checks_in_reality_are_counted_once():
     assert checks[0] == pytest.approx(3 * checks[1])  # at 0, 4 and 8, and at 4
 
 
+def test_in_reality_a_run_is_its_real_episodes():
+    base = Config().posttrain
+    rl = replace(base, world="real", rounds=1, real_check_every=0, iterations=3)
+    config = Config(posttrain=rl)
+    stages = estimate.estimate(config, COST)
+    assert stages.keys() == set(pipeline.steps(config))
+    explored = estimate.estimate(Config(), COST)["explore-0"] / Config().collect.episodes
+    assert stages["posttrain-0"] > 3 * rl.contexts * rl.group * explored
+    twice = replace(config, evaluate=replace(config.evaluate, sampled=True))
+    assert estimate.estimate(twice, COST)["evaluate"] == pytest.approx(2 * stages["evaluate"])
+
+
 def test_calibration_times_every_kind_of_work_and_says_it_in_one_line():
     config = preset("smoke")
     costs = estimate.calibrate(config)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,16 +19,20 @@ from worldenv.stages.run import Run
 def scripted(tmp_path, monkeypatch):
     """(run, rolled): every episode succeeds; `rolled` counts those of each label."""
     rolled: dict[str, int] = {}
+    noises: dict[str, object] = {}
 
-    def evaluate_policy(run, policy, starts, label, reflector, keep):
+    def evaluate_policy(run, policy, starts, label, reflector, keep, noise):
         rolled[label] = len(starts)
+        noises[label] = noise
         done = [{"task": s.task, "start": s.index, "seed": s.seed, "success": True} for s in starts]
         keep(done)
         return done
 
     monkeypatch.setattr(evaluate, "evaluate_policy", evaluate_policy)
-    monkeypatch.setattr(store, "load", lambda *a: None)
+    policy = SimpleNamespace(distribution="laplace")
+    monkeypatch.setattr(store, "load", lambda *a: policy)
     run = Run(replace(preset("smoke"), run_dir=tmp_path, device="cpu"))
+    run.noises = noises
     yield run, rolled
     run.close()
 
@@ -40,6 +45,24 @@ def test_finished_episodes_are_not_repeated(scripted):
     assert rolled == {"evaluate sft": 0, "evaluate posttrained": 0}
     assert evaluate.run(run, "of other settings") == first
     assert rolled == {"evaluate sft": 2, "evaluate posttrained": 2}
+
+
+def test_sampled_episodes_are_others_beside_the_greedy_ones(scripted):
+    run, rolled = scripted
+    greedy = evaluate.run(run, "mark")
+    run.config = replace(run.config, evaluate=replace(run.config.evaluate, sampled=True))
+    both = evaluate.run(run, "mark")
+    assert both["outcomes"] == greedy["outcomes"]
+    assert both["sampled"].keys() == {"sft", "posttrained"}
+    sampled = {f"evaluate {label}-sampled": 2 for label in ("sft", "posttrained")}
+    assert rolled == {"evaluate sft": 0, "evaluate posttrained": 0, **sampled}
+    push = run.config.posttrain.push
+    assert [run.noises[label].push for label in sampled] == [push, push]
+    assert run.noises["evaluate sft"] is None
+    evaluate.run(run, "mark")
+    assert not any(rolled.values())
+    for name in evaluate.STAGE.keeps:
+        assert (run.dir / name).exists()
 
 
 @pytest.mark.parametrize("damage", ["cut", "list", "no episodes", "no success", "number"])

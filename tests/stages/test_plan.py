@@ -277,6 +277,20 @@ def test_a_world_and_a_judge_that_are_taken_as_they_are(tmp_path):
         assert only.parts["weights, frozen"] == getattr(costs, stage).frozen_bytes > 0
 
 
+def test_in_reality_nothing_is_held_of_a_world():
+    base = small()
+    rl = replace(base.posttrain, world="real", rounds=1, real_check_every=0)
+    config = replace(base, posttrain=rl)
+    costs = Costs(config, widened=False)
+    held = moments(config, costs, MACHINE)
+    assert held.keys() == {"sft", "posttrain"}
+    policy = {costs.policy.frozen_bytes + costs.policy.trained_bytes}
+    kinds = ("weights, frozen", "weights, trained")
+    assert {sum(m.parts[kind] for kind in kinds) for m in held["posttrain"]} == policy
+    assert not any("recorded frames" in m.parts for m in held["posttrain"])
+    assert plan.iteration_flops(config, costs).keys() == {"sft", "posttrain"}
+
+
 def test_folders_that_are_not_there(tmp_path):
     """The published architecture is planned for, and nothing is written."""
     config = Config(

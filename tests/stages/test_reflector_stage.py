@@ -31,6 +31,28 @@ def test_a_batch_has_a_third_of_each_and_true_labels():
     assert frames.data["valid"][episode, frame].all()
 
 
+def test_no_task_has_more_successes_or_failures_than_another():
+    """A judge that can read which task it is would else answer by that alone."""
+    valid = torch.ones(6, 10, dtype=torch.bool)
+    success = torch.zeros_like(valid)
+    success[0, 9:] = True  # the only success of task 0
+    success[3:, 2:] = True  # task 1 nearly always succeeds
+    tasks = [0, 0, 0, 1, 1, 1]
+    frames = _BalancedFrames({"success": success, "valid": valid}, tasks)
+    episode, frame, label = frames.draw(6000, generator("frames"))
+    assert torch.equal(label, success[episode, frame].float())
+    for kind in (0.0, 1.0):
+        share = (torch.tensor(tasks)[episode[label == kind]] == 0).float().mean()
+        assert abs(float(share) - 0.5) < 0.03
+
+
+def test_one_task_is_drawn_from_as_it_always_was():
+    g, frames = generator("frames"), _BalancedFrames(data(), [8, 8])
+    expected = [pool[torch.randint(len(pool), (4,), generator=g)] for pool in frames.pools]
+    found = frames.draw(12, generator("frames"))
+    assert torch.equal(torch.cat(expected), torch.stack(found[:2], 1))
+
+
 def test_without_any_success_every_frame_is_a_failure():
     batch = data()
     batch["success"][:] = False

@@ -86,7 +86,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "check_made", lambda run, names: None)
     asked: list[int] = []
 
-    def evaluate_policy(run, policy, starts, label, reflector, keep):
+    def evaluate_policy(run, policy, starts, label, reflector, keep, noise):
         asked.append(len(starts))
         done = [
             {"task": s.task, "start": None, "seed": s.seed, "success": s.seed % 2 == 0}

@@ -113,8 +113,9 @@ def _chains(frame_steps: np.ndarray, steps: int, chunk: int) -> list[np.ndarray]
     return chains
 
 
-def _draw(generator: torch.Generator, batch: int, count: int, weights: Tensor | None) -> Tensor:
-    """Indices [B] with replacement, uniform or by weight; bit-exact for a generator's state."""
+def draw(generator: torch.Generator, batch: int, count: int, weights: Tensor | None) -> Tensor:
+    """Indices [B] of 0..count-1 with replacement, uniform or by float64 weights [count]; bit-exact
+    for a generator's state."""
     if weights is None:
         return torch.randint(count, (batch,), generator=generator)
     # Inverse of the cumulative sum: torch.multinomial is limited to 2^24 entries.
@@ -200,7 +201,7 @@ class FrameWindows:
         content. Besides, reference [B, V, H, W, 3] uint8: the first frame of the sequence or,
         half of the time, any frame up to the window's first.
         """
-        windows = _draw(generator, batch, len(self), self._weights)
+        windows = draw(generator, batch, len(self), self._weights)
         ends = self._ends[windows]
         first = self._first[ends]
         begin = torch.maximum(ends - self.frames + 1, first)
@@ -215,7 +216,7 @@ class FrameWindows:
         Returns proprio, next_proprio, previous_proprio [B, P], and action, previous_action
         [B, C, A]: the chunk from the frame and the one that led there (see `batch`).
         """
-        after = self._reached[_draw(generator, batch, len(self._reached), None)]
+        after = self._reached[draw(generator, batch, len(self._reached), None)]
         reached = after.to(self.images.device)
         return {
             "proprio": self.proprio[reached - 1],
@@ -304,7 +305,7 @@ class ActionWindows:
 
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """A batch of B samples drawn with replacement by a CPU generator; see `batch`."""
-        return self.batch(_draw(generator, batch, len(self), self._weights))
+        return self.batch(draw(generator, batch, len(self), self._weights))
 
     def batch(self, samples: Tensor) -> dict[str, Tensor]:
         """Samples by index [B]: image [B, V, H, W, 3] uint8, proprio [B, P], action [B, C, A], task

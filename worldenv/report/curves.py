@@ -15,6 +15,7 @@ from worldenv.report.parts import (
     is_number,
     percent,
     signed_percent,
+    text,
     tiles,
 )
 
@@ -89,6 +90,7 @@ def _success_chart(rows: list[dict], checks: list[dict]) -> str:
     """Imagined success while exploring, and deterministic checks in both worlds."""
     series = [
         _series(rows, "imagined_success", "exploring", colour=_BEFORE),
+        _series(rows, "real_success", "exploring in reality", colour=_BEFORE),
         _series(checks, "imagined", "imagined", colour=_AFTER),
         _series(checks, "real", "real", colour=_OTHER),
     ]
@@ -139,7 +141,36 @@ def world(results: dict[str, Any]) -> str:
     if error.x:
         title = "End-effector error, cm"
         figures.append(figure(title, line_chart(title, [error], label)))
-    return numbers + grid(figures)
+    return numbers + grid(figures) + _by_task(results)
+
+
+def _by_task(results: dict[str, Any]) -> str:
+    """Several tasks in one world: how often the policy that explored succeeded in both, and how
+    many held-out replays ended as they did in reality."""
+    made = (_rounds(results, "reflector") or [{}])[-1].get("success_by_task") or {}
+    agreed = (results.get("fidelity") or {}).get("outcome_agreement_by_task") or {}
+    columns = (
+        ("Explored, real", {t: v["real"] for t, v in made.items()}),
+        ("Imagined", {t: v["imagined"] for t, v in made.items()}),
+        ("Replays that agree", {t: v["agreement"] for t, v in agreed.items()}),
+    )
+    tasks = sorted({*made, *agreed}, key=int)
+    if not tasks:
+        return ""
+    head = "".join(f"<th>{t}</th>" for t in ("Task", *(title for title, _ in columns)))
+    rows = "".join(
+        f"<tr><td>{text(t)}</td>{''.join(_share(shares.get(t)) for _, shares in columns)}</tr>"
+        for t in tasks
+    )
+    return f'<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _share(figure: dict[str, Any] | None) -> str:
+    """A cell with a share, its interval and its n."""
+    if figure is None or figure["value"] is None:
+        return "<td></td>"
+    around = f"{figure['low']:.0%}–{figure['high']:.0%}, n = {figure['n']}"
+    return f"<td>{figure['value']:.0%} <small>{around}</small></td>"
 
 
 def _distilled(results: dict[str, Any]) -> list[str]:

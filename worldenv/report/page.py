@@ -105,8 +105,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _pairs(results: dict[str, Any]) -> list[tuple[dict, dict]]:
     """Evaluation episodes of both policies with the same task, start and seed."""
-    evaluation = results.get("evaluation") or {}
+    return _paired(results.get("evaluation") or {})
 
+
+def _paired(evaluation: dict[str, list[dict]]) -> list[tuple[dict, dict]]:
     def keyed(rows: list[dict] | None) -> dict[tuple, dict]:
         return {(r["task"], r["start"], r["seed"]): r for r in rows or []}
 
@@ -152,20 +154,27 @@ def _headline(results: dict[str, Any]) -> str:
             '<p class="lead">Success of imitation alone. Post-training has not run yet.</p>'
         )
     else:
+        where = "in real LIBERO itself" if _in_reality(results) else "inside the learned world only"
         lines.append(
             f'<p class="lead">Success in real LIBERO on {post[1]} held-out episodes, before '
-            "and after post-training inside the learned world only.</p>"
+            f"and after post-training {where}.</p>"
         )
         lines += [_verdict(results), gate.warning(results)]
     rows = []
-    labels = {"before": "Imitation (SFT)", "after": "Post-trained in imagination"}
+    trained = "Post-trained in reality" if _in_reality(results) else "Post-trained in imagination"
+    labels = {"before": "Imitation (SFT)", "after": trained}
     for name, (wins, total) in rates.items():
         interval = wilson(wins, total)
         label = f"{labels[name]} · {wins} of {total}"
         rows.append((label, interval.mean, interval.low, interval.high, _COLOURS[name]))
     chart = interval_chart("Success rates", rows) + f"<figcaption>{_WILSON}</figcaption>"
     chart = f'<figure class="wide">{chart}</figure>'
-    return f"<header>{head}{''.join(lines)}{chart}{_without_oracle(results)}</header>"
+    others = _without_oracle(results) + _sampled(results)
+    return f"<header>{head}{''.join(lines)}{chart}{others}</header>"
+
+
+def _in_reality(results: dict[str, Any]) -> bool:
+    return results.get("world") == "real"
 
 
 _WILSON = "Share of successful episodes with 95% Wilson intervals."
@@ -197,7 +206,7 @@ def _verdict(results: dict[str, Any]) -> str:
 def _without_oracle(results: dict[str, Any]) -> str:
     pairs = _pairs(results)
     stated = results.get("no_oracle") or {}
-    if pairs and all(row.get("success_no_oracle") is not None for pair in pairs for row in pair):
+    if _judged(pairs):
         change = _difference(pairs, "success_no_oracle")[0]
         rates = [sum(bool(p[i]["success_no_oracle"]) for p in pairs) / len(pairs) for i in (0, 1)]
     elif stated.get("paired_difference"):
@@ -212,17 +221,50 @@ def _without_oracle(results: dict[str, Any]) -> str:
     )
 
 
+def _judged(pairs: Sequence[tuple[dict, dict]]) -> bool:
+    """Whether a reflector has ruled on them."""
+    return bool(pairs) and all(e.get("success_no_oracle") is not None for p in pairs for e in p)
+
+
+def _sampled(results: dict[str, Any]) -> str:
+    """The same with noise, where it was evaluated."""
+    pairs = _paired((results.get("sampled") or {}).get("evaluation") or {})
+    said = []
+    for key, how in (("success", ""), ("success_no_oracle", ", ended by the reflector")):
+        if pairs and (key == "success" or _judged(pairs)):
+            change = _difference(pairs, key)[0]
+            rates = [sum(bool(p[i][key]) for p in pairs) / len(pairs) for i in (0, 1)]
+            said.append(
+                f"Acting with the noise of post-training{how}: {rates[0]:.0%} → {rates[1]:.0%}, "
+                f"difference {points(change.mean)} points ({span(change)})."
+            )
+    return f"<p>{' '.join(said)}</p>" if said else ""
+
+
 def _tasks(results: dict[str, Any]) -> str:
     pairs = _pairs(results)
     if not pairs:
         return absent("paired evaluation")
+    parts = [_task_table(results, pairs, "success")]
+    if len({first["task"] for first, _ in pairs}) > 1:
+        noisy = _paired((results.get("sampled") or {}).get("evaluation") or {})
+        for title, rows, key in (
+            ("Ended by the reflector", pairs, "success_no_oracle"),
+            ("With the noise of post-training", noisy, "success"),
+        ):
+            if rows and (key == "success" or _judged(rows)):
+                parts.append(f"<h3>{title}</h3>{_task_table(results, rows, key)}")
+    return "".join(parts)
+
+
+def _task_table(results: dict[str, Any], pairs: Sequence[tuple[dict, dict]], key: str) -> str:
     rows = []
     for task in sorted({first["task"] for first, _ in pairs}):
         own = [pair for pair in pairs if pair[0]["task"] == task]
-        change, _, test = _difference(own, "success")
+        change, _, test = _difference(own, key)
         cells = [f'<td class="name">{text(_task_name(results, task))}</td>']
         for index, colour in enumerate(_COLOURS.values()):
-            wins = sum(bool(pair[index]["success"]) for pair in own)
+            wins = sum(bool(pair[index][key]) for pair in own)
             interval = wilson(wins, len(own))
             cells.append(
                 f"<td>{wins}/{len(own)} <small>{interval.low:.0%}–{interval.high:.0%}</small>"
@@ -296,7 +338,7 @@ def _machine(results: dict[str, Any]) -> str:
     facts = {f"frames/s {k}": v for k, v in speed.items()} if isinstance(speed, dict) else {}
     if is_number(speed):
         facts["imagined frames/s"] = speed
-    facts["real episodes used"] = results.get("real_episodes_used")
+    facts["real episodes used"] = _real_episodes(results)
     facts["peak memory"] = _gigabytes(results.get("peak_memory_bytes")) or None
     machine = results.get("machine") or {}
     if isinstance(machine, dict):
@@ -313,6 +355,14 @@ def _machine(results: dict[str, Any]) -> str:
         f"<dt>{text(k)}</dt><dd>{text(plain(v))}</dd>" for k, v in facts.items() if v is not None
     )
     return "".join([*parts, f"<dl>{items}</dl>"])
+
+
+def _real_episodes(results: dict[str, Any]) -> str | int | None:
+    """How many, and what for."""
+    total, used = results.get("real_episodes_used"), results.get("real_episodes")
+    if not used:
+        return total
+    return f"{total}: " + ", ".join(f"{n} {what}" for what, n in used.items() if n)
 
 
 def _gigabytes(size: object) -> str:

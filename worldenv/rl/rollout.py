@@ -5,7 +5,7 @@ action noise depends on its own seed alone, not on the row or the company it run
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,6 +46,11 @@ class Trajectories:
     def instructions(self, rows: Tensor) -> list[str]:
         """Instruction of each decision in rows `[n]`."""
         return [self.instruction[e] for e in self.episode[rows].tolist()]
+
+    def to(self, device: torch.device) -> "Trajectories":
+        """The same with its tensors on a device."""
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
 
 def rollout(

@@ -76,6 +76,7 @@ DEMONSTRATIONS = Stage(
 EXPLORE = Stage(
     "explore",
     explore,
+    wanted=lambda config: config.learned,
     settings=lambda config, n: (world(config), config.collect),
     needs=lambda config, n: (stage_before(n),),
     makes=("data/explore-{n}",),
@@ -131,7 +132,7 @@ def record_policy(
         store.digest(policy), config.seed, world(config), recording(config), number
     )
     starts = [
-        _exploration_start(config, task, number, k)
+        exploration_start(config, task, number, k)
         for task in config.env.tasks
         for k in range(count)
     ]
@@ -240,8 +241,9 @@ class EpisodeRecorder(Watcher):
         )
 
 
-def _exploration_start(config: Config, task: int, number: int, k: int) -> Start:
-    """Benchmark starts 0-19 in turn, and fresh placements for a fraction of the episodes."""
+def exploration_start(config: Config, task: int, number: int, k: int) -> Start:
+    """The k-th that a task explores from in a round: benchmark starts 0-19 in turn, and fresh
+    placements for a fraction of the episodes."""
     seed = derive(config.seed, "exploration fixture", number, task, k) % 2**31
     before, after = (int(n * config.collect.fresh) for n in (k, k + 1))
     return Start(task, None if after > before else (k - before) % TUNING_STARTS, seed)

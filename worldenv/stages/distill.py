@@ -14,10 +14,9 @@ from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.distillation import distillation_loss
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import fidelity, store, training
-from worldenv.stages.collect import load_round
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to
-from worldenv.stages.simulator import balanced
+from worldenv.stages.simulator import balanced, training_episodes
 
 HORIZONS = ("1", "8")  # chunks ahead between which a closed loop's drift is measured
 
@@ -28,8 +27,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     path = run.path("checkpoints", f"simulator-{number}.safetensors")
     teacher, student = (store.load("simulator", path, run.device) for _ in range(2))
     teacher.requires_grad_(False)
-    demonstrations, explored, _ = load_round(run, number)
-    sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
+    sequences = chunk_sequences(training_episodes(run, number), config.env.chunk)
     weights = balanced(sequences) if config.simulator.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
     real = fidelity.held_out(run, number)
@@ -79,7 +77,7 @@ STAGE = Stage(
     needs=lambda config, n: (*data_up_to(n), f"simulator-{n}"),
     makes=("checkpoints/distill-{n}.safetensors",),
     logs=logs,
-    wanted=lambda config: config.distill.on,
+    wanted=lambda config: config.distill.on and config.learned,
 )
 
 

@@ -68,6 +68,9 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
     decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
     networks = 2 if rl.critic and rl.value == "network" else 1  # as large as each other
     iteration = decisions * (cost.frame + networks * cost.sample)
+    if not config.learned:
+        episode = real + chunks * networks * rl.epochs * cost.sample
+        iteration = rl.contexts * rl.group * episode
     held_out = (config.evaluate.starts[1] - config.evaluate.starts[0]) * tasks
     scripted = 0 if config.data.paths else config.collect.demonstrations
     stages = {
@@ -82,18 +85,22 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
         checks = iterations // rl.real_check_every + 1 if rl.real_check_every else 0
         checks -= bool(checks and n and not rl.restart)  # the first one's outcome is known
         steps = (sim.refresh_steps, ref.refresh_steps) if n else (sim.steps, ref.steps)
-        stages |= {
+        clips = 0 if n else config.distill.clip_steps
+        world = {
             f"explore-{n}": new * real,
-            f"simulator-{n}": steps[0] * cost.window,
+            f"simulator-{n}": (steps[0] + clips) * cost.window,
             # Replays of all episodes to train on, and new ones to calibrate the threshold.
             f"reflector-{n}": steps[1] * cost.judged + (explored + 2 * new) * chunks * cost.frame,
-            f"posttrain-{n}": iterations * iteration
-            + checks * rl.real_check_episodes * tasks * real,
         }
-    stages["simulator-0"] += config.distill.clip_steps * cost.window
-    for n in range(rl.rounds if config.distill.on else 0):
-        stages[f"distill-{n}"] = _distillation(config) * cost.window
-    stages["evaluate"] = 2 * held_out * len(config.evaluate.fixture_seeds) * real
+        if config.distill.on:
+            world[f"distill-{n}"] = _distillation(config) * cost.window
+        tuning = checks * rl.real_check_episodes * tasks * real
+        stages |= {
+            **(world if config.learned else {}),
+            f"posttrain-{n}": iterations * iteration + tuning,
+        }
+    passes = 2 * (1 + config.evaluate.sampled)  # of both policies
+    stages["evaluate"] = passes * held_out * len(config.evaluate.fixture_seeds) * real
     return stages
 
 

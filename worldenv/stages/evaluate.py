@@ -3,7 +3,8 @@
 One rollout answers both questions. With oracle: the episode succeeds when the benchmark's signal
 first fires. Without: it ends when the reflector, by its threshold for real frames, has said so and
 a short grace is over (or at the last step), and counts if the benchmark's signal has fired by then.
-Policies act on their mean.
+Policies act on their mean; with `evaluate.sampled` once more with the noise of post-training, the
+same for both. What was post-trained in the benchmark itself has no reflector: with oracle alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,9 @@ import torch
 from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
+from worldenv.rl.noise import Noise, exploration
 from worldenv.runtime import progress
+from worldenv.runtime.seeds import derive
 from worldenv.stages import store, thresholds
 from worldenv.stages.collect import world
 from worldenv.stages.reality import Watcher
@@ -27,17 +30,28 @@ def run(run: Run, mark: str, number: int = 0) -> dict:
 
     Finished episodes are kept in evaluation/<label>.json, so an interrupted evaluation goes on.
     """
-    config = run.config
+    config, starts = run.config, held_out_starts(run)
     last = config.posttrain.rounds - 1
-    policies = {"sft": "policy-sft", "posttrained": f"policy-{last}"}
-    starts = held_out_starts(run)
-    reflector = store.load("reflector", run.path("checkpoints", f"reflector-{last}.safetensors"))
-    outcomes = {}
-    for label, name in policies.items():
-        policy = store.load("policy", run.path("checkpoints", f"{name}.safetensors"), run.acting)
-        path = run.path("evaluation", f"{label}.json")
-        outcomes[label] = resumed(run, policy, starts, f"evaluate {label}", path, mark, reflector)
-    return {"outcomes": outcomes}
+    reflector = None
+    if config.learned:
+        path = run.path("checkpoints", f"reflector-{last}.safetensors")
+        reflector = store.load("reflector", path)
+    moves = run.embodiment.actions("translate")
+    found: dict[str, dict] = {}
+    for kind in ("outcomes", "sampled")[: 1 + config.evaluate.sampled]:
+        found[kind] = {}
+        for label, name in (("sft", "policy-sft"), ("posttrained", f"policy-{last}")):
+            path = run.path("checkpoints", f"{name}.safetensors")
+            policy = store.load("policy", path, run.acting)
+            noise, called = None, label
+            if kind == "sampled":
+                noise = exploration(policy.distribution, config.posttrain, moves)
+                called = f"{label}-sampled"
+            kept = run.path("evaluation", f"{called}.json")
+            found[kind][label] = resumed(
+                run, policy, starts, f"evaluate {called}", kept, mark, reflector, noise
+            )
+    return found
 
 
 STAGE = Stage(
@@ -47,9 +61,13 @@ STAGE = Stage(
     needs=lambda config, n: (
         "sft",
         stage_before(config.posttrain.rounds),
-        f"reflector-{config.posttrain.rounds - 1}",
+        *((f"reflector-{config.posttrain.rounds - 1}",) if config.learned else ()),
     ),
-    keeps=("evaluation/sft.json", "evaluation/posttrained.json"),
+    keeps=tuple(
+        f"evaluation/{label}{kind}.json"
+        for label in ("sft", "posttrained")
+        for kind in ("", "-sampled")
+    ),
     rounds=False,
 )
 
@@ -62,6 +80,7 @@ def resumed(
     path: Path,
     mark: str,
     reflector: Reflector | None = None,
+    noise: Noise | None = None,
 ) -> list[dict]:
     """What `evaluate_policy` returns, in the order of task, start and seed. The episodes are kept
     in `path`, and those that are there under this mark are not repeated."""
@@ -73,7 +92,7 @@ def resumed(
     def keep(episodes: list[dict]) -> None:
         write_record(path, {"mark": mark, "episodes": [*done, *episodes]})
 
-    more = evaluate_policy(run, policy, left, label, reflector, keep)
+    more = evaluate_policy(run, policy, left, label, reflector, keep, noise)
     return sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
 
 
@@ -95,12 +114,13 @@ def evaluate_policy(
     label: str,
     reflector: Reflector | None = None,
     keep: Callable[[list[dict]], None] | None = None,
+    noise: Noise | None = None,
 ) -> list[dict]:
     """One deterministic episode per start: task, start, seed, success, steps and, with a
     reflector, success_no_oracle and stop_step (None where it did not end the episode first).
 
-    keep is called with all outcomes so far from time to time. UserError for a reflector that was
-    not calibrated on real frames.
+    keep is called with all outcomes so far from time to time. noise: to act with, the same for
+    every policy. UserError for a reflector that was not calibrated on real frames.
     """
     if not starts:
         return []
@@ -122,8 +142,10 @@ def evaluate_policy(
                 policy,
                 starts,
                 lambda env: _Ruling(starts, note, reflector),
-                seeds=[0] * len(starts),
-                noise=None,
+                seeds=[
+                    derive(run.config.seed, "sampled", s.task, str(s.index), s.seed) for s in starts
+                ],
+                noise=noise,
                 terminate="success",
             )
         finally:

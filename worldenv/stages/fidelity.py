@@ -17,7 +17,7 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import measures, store, thresholds
 from worldenv.stages.collect import load_round
-from worldenv.stages.measures import HORIZONS, auc, decibels
+from worldenv.stages.measures import HORIZONS, auc, by_task, decibels
 from worldenv.stages.reflector import rewards, score
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to, world_of
@@ -64,6 +64,7 @@ STAGE = Stage(
     run,
     settings=lambda config, n: (config.sampling_steps(n),),
     needs=lambda config, n: (*data_up_to(n), world_of(config, n), f"reflector-{n}"),
+    wanted=lambda config: config.learned,
 )
 
 
@@ -113,6 +114,7 @@ def outcome_agreement(
     return {
         "outcome_agreement": round(sum(agreed) / len(agreed), 4),
         "outcome_auc": auc(top, truth),
+        "outcome_agreement_by_task": by_task([r.task for r in real], {"agreement": agreed}),
     }
 
 

@@ -56,6 +56,19 @@ def rate(hits: Sequence[bool]) -> Figure:
     return _figure(wilson(sum(map(bool, hits)), len(hits)), len(hits))
 
 
+def by_task(tasks: Sequence[int], hits: Mapping[str, Sequence[bool]]) -> dict[str, dict]:
+    """Shares of what is true of each task's episodes, by task and name; nothing of a single task:
+    it is the whole."""
+    every = sorted(set(tasks))
+    return {
+        str(task): {
+            name: rate([h for t, h in zip(tasks, values, strict=True) if t == task])
+            for name, values in hits.items()
+        }
+        for task in (every if len(every) > 1 else ())
+    }
+
+
 def _figure(found: Interval, n: int) -> Figure:
     said = {"value": found.mean, "low": found.low, "high": found.high}
     return {**{k: round(v, 4) if math.isfinite(v) else None for k, v in said.items()}, "n": n}

@@ -116,9 +116,11 @@ def run_stage(
     target = next((s for s in every.values() if (s.stage.name, s.number) == (stage, number)), None)
     target = target or every.get(stage)  # none: the report, of everything
     if target is None and stage != "report":
+        got, mend = f"{stage}.steps 0", f"--{stage}.steps"
+        if not run.config.learned:
+            got, mend = "posttrain.world real", "--posttrain.world learned"
         raise UserError(
-            f"{stage}: expected a configuration that has this stage, got {stage}.steps 0. Set "
-            f"--{stage}.steps."
+            f"{stage}: expected a configuration that has this stage, got {got}. Set {mend}."
         )
     needs = target.needs(run.config) if target else tuple(every)
     before = _before(run, stage if target is None else target.name, needs, marks, named)
@@ -139,6 +141,11 @@ def check_made(run: Run, names: Iterable[str], otherwise: str = "") -> None:
     """
     every, marks = steps(run.config), _marks(run, {})
     for name in names:
+        if name not in every:
+            raise UserError(
+                f"{run.dir}: expected a run with a learned world, got one of posttrain.world real, "
+                f"which has no {name}. Name another run."
+            )
         if not records.finished(run.dir, every[name], marks[name]):
             raise UserError(
                 f"{name} in {run.dir} {records.standing(run.dir, every[name], marks[name])}. Run "
@@ -250,6 +257,11 @@ def _named(run: Run, files: Mapping[str, Path], number: int) -> dict[str, _File]
     does not fit the run's configuration."""
     named = {}
     for kind, path in files.items():
+        if kind != "policy" and not run.config.learned:
+            raise UserError(
+                f"--{kind} {path}: expected none with --posttrain.world real, where nothing is "
+                "imagined. Leave it out."
+            )
         model = store.load(kind, path, fits=run.config)
         if kind == "reflector":
             thresholds.of_reality(model)  # the evaluation, hours from now, would refuse it

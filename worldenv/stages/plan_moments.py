@@ -67,13 +67,13 @@ def highest(found: list[Moment]) -> Moment:
 
 def moments(config: Config, costs: Costs, here: Machine) -> dict[str, list[Moment]]:
     """Of every stage that computes on the device."""
-    stages = {
-        "sft": _imitation,
+    world = {
         "simulator": _simulator,
         **({"distill": _distill} if config.distill.on else {}),
         "reflector": _reflector,
-        "posttrain": _posttrain,
     }
+    learned = world if config.learned else {}
+    stages = {"sft": _imitation, **learned, "posttrain": _posttrain}
     found = {name: list(of(config, costs, here)) for name, of in stages.items()}
     if here.cpu:
         found = {name: [_kept(moment, here) for moment in of] for name, of in found.items()}
@@ -173,7 +173,10 @@ def _reflector(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
 
 def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     rl, policy = config.posttrain, costs.policy
-    held = _held(here, policy=policy, simulator=costs.simulator, reflector=costs.reflector)
+    world = {}
+    if config.learned:
+        world = {"simulator": costs.simulator, "reflector": costs.reflector}
+    held = _held(here, policy=policy, **world)
     held["optimiser"] = 2 * policy.trained_bytes
     trained = policy.trained_bytes
     if rl.kl_weight:
@@ -182,16 +185,18 @@ def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     if costs.critic is not None:
         critic = sum(p.nbytes for p in costs.critic.parameters())
         held["critic"] = 4 * critic  # weights, the last gradient, two moments
-    if here.cpu:  # contexts are parts of sequences
+    if here.cpu and world:  # contexts are parts of sequences
         frames = _demonstrated(config) + _explored(config)
         held["recorded frames"] = frames * _frame(config, costs)
     decisions = rl.contexts * rl.group * config.max_chunks
     draws = 1 if rl.critic else rl.draws
     draw = decisions * costs.decision_bytes
-    while_imagining = _imagine(config, costs, here, held) | {"gradients": trained}
-    yield Moment("imagination", while_imagining | {"rollout buffer": draws * draw})
-    kept = _worlds(config, costs, here, rl.rows, idle=True)
-    kept["kept prefixes"] = rl.rows * costs.judge(-(-rl.rows // here.shards)).row
+    kept = {}
+    if world:
+        while_imagining = _imagine(config, costs, here, held) | {"gradients": trained}
+        yield Moment("imagination", while_imagining | {"rollout buffer": draws * draw})
+        kept = _worlds(config, costs, here, rl.rows, idle=True)
+        kept["kept prefixes"] = rl.rows * costs.judge(-(-rl.rows // here.shards)).row
     # A recorder that ends holds its steps, their concatenation and that in order.
     ending = draw * (3 * here.busy + here.shards - here.busy) // here.shards
     copies = max(ending, 2 * draw) + (draws - 1) * draw
@@ -301,16 +306,18 @@ def iteration_flops(config: Config, costs: Costs) -> dict[str, dict[str, float]]
     found: dict[str, dict[str, float]] = {}
     found["sft"] = {policy: config.sft.batch * costs.imitate(1).flops}
     trains = world if simulator.kind == "wan" else "float32"
-    if simulator.kind != "wovr":
+    if config.learned and simulator.kind != "wovr":
         found["simulator"] = {trains: simulator.batch * costs.denoise(1, 1).flops}
-    if config.distill.on:
+    if config.learned and config.distill.on:
         found["distill"] = {trains: config.distill.batch * costs.distil(1).flops}
-    learn = costs.learn(1)
+    learn = costs.learn(1) if config.learned else None
     if learn is not None:
         found["reflector"] = {"float32": config.reflector.batch * learn.flops}
     decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
     act, judge = costs.act(1).flops, costs.judge(1).flops
     frame = costs.worlds(1, rl.sampling_steps).frame.flops
+    if not config.learned:  # physics is none of it
+        frame, judge = 0.0, 0.0
     update = rl.epochs * costs.improve(1).flops
     if costs.critic is not None:
         update += costs.value(1).flops

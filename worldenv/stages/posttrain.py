@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from worldenv.config import PosttrainConfig
+from worldenv.config import Config, PosttrainConfig
 from worldenv.data.windows import chunk_sequences
 from worldenv.envs.imagined import (
     Context,
@@ -34,7 +34,7 @@ from worldenv.runtime import checkpoint, progress
 from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
-from worldenv.stages import gate, store
+from worldenv.stages import collect, gate, physics, store
 from worldenv.stages.collect import TUNING_STARTS, load_round
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, Stage, data_up_to, stage_before, world_of
@@ -47,7 +47,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
     policy: Policy = store.load("policy", start, run.device)
     learner = _learner(run, policy, number)
-    envs, firsts, middles = make_world(run, number)
+    envs, firsts, middles = make_world(run, number) if config.learned else ([], [], [])
     iterations = rl.refresh_iterations if number else rl.iterations
     name = f"posttrain-{number}"
     partial = run.path("checkpoints", f"{name}.partial.safetensors")
@@ -77,13 +77,11 @@ def run(run: Run, mark: str, number: int) -> dict:
             seconds = time.perf_counter() - begun
             devices.give_back()  # frames and pieces of the rollout: an update needs other sizes
             metrics = update(learner, episodes, derive(config.seed, "update", number), step)
-            frames = len(episodes.episode)
-            totals["frames"] += frames
-            totals["imagination_seconds"] += seconds
-            run.logger.log(name, step, frames_per_second=frames / seconds, **metrics)
+            success = _count(config, episodes, seconds, metrics, totals)
+            run.logger.log(name, step, **metrics)
             bar.update(
                 step + 1,
-                imagined_success=metrics["imagined_success"],
+                **{success: metrics[success]},
                 clip=metrics.get("clip_fraction", 0.0),
             )
             _save(partial, mark, learner, step + 1, totals)
@@ -101,21 +99,40 @@ def run(run: Run, mark: str, number: int) -> dict:
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
 
 
+def _count(
+    config: Config, episodes: Trajectories, seconds: float, metrics: dict, totals: dict
+) -> str:
+    """Add an iteration to totals, and its rate to metrics; what its success is called in these."""
+    if not config.learned:
+        totals["rl_episodes"] += len(episodes.length)
+        metrics["real_success"] = metrics.pop("imagined_success")
+        return "real_success"
+    frames = len(episodes.episode)
+    totals["frames"] += frames
+    totals["imagination_seconds"] += seconds
+    metrics["frames_per_second"] = frames / seconds
+    return "imagined_success"
+
+
 def at_the_gate(run_: Run, mark: str, number: int) -> dict:
     """Stage `posttrain-N`: `run`, if the round's world is fit for it. UserError if not."""
-    return {"gate": gate.check(run_, number), **run(run_, mark, number)}
+    passed = {"gate": gate.check(run_, number)} if run_.config.learned else {}
+    return {**passed, **run(run_, mark, number)}
 
 
 STAGE = Stage(
     "posttrain",
     at_the_gate,
     # One round more continues a finished run: how many there are changes none of them.
-    settings=lambda config, n: (replace(config.posttrain, rounds=1),),
+    settings=lambda config, n: (
+        replace(config.posttrain, rounds=1),
+        *(() if config.learned else (collect.world(config), config.collect.fresh)),
+    ),
     needs=lambda config, n: (
         "sft",
         stage_before(n),
-        *data_up_to(n),
-        *(world_of(config, n), f"reflector-{n}", f"fidelity-{n}"),
+        *((*data_up_to(n), world_of(config, n)) if config.learned else ()),
+        *((f"reflector-{n}", f"fidelity-{n}") if config.learned else ()),
     ),
     makes=("checkpoints/policy-{n}.safetensors", "checkpoints/policy-{n}"),
     logs=lambda name, n: (name, f"check-{n}"),
@@ -188,14 +205,17 @@ def _imagine(
     number: int,
     step: int,
 ) -> Trajectories:
-    """G consecutive episodes of each context; without a critic, contexts are drawn until enough of
-    them are informative."""
+    """G consecutive episodes of each context, in whichever world; without a critic, contexts are
+    drawn until enough of them are informative."""
     rl = run.config.posttrain
     parts: list[Trajectories] = []
     informative = 0
     for draw in range(1 if rl.critic else rl.draws):
         keys = (number, step, draw) if draw else (number, step)
-        parts.append(_imagine_contexts(run, learner, envs, firsts, middles, keys))
+        if run.config.learned:
+            parts.append(_imagine_contexts(run, learner, envs, firsts, middles, keys))
+        else:
+            parts.append(physics.real_groups(run, learner, keys))
         reward = episode_rewards(parts[-1], rl.reward)
         informative += int(group_advantages(reward, rl.group, "loop")[1].sum()) // rl.group
         if 2 * informative >= rl.contexts:
@@ -214,8 +234,10 @@ def _imagine_contexts(
 ) -> Trajectories:
     """G episodes from each of `contexts` contexts; key: of this draw's random numbers."""
     config, rl = run.config, run.config.posttrain
-    won = [context.won for context in envs[0].contexts]
-    chosen = choose_contexts(won, firsts, middles, rl, generator(config.seed, "contexts", *key))
+    bank, turn = envs[0].contexts, key[1] * rl.contexts
+    won, tasks = [context.won for context in bank], [context.task for context in bank]
+    g = generator(config.seed, "contexts", *key)
+    chosen = choose_contexts(won, tasks, firsts, middles, rl, g, turn)
     pairs = [(c, n) for c in range(rl.contexts) for n in range(rl.group)]
     # One world seed for a group (common random numbers): its episodes differ by their actions
     # alone, and the baseline takes the world's luck away.
@@ -241,19 +263,26 @@ def _imagine_contexts(
 
 def choose_contexts(
     won: list[bool],
+    tasks: list[int],
     firsts: list[int],
     middles: list[int],
     rl: PosttrainConfig,
     g: torch.Generator,
+    turn: int = 0,
 ) -> list[int]:
-    """Indices of `contexts` contexts, some from mid-episode and some from real failures.
+    """Indices of `contexts` contexts, some from mid-episode and some from real failures; the tasks
+    take turns, so that one that always fails, or succeeds, takes no more of them than another.
 
-    won: of every context, whether its real episode succeeded.
+    won, tasks: of every context, whether its real episode succeeded, and at what. turn: how many
+    were drawn before.
     """
     chosen = []
-    for _ in range(rl.contexts):
+    every = sorted({tasks[c] for c in firsts})
+    pools = {t: [[c for c in p if tasks[c] == t] for p in (firsts, middles)] for t in every}
+    for k in range(turn, turn + rl.contexts):
+        begins, on_their_way = pools[every[k % len(every)]]
         middle, lost = torch.rand(2, generator=g).tolist()
-        pool = middles if middles and middle < rl.middle_contexts else firsts
+        pool = on_their_way if on_their_way and middle < rl.middle_contexts else begins
         outcome = lost >= rl.lost_contexts
         pool = [c for c in pool if won[c] == outcome] or pool
         chosen.append(pool[int(torch.randint(len(pool), (), generator=g))])
@@ -323,6 +352,7 @@ def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, d
         "frames": 0,
         "imagination_seconds": 0.0,
         "check_episodes": 0,
+        "rl_episodes": 0,
         "kept_iteration": None,
         "kept_success": None,
     }

@@ -20,7 +20,7 @@ from worldenv.envs.libero.cameras import of_tasks
 from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
-from worldenv.rl.rollout import Actor, Stop, rollout
+from worldenv.rl.rollout import Actor, Stop, Trajectories, rollout
 
 PROCESS_BYTES = 606 << 20
 """Resident bytes of a simulator's process: MuJoCo, numba and torch, pages that processes share
@@ -67,6 +67,7 @@ class Reality:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._envs: list[LiberoVectorEnv] = []
+        self._held: list[int | None] = []  # the task whose scene each has
 
     def roll_out(
         self,
@@ -78,33 +79,43 @@ class Reality:
         noise: Noise | None,
         terminate: str,
         record_every: int | None = None,
-    ) -> None:
-        """One episode from each of `starts`; `watch` makes the watcher of an environment.
+        images: bool = False,
+        features: bool = False,
+    ) -> list[Trajectories]:
+        """One episode from each of `starts`, in their order; `watch` makes the watcher of an
+        environment.
 
-        seeds and noise: as of `rl.rollout.rollout`. terminate, record_every: as of
+        seeds, noise, images, features: as of `rl.rollout.rollout`. terminate, record_every: as of
         `LiberoVectorEnv`. After an error or an interruption no episode is begun; those in progress
         are finished first.
         """
         waiting = list(range(len(starts)))
         turn = threading.Lock()
+        done: list[Trajectories | None] = [None] * len(starts)
         count = min(self.config.env.workers, len(starts))
         self._envs += [make_env(self.config) for _ in range(count - len(self._envs))]
+        self._held += [None] * (len(self._envs) - len(self._held))
 
-        def take(task: int | None) -> int | None:
-            """The next episode, of the task whose scene this environment has, if there is one."""
+        def take(number: int) -> int | None:
+            """The next episode: of the task whose scene this environment has, else of one that no
+            other has. Scenes take seconds to build."""
             with turn:
                 if not waiting:
                     return None
-                same = (k for k in waiting if starts[k].task == task)
-                chosen = next(same, waiting[0])
+                held = self._held[number]
+                others = {task for i, task in enumerate(self._held[:count]) if i != number}
+                same = (k for k in waiting if starts[k].task == held)
+                free = (k for k in waiting if starts[k].task not in others)
+                chosen = next(same, next(free, waiting[0]))
                 waiting.remove(chosen)
+                self._held[number] = starts[chosen].task
                 return chosen
 
-        def lane(env: LiberoVectorEnv) -> None:
+        def lane(number: int) -> None:
+            env = self._envs[number]
             env.terminate, env.record_every = terminate, record_every
-            watcher, task = watch(env), None
-            while (k := take(task)) is not None:
-                task = starts[k].task
+            watcher = watch(env)
+            while (k := take(number)) is not None:
 
                 def finish(_: int, info: dict, k: int = k) -> None:
                     with turn:
@@ -113,7 +124,7 @@ class Reality:
                 def step(rows: np.ndarray, *seen: Any, k: int = k) -> None:
                     watcher.step(k, *seen)
 
-                rollout(
+                done[k] = rollout(
                     env,
                     policy,
                     [starts[k]],
@@ -122,21 +133,23 @@ class Reality:
                     stop=watcher.stop,
                     on_finish=finish,
                     on_step=step,
-                    images=False,
+                    images=images,
+                    features=features,
                 )
 
         with ThreadPoolExecutor(max(count, 1), "reality", torch.set_num_threads, (1,)) as pool:
-            lanes = [pool.submit(lane, env) for env in self._envs[:count]]
+            lanes = [pool.submit(lane, number) for number in range(count)]
             try:
-                for done in lanes:
-                    done.result()
+                for ended in lanes:
+                    ended.result()
             except BaseException:
                 with turn:
                     waiting.clear()
                 raise
+        return done
 
     def close(self) -> None:
         """End the simulators' processes."""
         for env in self._envs:
             env.close()
-        self._envs = []
+        self._envs, self._held = [], []

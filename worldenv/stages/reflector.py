@@ -5,6 +5,7 @@ reflector learns to judge the frames it will be shown in post-training. Then its
 calibrated (thresholds.py).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldenv.data.episode import Episode
-from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
+from worldenv.data.windows import FrameSequence, chunk_sequences, draw, from_first_step
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import augment
 from worldenv.models.reflector import Reflector
@@ -36,10 +37,11 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     config, part = run.config, run.config.reflector
     demonstrations, explored, _ = load_round(run, number)
     simulator_path = run.path("checkpoints", f"{world_of(config, number)}.safetensors")
-    reflector = training.begin(run, "reflector", number, [*demonstrations, *explored])
+    shown, own = ([*demonstrations, *explored], explored) if part.explored else [demonstrations] * 2
+    reflector = training.begin(run, "reflector", number, shown)
     learned = {}
     if any(p.requires_grad for p in reflector.parameters()):  # of a prompted one nothing is trained
-        learned = _learn(run, mark, number, reflector, simulator_path, demonstrations, explored)
+        learned = _learn(run, mark, number, reflector, simulator_path, shown, own)
     if part.calibrate and explored:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
@@ -62,13 +64,12 @@ def _learn(
     number: int,
     reflector: Reflector,
     simulator_path: Path,
-    demonstrations: list[Episode],
-    explored: list[Episode],
+    episodes: list[Episode],
+    replayed: list[Episode],
 ) -> dict:
-    """Train on all frames so far, real and replayed; what of it is recorded."""
+    """Train on the frames of episodes, and of some imagined again; what of it is recorded."""
     config, part = run.config, run.config.reflector
-    own = chunk_sequences(explored, config.env.chunk)
-    sequences = [*chunk_sequences(demonstrations, config.env.chunk), *own]
+    sequences, own = (chunk_sequences(e, config.env.chunk) for e in (episodes, replayed))
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
     passes = config.sampling_steps(number)
     seed = derive(config.seed, "reflector replay", number)
@@ -77,7 +78,8 @@ def _learn(
     shown = [*sequences, *imagined]
     data = padded(shown, run.device)
     frames = Features(run, reflector, shown, data) if reflector.frozen else _Pictures(data)
-    sampler, size = _BalancedFrames(data), training.shard_size(run, part.batch)
+    sampler = _BalancedFrames(data, [s.task for s in shown])
+    size = training.shard_size(run, part.batch)
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         g = generator(config.seed, "reflector", number, step, shard)
@@ -125,6 +127,7 @@ STAGE = Stage(
         *((f"reflector-{n - 1}",) if n else ()),
     ),
     makes=("checkpoints/reflector-{n}.safetensors",),
+    wanted=lambda config: config.learned,
 )
 
 NEAR = 4  # frames before success, or before a failure's end, that are nearly one
@@ -133,9 +136,12 @@ NEAR = 4  # frames before success, or before a failure's end, that are nearly on
 class _BalancedFrames:
     """Draws frames, each with a first frame of its episode: a third successes, a third near misses
     (what a reflector must not mistake for success is rare among all frames), a third any failures.
+
+    Of each kind all tasks have the same share: where one succeeds often and another never, the
+    instruction would else tell the answer. tasks: of the episodes, by default one.
     """
 
-    def __init__(self, data: dict) -> None:
+    def __init__(self, data: dict, tasks: Sequence[int] = ()) -> None:
         self.data = data
         success, valid = data["success"], data["valid"]
         length = valid.sum(1)
@@ -143,17 +149,26 @@ class _BalancedFrames:
         frame = torch.arange(valid.shape[1], device=valid.device)
         near = (frame < first) & (frame >= first - NEAR) & valid & ~success
         self.pools = [x.nonzero() for x in (success & valid, near, valid & ~success)]
+        own = torch.tensor(tasks).to(valid.device)
+        self.weights = [_by_task(own[p[:, 0]]) if len(set(tasks)) > 1 else None for p in self.pools]
 
     def draw(self, batch: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """(episode [B], frame [B], label [B])."""
-        pools = [(pool, float(i == 0)) for i, pool in enumerate(self.pools) if len(pool)]
+        each = zip(self.pools, self.weights, strict=True)
+        pools = [(pool, w, float(i == 0)) for i, (pool, w) in enumerate(each) if len(pool)]
         picks, labels = [], []
-        for i, (pool, label) in enumerate(pools):
+        for i, (pool, weights, label) in enumerate(pools):
             n = batch * (i + 1) // len(pools) - batch * i // len(pools)
-            picks.append(pool[torch.randint(len(pool), (n,), generator=g)])
+            picks.append(pool[draw(g, n, len(pool), weights)])
             labels.append(torch.full((n,), label))
         chosen = torch.cat(picks)
         return chosen[:, 0], chosen[:, 1], torch.cat(labels).to(chosen.device)
+
+
+def _by_task(tasks: Tensor) -> Tensor:
+    """Weights `[N]` by which every one of tasks `[N]` is drawn as often as the others."""
+    _, own, count = tasks.cpu().unique(return_inverse=True, return_counts=True)
+    return 1 / count.double()[own]
 
 
 class _Pictures:

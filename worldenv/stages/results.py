@@ -27,7 +27,9 @@ def report(run: Run, names: Sequence[str]) -> Path:
     path = run.path("results.json")
     write_json(path, collect_results(run, names))
     missing: list[str] = []
-    drawings = (("videos", _draw_videos), ("report.html", lambda r: write_report(r.dir, missing)))
+    page = ("report.html", lambda r: write_report(r.dir, missing))
+    # Videos show two worlds.
+    drawings = (("videos", _draw_videos), page) if run.config.learned else (page,)
     for what, draw in drawings:
         try:
             draw(run)
@@ -90,16 +92,17 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
     config = run.config
     last = config.posttrain.rounds - 1
     records = {name: run.record(name) for name in names}
-    outcomes = records["evaluate"]["outcomes"]
-    measured = records[f"fidelity-{last}"]
-    reflector_quality = measured["reflector"]
-    skip = {"fingerprint", "artifacts", "outcomes", "reflector"}
+    outcomes, sampled = (records["evaluate"].get(kind) for kind in ("outcomes", "sampled"))
+    measured = records.get(f"fidelity-{last}", {})
+    skip = {"fingerprint", "artifacts", "outcomes", "sampled", "reflector"}
     costs = {"seconds", "peak_memory_bytes", "peak_gpu_bytes"}
     stages = {
         name: {k: v for k, v in record.items() if k not in skip} for name, record in records.items()
     }
-    imagined = [records[f"posttrain-{n}"] for n in range(last + 1)]
-    seconds = sum(r["imagination_seconds"] for r in imagined)
+    trained = [records[f"posttrain-{n}"] for n in range(last + 1)]
+    seconds = sum(r["imagination_seconds"] for r in trained)
+    used = spent_in_reality(records)
+    gap = _closed_loop_gap(run, last, trained[-1]["kept_iteration"])
     instructions = {e.task: e.instruction for e in collect.load_round(run, -1)[0]}
     return {
         "preset": config.preset,
@@ -107,25 +110,56 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
         "commit": commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "suite": config.env.suite,
-        "tasks": [{"id": t, "instruction": instructions.get(t, "")} for t in config.env.tasks],
-        **success_of(outcomes, "success"),
-        "no_oracle": success_of(outcomes, "success_no_oracle"),
-        "fidelity": {
-            **{k: v for k, v in measured.items() if k not in skip | costs},
-            "closed_loop_gap": _closed_loop_gap(run, last, imagined[-1]["kept_iteration"]),
-        },
-        "reflector": reflector_quality,
+        "world": config.posttrain.world,
+        "real_episodes_used": sum(used.values()),
+        "real_episodes": used,
+        "tasks": [
+            {"id": t, "instruction": instructions.get(t, ""), **successes(outcomes, t)}
+            for t in config.env.tasks
+        ],
+        **successes(outcomes),
+        **({"sampled": {**successes(sampled), "evaluation": sampled}} if sampled else {}),
+        **(
+            {
+                "fidelity": {
+                    **{k: v for k, v in measured.items() if k not in skip | costs},
+                    "closed_loop_gap": gap,
+                },
+                "reflector": measured["reflector"],
+            }
+            if measured
+            else {}
+        ),
         "stages": stages,
         "total_seconds": round(sum(r["seconds"] for r in records.values()), 1),
-        "frames_per_second": round(sum(r["frames"] for r in imagined) / max(seconds, 1e-9), 1),
-        "real_episodes_used": sum(
-            r.get("check_episodes", 0) + (r["episodes"] if n.startswith(("demo", "explore")) else 0)
-            for n, r in records.items()
-        ),
+        "frames_per_second": round(sum(r["frames"] for r in trained) / max(seconds, 1e-9), 1),
         "peak_memory_bytes": max(r.get("peak_memory_bytes", 0) for r in records.values()),
         "machine": {**devices.describe(), "threads": parallel.threads()},
         "evaluation": outcomes,
     }
+
+
+def spent_in_reality(records: dict[str, dict]) -> dict[str, int]:
+    """How many real episodes a run's policy was made with, by purpose; those that measure it
+    afterwards are not among them. records: of its stages, by name."""
+
+    def count(kind: str, field: str) -> int:
+        return sum(r.get(field, 0) for name, r in records.items() if name.startswith(kind))
+
+    return {
+        "demonstrations": count("demonstrations", "episodes"),
+        "explored": count("explore-", "episodes"),
+        "checks": count("posttrain-", "check_episodes"),
+        "rl": count("posttrain-", "rl_episodes"),
+    }
+
+
+def successes(outcomes: dict[str, list[dict]], task: int | None = None) -> dict:
+    """`success_of` both policies in one task or all, and as "no_oracle" where a reflector ruled."""
+    own = {k: [e for e in rows if task in (None, e["task"])] for k, rows in outcomes.items()}
+    ruled = all("success_no_oracle" in e for rows in own.values() for e in rows)
+    judged = {"no_oracle": success_of(own, "success_no_oracle")} if ruled else {}
+    return {**success_of(own, "success"), **judged}
 
 
 def success_of(outcomes: dict[str, list[dict]], key: str) -> dict:

@@ -1,11 +1,13 @@
 """Train the world simulator on demonstrations and policy episodes (World-Env section 3.3)."""
 
 import copy
+from collections import Counter
 
 import torch
 from torch import Tensor
 
 from worldenv.config import Config
+from worldenv.data.episode import Episode
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.distillation import clip_loss, conversion_loss
 from worldenv.models.simulator import World
@@ -24,11 +26,11 @@ def run(run: Run, mark: str, number: int) -> dict:
     """
     config, part, name = run.config, run.config.simulator, f"simulator-{number}"
     path = run.path("checkpoints", f"{name}.safetensors")
-    demonstrations, explored, _ = load_round(run, number)
-    sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
+    episodes = training_episodes(run, number)
+    sequences = chunk_sequences(episodes, config.env.chunk)
     weights = balanced(sequences) if part.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
-    simulator: World = training.begin(run, "simulator", number, [*demonstrations, *explored])
+    simulator: World = training.begin(run, "simulator", number, episodes)
     if part.kind == "wovr":
         store.save("simulator", simulator, path)
         return {"windows": 0, "parameters": 0}
@@ -77,15 +79,24 @@ STAGE = Stage(
         *_conversion(config, n),
     ),
     needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
+    wanted=lambda config: config.learned,
     makes=("checkpoints/simulator-{n}.safetensors",),
     logs=lambda name, n: (name,) if n else (name, "tokenizer", "clip"),
 )
 
 
+def training_episodes(run: Run, number: int) -> list[Episode]:
+    """What the simulator of a round may learn from."""
+    demonstrations, explored, _ = load_round(run, number)
+    return [*demonstrations, *explored] if run.config.simulator.explored else demonstrations
+
+
 def balanced(sequences: list[FrameSequence]) -> list[float]:
-    """Weights as if there were as many failures as successes."""
-    won = [bool(s.success.any()) for s in sequences]
-    return [1 / won.count(w) for w in won]
+    """Weights as if there were as many failures as successes, within each task; a task without
+    either counts as much as any other."""
+    kinds = [(s.task, bool(s.success.any())) for s in sequences]
+    count, outcomes = Counter(kinds), Counter(task for task, _ in set(kinds))
+    return [1 / (count[kind] * outcomes[kind[0]]) for kind in kinds]
 
 
 def _conversion(config: Config, number: int) -> tuple:

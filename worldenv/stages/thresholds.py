@@ -27,6 +27,7 @@ from worldenv.rl.rollout import rollout_shards
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages.collect import exploration_noise, load_round
+from worldenv.stages.measures import by_task
 from worldenv.stages.run import Run
 
 GRACE = 1  # chunks
@@ -71,7 +72,13 @@ def imagined(
         (0.5, 0.99),
         derive(config.seed, "threshold interval", number),
     )
-    return {"threshold": eta, "threshold_interval": around}
+    # One eta serves all tasks: how well, one imagined episode a start says.
+    success = {"real": won.tolist(), "imagined": (tops[:, 0] > eta).tolist()}
+    return {
+        "threshold": eta,
+        "threshold_interval": around,
+        "success_by_task": by_task([context.task for context in contexts], success),
+    }
 
 
 def threshold_at(top: Tensor, rate: float) -> float:

@@ -1,0 +1,165 @@
+"""Arms of one comparison on the ten tasks of libero_spatial, and a table of what came of them.
+
+    python -m bench.arms RUNS [--arms full real] [--seeds 0 1 2] [-- FLAG...]
+
+Each arm is `worldenv-train --preset libero-spatial-small` with the flags of ARMS, in the folder
+RUNS/seed-N-ARM; whatever follows `--` goes to all of them. The same command resumes. What arms have
+in common (demonstrations, imitation, with a learned world the first exploration) is copied from the
+first of a seed that has it. Results are kept in results/libero_spatial as seed-N-ARM.json (full:
+seed-N.json), and the table is of all that lie there.
+
+All arms use as many real episodes; in `real` those go to the policy itself, with about as many
+optimiser steps as the learned world's larger iterations make.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.__main__ import RESULTS
+from worldenv.report.statistics import paired_difference
+
+KEPT = RESULTS.parent / "libero_spatial"
+PRESET = "libero-spatial-small"
+_NO_EXPLORED = ("--simulator.no-explored",)
+_UNTRAINED = ("--reflector.no-explored", "--reflector.no-calibrate")
+ARMS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "no-explored": _NO_EXPLORED,
+    "untrained-judge": _UNTRAINED,
+    "neither": (*_NO_EXPLORED, *_UNTRAINED),
+    "real": (
+        *("--posttrain.world", "real", "--posttrain.rounds", "1", "--posttrain.epochs", "4"),
+        *("--posttrain.iterations", "10", "--posttrain.contexts", "10", "--posttrain.group", "5"),
+        *("--posttrain.draws", "1"),  # without a critic as many as with one
+    ),
+}
+"""The ablation two by two (the world learned from explored episodes or from demonstrations alone,
+the judge likewise), and post-training in the benchmark itself."""
+STARTED = ("data/demonstrations", "checkpoints/policy-sft.safetensors")
+RECORDS = ("stages/demonstrations.json", "stages/sft.json")
+
+
+def arguments(arm: str, seed: int, folder: Path, more: Sequence[str] = ()) -> list[str]:
+    """Of worldenv-train."""
+    own = ["--preset", PRESET, "--seed", str(seed), "--run-dir", str(folder)]
+    return [*own, *ARMS[arm], *more]
+
+
+def common(arm: str) -> tuple[str, ...]:
+    """What an arm has in common with others, its records last."""
+    if arm == "real":
+        return (*STARTED, *RECORDS)
+    return (*STARTED, "data/explore-0", *RECORDS, "stages/explore-0.json")
+
+
+def share(source: Path, target: Path, arm: str) -> None:
+    """Copy that into an arm's new folder."""
+    for name in common(arm):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
+        copy(source / name, target / name)
+
+
+def run(arm: str, seed: int, runs: Path, more: Sequence[str]) -> None:
+    """Train an arm, and keep its results."""
+    folder = runs / f"seed-{seed}-{arm}"
+    others = [runs / f"seed-{seed}-{other}" for other in ARMS]
+    whole = [other for other in others if all((other / name).exists() for name in common(arm))]
+    if whole and not (folder / "stages").exists():
+        share(whole[0], folder, arm)
+    code = "import sys; from worldenv.entry import train; sys.argv[0] = 'worldenv-train'; train()"
+    words = arguments(arm, seed, folder, more)
+    subprocess.run([sys.executable, "-c", code, *words], check=True)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    name = f"seed-{seed}.json" if arm == "full" else f"seed-{seed}-{arm}.json"
+    shutil.copyfile(folder / "results.json", KEPT / name)
+
+
+def rows(found: dict[str, dict]) -> list[tuple[str, ...]]:
+    """Of the table; found: results by the name of their file."""
+    made = []
+    for name, results in found.items():
+        sampled = results.get("sampled") or {}
+        used = results["real_episodes"]
+        made.append(
+            (
+                name,
+                "\n".join(f"{count} {what}" for what, count in used.items() if count),
+                _outcome(results),
+                _outcome(results.get("no_oracle")),
+                _outcome(sampled),
+                _outcome(sampled.get("no_oracle")),
+                ", ".join(_below(results["evaluation"])) or "none",
+                f"{results['total_seconds'] / 60:.0f}",
+            )
+        )
+    return made
+
+
+def _outcome(success: dict | None) -> str:
+    """Successes before and after, and the difference in points with its interval."""
+    if not success:
+        return "-"
+    before, after, change = (success[k] for k in ("sft", "posttrained", "paired_difference"))
+    counts = f"{before['successes']} -> {after['successes']} of {after['episodes']}"
+    if change is None:
+        return counts
+    mean, low, high = (100 * change[k] for k in ("mean", "low", "high"))
+    return f"{counts}\n{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _below(evaluation: dict[str, list[dict]]) -> list[str]:
+    """Tasks that are significantly worse than imitation."""
+    found = []
+    for task in sorted({e["task"] for e in evaluation["sft"]}):
+        before, after = (
+            [e for e in evaluation[k] if e["task"] == task] for k in ("sft", "posttrained")
+        )
+        values = ([float(e["success"]) for e in each] for each in (before, after))
+        if paired_difference(*values, [e["start"] for e in before]).high < 0:
+            found.append(str(task))
+    return found
+
+
+def show(kept: Path, console: Console) -> None:
+    """Print the table of all results in a folder."""
+    found = {p.stem: json.loads(p.read_text()) for p in sorted(kept.glob("seed-*.json"))}
+    table = Table(title="imitation -> post-trained, difference in points (95% interval)")
+    heads = ("run", "real episodes", "greedy", "greedy, no oracle", "sampled")
+    for head in (*heads, "sampled, no oracle", "tasks below imitation", "minutes"):
+        table.add_column(head)
+    for row in rows(found):
+        table.add_row(*row)
+    console.print(table)
+
+
+def main() -> int:
+    """Parses the command line, runs what is asked for, prints the table."""
+    argv, more = sys.argv[1:], []
+    if "--" in argv:
+        cut = argv.index("--")
+        argv, more = argv[:cut], argv[cut + 1 :]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.arms", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="folder of the runs' folders")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=[*ARMS], help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    asked = parser.parse_args(argv)
+    for seed in asked.seeds:
+        for arm in asked.arms:
+            run(arm, seed, asked.runs, more)
+    show(KEPT, Console(width=200))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

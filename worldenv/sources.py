@@ -1,0 +1,82 @@
+"""Configuration of where episodes come from: the benchmark, demonstrations, the policy itself."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from worldenv.fields import Items, Range
+from worldenv.ranges import INIT_STATES, Count, Episodes, Factor, Fraction, FromZero, Noise, Tasks
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The real benchmark."""
+
+    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
+    """LIBERO suite."""
+    tasks: Tasks = (8,)
+    """Task ids within the suite (0-9)."""
+    assets: Path | None = None
+    """Folder with LIBERO's assets. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
+    image_size: Annotated[int, Range(8, 256, step=8)] = 64
+    """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
+    for the encoders of the cameras end in a grid of eighths."""
+    views: Annotated[int, Range(1, 2)] = 2
+    """How many of the cameras models see: the third person's, and the hand's. Both are recorded."""
+    chunk: Annotated[int, Range(1, 1000)] = 8
+    """Actions executed open loop per policy decision."""
+    max_steps: Annotated[int, Range(1, 100_000)] = 160
+    """Control steps (20 Hz) after which an episode is truncated."""
+    workers: Annotated[int, Range(1, 256)] = 2
+    """Simulator processes."""
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """Demonstrations and self-explored episodes (paper section 3.2)."""
+
+    demonstrations: Annotated[int, Range(1, INIT_STATES)] = 5
+    """Scripted demonstrations per task (init states 0, 1, ...)."""
+    demonstration_noise: Noise = 0.25
+    """Std of the correlated action noise added while demonstrating, relative to the action."""
+    episodes: Episodes = 160
+    """Policy episodes per task in the first round."""
+    refresh_episodes: Episodes = 80
+    """Policy episodes per task in each later round."""
+    record_every: Count = 4
+    """Control steps between recorded frames of policy episodes (a divisor of env.chunk). Each chunk
+    can begin at any of them, so that the world learns from more poses of the same episodes."""
+    push: Noise = 0.053
+    """Exploration noise: Laplace scale of a push, the same for all actions of a chunk (1 moves the
+    hand by about a centimetre a step). The world must have seen what such pushes lead to. Without
+    one (0), noise in every action by itself."""
+    scale: Factor = 1.5
+    """Without a push: multiple of the policy's Laplace scale."""
+    temperature: Factor = 1.0
+    """Of tokens: what their logits are divided by."""
+    fresh: Fraction = 1.0
+    """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19. With
+    half from those twenty starts the policy improved less on others."""
+    hold_chunks: FromZero = 1
+    """Chunks recorded after success first fires: the world must see what success looks like."""
+    held_out: Annotated[float, Range(0, 0.5, above=True)] = 0.125
+    """Fraction of policy episodes kept from training, to measure simulator and reflector on."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
+
+    paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
+    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own."""
+    episodes: Episodes | None = None
+    """Demonstrations per task at most; unset: all."""
+    no_ops: Literal["keep", "drop"] = "keep"
+    """What to do with actions that ask for nothing (openvla-oft's rule)."""
+    observations: Literal["detect", "before", "after"] = "detect"
+    """Whether observations were taken before or after each action (LIBERO's own writer)."""
+    images: Literal["detect", "raw", "upright", "flipped", "mirrored"] = "detect"
+    """How images lie: raw (upside down and mirrored, as LIBERO's and openvla's files have them),
+    upright, or with rows (mirrored) or columns (flipped) the wrong way round."""
