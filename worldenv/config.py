@@ -340,6 +340,9 @@ class PosttrainConfig:
     keep_best: bool = True
     """Whether a round keeps the policy that did best in its checks, the one it began with included,
     rather than the last one."""
+    snapshot_every: FromZero = 0
+    """Iterations between policies left in checkpoints/iterations-N (0: none), to be ranked by
+    `worldenv-eval --simulator`."""
     require_fidelity: bool = True
     """Refuse to train inside a simulator that predicts no better than a still picture."""
     rows: Batch = 32
