@@ -7,8 +7,8 @@
 
 The first round of finished runs goes on for more iterations than the run made, in the run's own
 world, with no check in reality. `judge` plays each of its policies there, under other noise, in the
-world of the run's second round and in those of all other RUNs, and measures how far it has gone from
-the policy that explored. `name` writes down where rules would stop; only then will `play` ask
+world of the run's second round and in those of all other RUNs, and measures how far it has gone
+from the policy that explored. `name` writes down where rules would stop; only then will `play` ask
 reality, on fresh placements. The run folders are only read; they may be of older versions.
 """
 
@@ -131,7 +131,7 @@ def world(run: Run, config: Config, number: int, real: list[FrameSequence]) -> W
 
 
 def judge(source: Path, work: Path, others: list[Path]) -> None:
-    """Write what imagination says of each policy, episode by episode, from the same first frames."""
+    """Write what imagination says of each policy, by episode, from the same first frames."""
     run = prepared(source, work)
     path = run.path("stages", "judged.json")
     kept = read_record(path) or {}
