@@ -210,6 +210,9 @@ class SimulatorConfig(PublishedSimulator):
     balance: bool = True
     """Train as if there were as many failures as successes: a simulator that has seen mostly
     successes imagines one where a grasp is in doubt."""
+    closing: Factor = 1.0
+    """How many times as often as others windows are drawn that end with a chunk that closes the
+    gripper, or with one of the two after it: there it is decided what is held."""
     lr: Rate = 1.5e-3
     """Peak learning rate."""
     self_history_start: Fraction = 0.4

@@ -142,9 +142,11 @@ class FrameWindows:
     """Windows of F consecutive frames that end anywhere in a sequence and never leave it.
 
     A window that would begin before its sequence is padded on the left with the first frame, marked
-    invalid; with padded=False only windows that lie wholly within a sequence are drawn. weights:
-    one number per sequence, for sampling. For F = 1 every frame is a window; otherwise those with
-    at least one transition.
+    invalid; with padded=False only windows that lie wholly within a sequence are drawn. For F = 1
+    every frame is a window; otherwise those with at least one transition.
+
+    For sampling, weights: one number per sequence; emphasis: of each sequence a factor `[F]` for
+    windows that end with each of its frames.
     """
 
     def __init__(
@@ -153,6 +155,7 @@ class FrameWindows:
         frames: int,
         weights: Sequence[float] | None = None,
         padded: bool = True,
+        emphasis: Sequence[Tensor] | None = None,
     ) -> None:
         if not sequences or frames < 1:
             raise UserError(
@@ -184,6 +187,9 @@ class FrameWindows:
                 f"{int(lengths.max())}. Collect longer episodes or use shorter windows."
             )
         self._weights = _per_item(weights, len(sequences), owner[self._ends])
+        if emphasis is not None:
+            factor = torch.cat(list(emphasis)).double()[self._ends]
+            self._weights = factor if self._weights is None else factor * self._weights
 
     def __len__(self) -> int:
         """Number of windows."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from worldenv.config import Config
+from worldenv.data.embodiment import Embodiment
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.distillation import clip_loss, conversion_loss
 from worldenv.models.simulator import World
@@ -27,7 +28,11 @@ def run(run: Run, mark: str, number: int) -> dict:
     demonstrations, explored, _ = load_round(run, number)
     sequences = chunk_sequences([*demonstrations, *explored], config.env.chunk)
     weights = balanced(sequences) if part.balance else None
-    windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
+    emphasis = None
+    if part.closing != 1:
+        emphasis = [1 + (part.closing - 1) * closings(s, run.embodiment) for s in sequences]
+    windows = FrameWindows(sequences, part.frames + 1, weights, padded=False, emphasis=emphasis)
+    windows = windows.to(run.device)
     simulator: World = training.begin(run, "simulator", number, [*demonstrations, *explored])
     if part.kind == "wovr":
         store.save("simulator", simulator, path)
@@ -86,6 +91,17 @@ def balanced(sequences: list[FrameSequence]) -> list[float]:
     """Weights as if there were as many failures as successes."""
     won = [bool(s.success.any()) for s in sequences]
     return [1 / won.count(w) for w in won]
+
+
+def closings(sequence: FrameSequence, robot: Embodiment) -> Tensor:
+    """Frames `[F]` that a chunk which closes the gripper led to, and the two after them (bool)."""
+    grip = robot.actions("grip")[0]
+    closed = sequence.actions[..., grip] * robot.gripper_closes > 0
+    before = torch.cat([closed[:1, 0], closed[:-1, -1]])[:, None]
+    closes = (closed & ~torch.cat([before, closed[:, :-1]], 1)).any(1)
+    led = torch.cat([torch.zeros(1, dtype=torch.bool), closes])
+    later = [torch.cat([torch.zeros(n, dtype=torch.bool), led[: len(led) - n]]) for n in (1, 2)]
+    return led | later[0] | later[1]
 
 
 def _conversion(config: Config, number: int) -> tuple:
