@@ -1,6 +1,6 @@
 """When to stop post-training, asked without reality, and what reality says afterwards.
 
-    python -m bench.stopping train RUN... [--work DIR]    policies after 4, 8, ... 20 iterations
+    python -m bench.stopping train RUN... [--work DIR]    policies after 4 to 20 iterations
     python -m bench.stopping judge RUN... [--work DIR]    what imagination says of each
     python -m bench.stopping name RUN... [--work DIR]     the iteration that each rule stops at
     python -m bench.stopping play RUN... [--work DIR]     real success of each; --out FILE
@@ -48,45 +48,40 @@ from worldenv.stages.scene import World
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS, EVERY = 20, 4
-CONTEXTS = 60  # first frames from which policies are judged in imagination
+LOOKED_AT = (0, 4, 8, 12, 20)  # iterations
+CONTEXTS = 40  # first frames from which policies are judged in imagination
 PLACEMENTS = 60  # fresh ones on which they are played in reality
 Judged = list[dict]  # of each policy, by iteration; the first is imitation
-
-
-def steps() -> list[int]:
-    """Iterations after which the policy is looked at."""
-    return list(range(0, ITERATIONS + 1, EVERY))
 
 
 # ---------------------------------------------------------------- train
 
 
-def prepared(source: Path, work: Path) -> Run:
-    """A folder with what the round reads of a finished run, open to write."""
+def copied(source: Path, work: Path) -> Config:
+    """The configuration of a folder with what the round reads of a finished run."""
     config = load(source / "config.json")
     rl = replace(config.posttrain, iterations=ITERATIONS, real_check_every=0, snapshot_every=EVERY)
     own = replace(config, run_dir=work / source.name, threads=1, posttrain=rl)
-    run = Run(own)
-    if not (run.dir / "data").exists():
-        (run.dir / "data").symlink_to((source / "data").resolve())
-    old = open_run(source)
-    last = config.posttrain.rounds - 1
+    own.run_dir.mkdir(parents=True, exist_ok=True)
+    if not (own.run_dir / "data").exists():
+        (own.run_dir / "data").symlink_to((source / "data").resolve())
+    old, last = open_run(source), config.posttrain.rounds - 1
     for kind, names in {
         "policy": ["policy-sft"],
         "simulator": [world_of(config, n) for n in {0, last}],
         "reflector": [f"reflector-{n}" for n in {0, last}],
     }.items():
         for name in names:
-            path = run.path("checkpoints", f"{name}.safetensors")
+            path = own.run_dir / "checkpoints" / f"{name}.safetensors"
             if not path.exists():
                 store.save(kind, model(old, kind, name), path)
     old.close()
-    return run
+    return own
 
 
 def train(source: Path, work: Path) -> None:
     """Post-train, keeping policies; says whether its beginning repeats the run's own."""
-    run = prepared(source, work)
+    run = Run(copied(source, work))
     try:
         mark = fingerprint(run.config.seed, run.config.posttrain, "stopping")
         if read_record(run.dir / "stages" / "train.json") is None:
@@ -104,7 +99,7 @@ def train(source: Path, work: Path) -> None:
 def policies(run: Run) -> dict[int, Policy]:
     """By iteration, the imitated one first."""
     paths = {0: run.path("checkpoints", "policy-sft.safetensors")}
-    paths |= {k: run.path(*posttrain.snapshots(0), f"{k}.safetensors") for k in steps() if k}
+    paths |= {k: run.path(*posttrain.snapshots(0), f"{k}.safetensors") for k in LOOKED_AT if k}
     return {k: store.load("policy", path) for k, path in paths.items()}
 
 
@@ -132,7 +127,7 @@ def world(run: Run, config: Config, number: int, real: list[FrameSequence]) -> W
 
 def judge(source: Path, work: Path, others: list[Path]) -> None:
     """Write what imagination says of each policy, by episode, from the same first frames."""
-    run = prepared(source, work)
+    run = Run(copied(source, work))
     path = run.path("stages", "judged.json")
     kept = read_record(path) or {}
     try:
@@ -146,9 +141,9 @@ def judge(source: Path, work: Path, others: list[Path]) -> None:
         for other in others:
             if other.name != source.name:
 
-                def foreign(folder: Path = work / other.name) -> World:
-                    there = Run(replace(config, run_dir=folder), writes=False)
-                    return world(there, config, last, real)
+                def foreign(other: Path = other) -> World:
+                    there = replace(config, run_dir=copied(other, work).run_dir)
+                    return world(Run(there, writes=False), config, last, real)
 
                 judges[other.name] = foreign
         acting = policies(run)
@@ -195,12 +190,12 @@ def distances(
 
 def rates(judged: dict, name: str) -> list[float]:
     """Imagined success by iteration."""
-    return [sum(judged[name][str(k)]) / len(judged[name][str(k)]) for k in steps()]
+    return [sum(judged[name][str(k)]) / len(judged[name][str(k)]) for k in LOOKED_AT]
 
 
 def agreed(judged: dict) -> list[float]:
     """Share of the episodes that succeed under both noises."""
-    pairs = ((judged["own"][str(k)], judged["own again"][str(k)]) for k in steps())
+    pairs = ((judged["own"][str(k)], judged["own again"][str(k)]) for k in LOOKED_AT)
     return [sum(a and b for a, b in zip(*pair, strict=True)) / len(pair[0]) for pair in pairs]
 
 
@@ -212,13 +207,12 @@ def others(judged: dict) -> list[list[float]]:
 
 def best(values: list[float]) -> int:
     """The earliest iteration that nothing beats."""
-    return steps()[values.index(max(values))]
+    return LOOKED_AT[values.index(max(values))]
 
 
 def within(judged: dict, budget: float) -> int:
-    """The last iteration before the policy has gone further than the budget."""
-    far = [k for k in steps() if judged["distance"][str(k)] > budget]
-    return min(far, default=ITERATIONS + EVERY) - EVERY
+    """The last iteration that is no further from imitation than the budget."""
+    return max(k for k in LOOKED_AT if judged["distance"][str(k)] <= budget)
 
 
 RULES: dict[str, Callable[[dict], int]] = {
@@ -261,7 +255,7 @@ def name(source: Path, work: Path) -> dict[str, int]:
 
 def play(source: Path, work: Path) -> dict[int, list[dict]]:
     """Real outcomes of each policy on the same fresh placements."""
-    run = prepared(source, work)
+    run = Run(copied(source, work))
     if read_record(run.dir / "stages" / "named.json") is None:
         raise UserError(f"{source.name}: where to stop has not been named. Run name first.")
     task = run.config.env.tasks[0]
@@ -315,7 +309,7 @@ def written(sources: list[Path], work: Path, out: Path) -> None:
             "command": " ".join(["python", "-m", "bench.stopping", *arguments]),
             "commit": commit(),
             "machine": {**machine(), "threads": 1},
-            "iterations": steps(),
+            "iterations": [*LOOKED_AT],
             "contexts": CONTEXTS,
             "seeds": seeds,
             "rules": ruled(seeds),
