@@ -228,8 +228,8 @@ RULES: dict[str, Callable[[dict], int]] = {
     ),
     "mean of others' worlds": lambda j: best([sum(r) for r in zip(*others(j), strict=True)]),
     "lowest of others' worlds": lambda j: best([min(r) for r in zip(*others(j), strict=True)]),
-    "distance 0.01": lambda j: within(j, 0.01),
-    "distance 0.02": lambda j: within(j, 0.02),
+    "distance 0.05": lambda j: within(j, 0.05),
+    "distance 0.07": lambda j: within(j, 0.07),
 }
 """Where to stop, of what `judge` wrote."""
 
