@@ -17,15 +17,20 @@ from pathlib import Path
 from bench.__main__ import machine
 from bench.thresholds import model
 from worldenv.config import Config, SimulatorConfig, load
+from worldenv.data.episodes import DatasetWriter
 from worldenv.data.windows import chunk_sequences, from_first_step
+from worldenv.envs.start import Start
 from worldenv.fields import fingerprint, to_dict
+from worldenv.rl.noise import Laplace
 from worldenv.runtime.revision import commit
+from worldenv.runtime.seeds import derive
 from worldenv.stages import collect, simulator, store, trial
 from worldenv.stages.run import Run, open_run, read_record, write_json, write_record
 from worldenv.stages.scene import World
 
 ROOT = Path(__file__).parents[1]
 EPISODES = 100
+PUSH = 3.0  # of a near success, in pushes
 
 VARIANTS: dict[str, Callable[[SimulatorConfig], SimulatorConfig]] = {
     "as it is": lambda part: part,
@@ -34,6 +39,7 @@ VARIANTS: dict[str, Callable[[SimulatorConfig], SimulatorConfig]] = {
     "data 5x": lambda part: part,  # the episodes of all runs
     "data 5x, steps 4x": lambda part: replace(part, steps=4 * part.steps),
     "data 5x, closings 4x": lambda part: replace(part, closing=4.0),
+    "near successes": lambda part: part,  # half of the episodes pushed at the closing alone
     "window 2": lambda part: replace(part, window=2),
     "window 2, history": lambda part: replace(part, window=2, history_gradient=True),
 }
@@ -54,9 +60,47 @@ def opened(source: Path, work: Path, name: str, sources: list[Path]) -> Run:
                 for file in (other / "data" / "explore-0").rglob("*.hdf5"):
                     (data / "explore-0" / other.name / file.name).symlink_to(file.resolve())
             (data / "demonstrations").symlink_to((source / "data" / "demonstrations").resolve())
+        elif name == "near successes":
+            (data / "explore-0").mkdir(parents=True)
+            (data / "demonstrations").symlink_to((source / "data" / "demonstrations").resolve())
+            collect_near(source, run)
         else:
             data.symlink_to((source / "data").resolve())
     return run
+
+
+def collect_near(source: Path, run: Run) -> None:
+    """Every second of the first round's episodes, and as many of which only the chunk that closes
+    the gripper is pushed, three times as far."""
+    config, old = run.config, open_run(source)
+    folder = run.dir / "data" / "explore-0"
+    episodes = collect.recorded(old, "explore-0")
+    episodes.sort(key=lambda e: (e.task, e.seed))
+    policy = model(old, "policy", "policy-sft")
+    robot = run.embodiment
+    noise = Laplace(
+        push=PUSH * config.collect.push,
+        translation=robot.actions("translate"),
+        closing=(robot.actions("grip")[0], robot.gripper_closes),
+    )
+    starts = [
+        Start(e.task, e.start, derive(config.seed, "near", k) % 2**31)
+        for k, e in enumerate(episodes[1::2])
+    ]
+    hold = config.collect.hold_chunks * config.env.chunk
+    with DatasetWriter(folder) as writer:
+        for episode in episodes[::2]:
+            writer.append(episode)
+        run.reality.roll_out(
+            policy.eval(),
+            starts,
+            lambda env: collect.EpisodeRecorder(config, starts, writer.append, hold),
+            seeds=[derive(config.seed, "near noise", k) for k in range(len(starts))],
+            noise=noise,
+            terminate="never",
+            record_every=config.collect.record_every,
+        )
+    old.close()
 
 
 def fresh(source: Path, work: Path, sources: list[Path]) -> tuple[list, Config]:
