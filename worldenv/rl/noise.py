@@ -28,7 +28,7 @@ class Laplace:
     scale: multiple of the policy's Laplace scale, for every action by itself. push: if not 0, the
     Laplace scale of a translation added to all actions of a chunk instead, in the policy's units.
     translation: the dimensions of an action that move the hand, which a push needs to know.
-    closing: of the gripper, its dimension and the sign that closes it: only chunks that close it are
+    closing: the gripper's dimension and the sign that closes it: only chunks that close it are
     pushed (to explore what nearly succeeds; such noise is not scored).
     """
 
