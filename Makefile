@@ -4,6 +4,7 @@
 #   make test                          lint, build, tests and a smoke run of the pipeline
 #   make bench / bench-check           kernel timings against their rivals / fail when a ratio drops
 #   make bench-check ARGS="--only gae" the cases whose name contains "gae"
+#   make results                       the README's tables and figures anew, from results/
 #
 # Settings: PYTHON=python3.12   TORCH="torch==2.13.0"   TORCH_INDEX=<index of PyTorch wheels>   VENV=.venv
 
@@ -33,10 +34,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help train test bench bench-check lint install clean
+.PHONY: help train test bench bench-check results lint install clean
 
 help:
-	@sed -n '3,8s/^# *//p' Makefile
+	@sed -n '3,9s/^# *//p' Makefile
 
 train: install
 	$(BIN)/worldenv-train $(ARGS)
@@ -52,6 +53,9 @@ bench: install
 
 bench-check: install
 	$(BIN)/python -m bench --check $(ARGS)
+
+results: install
+	$(BIN)/python -m bench.results
 
 lint: install
 	$(BIN)/ruff check .

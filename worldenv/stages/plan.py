@@ -78,11 +78,17 @@ def machine(config: Config, memory: float | None) -> Machine:
 
 
 def own_bytes() -> int:
-    """Resident bytes of this process after a training step on the CPU: the libraries that one
-    loads, and what they take to begin with, are most of what a small run holds."""
-    layer = nn.Conv2d(8, 8, 3)
-    layer(torch.ones(4, 8, 64, 64)).sum().backward()
-    torch.optim.AdamW(layer.parameters()).step()
+    """Resident bytes of this process after training steps on the CPU, in a run's threads: the
+    libraries that these load, and what they take to begin with, are most of what a small run
+    holds."""
+
+    def step() -> None:
+        see, attend = nn.Conv2d(8, 8, 3), nn.TransformerEncoderLayer(256, 4, batch_first=True)
+        (see(torch.ones(4, 8, 64, 64)).sum() + attend(torch.ones(2, 64, 256)).sum()).backward()
+        torch.optim.AdamW(see.parameters()).step()
+
+    parallel.run([step] * parallel.SHARDS)
+    devices.give_back()
     return psutil.Process().memory_info().rss
 
 

@@ -17,6 +17,7 @@ from worldenv.stages.plan_costs import Costs, Line, Model
 
 INIT_STATES = 50  # episodes of a task in a file, where nothing says how many there are
 REPLAYED = 16  # sequences that are replayed side by side
+KEPT = 0.1  # of what a step holds on a CPU: freed between steps, and not in one piece any more
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,19 @@ def moments(config: Config, costs: Costs, here: Machine) -> dict[str, list[Momen
         "posttrain": _posttrain,
     }
     found = {name: list(of(config, costs, here)) for name, of in stages.items()}
-    if here.cpu:  # from the first exploration on the benchmark's processes wait for more to do
+    if here.cpu:
+        found = {name: [_kept(moment, here) for moment in of] for name, of in found.items()}
+        # From the first exploration on the benchmark's processes wait for more to do.
         beside = {"real benchmark": config.env.workers * reality.PROCESS_BYTES}
         for name in found.keys() - {"sft"}:
             found[name] = [replace(moment, parts=beside | moment.parts) for moment in found[name]]
     return found
+
+
+def _kept(moment: Moment, here: Machine) -> Moment:
+    """A moment with what the allocator keeps of earlier ones (`runtime.parallel` asks it to)."""
+    kept = int(KEPT * (moment.bytes - here.own))
+    return replace(moment, parts=moment.parts | {"kept by the allocator": kept})
 
 
 def _imitation(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:

@@ -31,6 +31,7 @@ from worldenv.rl.policy import parameter_groups, twin
 from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, progress
+from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
@@ -53,6 +54,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     # The best policy so far takes its place when the stage ends, not before.
     best = run.path("checkpoints", f"{name}.best.safetensors")
     begin, totals = _resume(partial, mark, learner, best)
+    devices.give_back()  # the episodes, of which contexts are copies
     run.logger.rewind(name, begin)
     run.logger.rewind(f"check-{number}", begin)
 
@@ -73,6 +75,7 @@ def run(run: Run, mark: str, number: int) -> dict:
             begun = time.perf_counter()
             episodes = _imagine(run, learner, envs, firsts, middles, number, step)
             seconds = time.perf_counter() - begun
+            devices.give_back()  # frames and pieces of the rollout: an update needs other sizes
             metrics = update(learner, episodes, derive(config.seed, "update", number), step)
             frames = len(episodes.episode)
             totals["frames"] += frames

@@ -1,0 +1,1 @@
+"""The README's tables and figures, drawn from the JSON in `results/`: `python -m bench.results`."""

@@ -1,0 +1,296 @@
+"""Regions about trained policies: the default's seeds, their worlds and times, earlier runs, lost
+ones, and the suite of ten tasks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.results.runs import (
+    Trained,
+    difference,
+    gain,
+    groups,
+    listed,
+    over_seeds,
+    points,
+    processor,
+    prose,
+    rate,
+    read,
+    seeds,
+    table,
+    trained,
+)
+from worldenv.report.statistics import wilson
+
+NOT_YET = "Not yet run."
+_WORK = {  # stages, by the beginning of their names, and what they are called in the table of times
+    "real episodes": ("demonstrations", "explore", "evaluate"),
+    "imitation": ("sft",),
+    "the world's training": ("simulator", "distill"),
+    "the judge's training": ("reflector",),
+    "post-training with its checks in reality": ("posttrain",),
+}
+
+
+# --- real episodes
+
+
+def spent(run: Trained) -> dict[str, int]:
+    """Real episodes by what they were used for."""
+    stages = run.results["stages"]
+    shown, attempts = (
+        sum(s["episodes"] for name, s in stages.items() if name.startswith(kind))
+        for kind in ("demonstrations", "explore")
+    )
+    checks = sum(stage.get("check_episodes", 0) for stage in stages.values())
+    other = run.results["real_episodes_used"] - shown - attempts - checks
+    return {
+        "demonstrations": shown,
+        "attempts that the world is learned from": attempts,
+        "checks of policies on tuning starts": checks,
+        "others": other,
+    }
+
+
+def _spent_in_words(runs: Sequence[Trained]) -> str:
+    """One sentence for all runs that used the same."""
+    alike: dict[tuple, list[Trained]] = {}
+    for run in runs:
+        alike.setdefault((*spent(run).items(), ("held out", len(run.pairs))), []).append(run)
+    sentences = []
+    for (*uses, (_, episodes)), those in alike.items():
+        used = [f"{number} {use}" for use, number in uses if number]
+        who = "each seed" if len(alike) == 1 else seeds(those)
+        total = sum(number for _, number in uses)
+        sentences.append(
+            f"Real episodes of {who}: {total}, namely {listed(used)}; besides, to measure, "
+            f"{episodes} held-out ones of either policy."
+        )
+    return prose(*sentences)
+
+
+# --- the default
+
+
+def default(results: Path) -> str:
+    """Every group of runs in results/default: what was spent, successes, differences, the mean."""
+    parts = []
+    found = groups(trained(results, "default"))
+    for name, runs in found.items():
+        if len(found) > 1:
+            parts.append(f"`results/{name}`:")
+        parts += [_spent_in_words(runs), _outcomes(runs), _verdict(runs)]
+    return "\n\n".join(parts) or NOT_YET
+
+
+def _outcomes(runs: Sequence[Trained]) -> str:
+    rows = [
+        (
+            run.seed,
+            *(f"{run.successes(policy)} of {len(run.pairs)}" for policy in (0, 1)),
+            gain(run.difference),
+            f"{run.changed.gained}, {run.changed.lost}",
+            ", ".join(run.without_oracle(policy) for policy in (0, 1)),
+            f"`{run.commit}`",
+        )
+        for run in runs
+    ]
+    head = ("seed", "imitation", "post-trained", "difference (95% interval)", "won, lost")
+    return table((*head, "without oracle", "commit"), rows)
+
+
+def _verdict(runs: Sequence[Trained]) -> str:
+    """What the table says, seeds that lost included."""
+    lost = [run for run in runs if run.difference.mean < 0]
+    above = sum(run.difference.low > 0 for run in runs)
+    old = [run for run in runs if not _judged_by_real_threshold(run)]
+    mean = over_seeds(runs)
+    return prose(
+        f"Mean of {len(runs)} seeds: {gain(mean)}, clustered by seed." if mean else "",
+        f"The interval lies above zero in {above} of {len(runs)} seeds.",
+        f"Fewer successes after post-training: {seeds(lost)}." if lost else "",
+        "Without oracle: the reflector ends the episodes of both policies, not the benchmark's word"
+        + (f"; in {seeds(old)} still by imagination's threshold." if old else "."),
+    )
+
+
+def _judged_by_real_threshold(run: Trained) -> bool:
+    stages = run.results["stages"]
+    return any("real_threshold" in s for name, s in stages.items() if name.startswith("reflector"))
+
+
+def world(results: Path) -> str:
+    """The last world of each of the default's seeds, on its held-out episodes."""
+    runs = trained(results, "default")
+    if not runs:
+        return NOT_YET
+    head = ("seed", "frames 1 / 4 / 8 chunks ahead, dB", "a still picture, dB", "hand 1 / 8, cm")
+    head += ("verdict on replays agrees", "imagined − real success", "missed, false stops")
+    stages = [named for run in runs for named in run.results["stages"].items()]
+    sizes = {made["parameters"] for name, made in stages if name.startswith("simulator")}
+    rows = [(_named(run, runs), *_world(run.results)) for run in runs]
+    said = prose(
+        f"On {listed(sorted({run.results['fidelity']['episodes'] for run in runs}))} held-out",
+        "episodes of each seed, by a simulator of",
+        f"{listed([f'{size / 1e6:.1f}M' for size in sorted(sizes)])} parameters. Missed: real",
+        "successes that the reflector does not see; false stops: of all episodes. Imagined minus",
+        "real success: of the kept policy, in its last check.",
+    )
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def _world(results: dict[str, Any]) -> tuple[str, ...]:
+    made, judge = results["fidelity"], results["reflector"]
+    decibels = (made[k] for k in ("psnr_per_horizon", "psnr_copy_per_horizon"))
+    gap = made.get("closed_loop_gap")
+    agreed = round(made["outcome_agreement"] * made["episodes"])
+    return (
+        *(" / ".join(f"{ahead[h]:.1f}" for h in ("1", "4", "8")) for ahead in decibels),
+        " / ".join(f"{made['eef_error_cm_per_horizon'][h]:.2f}" for h in ("1", "8")),
+        rate(wilson(agreed, made["episodes"])),
+        "not checked" if gap is None else f"{points(gap, 0)} points",
+        f"{judge['missed_success_rate']:.0%}, {judge['false_stop_rate']:.0%}",
+    )
+
+
+def _named(run: Trained, runs: Sequence[Trained]) -> str:
+    """A seed, and its group where there are several."""
+    return f"{run.seed}, `{run.name}`" if len(groups(runs)) > 1 else str(run.seed)
+
+
+def times(results: Path) -> str:
+    """How long the default's runs took, and the share of each kind of work in a profiled one."""
+    runs = trained(results, "default")
+    if not runs:
+        return NOT_YET
+    rows = [
+        (
+            _named(run, runs),
+            processor(run.results["machine"]),
+            run.results["machine"]["threads"],
+            f"{run.results['total_seconds'] / 60:.0f}",
+            f"{run.results['frames_per_second']:.0f}",
+            f"{run.results['peak_memory_bytes'] / 1e9:.1f} GB",
+        )
+        for run in runs
+    ]
+    head = ("seed", "processor", "threads", "minutes", "imagined frames a second", "memory")
+    return "\n\n".join((table(head, rows), *_profiles(results), *_neighbours(results)))
+
+
+def _profiles(results: Path) -> list[str]:
+    """A sentence for each machine that a run was profiled on."""
+    said = []
+    for path in sorted((results / "profile").glob("*.json")):
+        content = read(path)
+        run, seconds = content["run"], content["stage_seconds"]
+        total = sum(seconds.values())
+        parts = {w: sum(s for n, s in seconds.items() if n.startswith(k)) for w, k in _WORK.items()}
+        largest = sorted(parts, key=lambda what: -parts[what])
+        shares = listed([f"{what} {parts[what] / total:.0%}" for what in largest])
+        said.append(
+            prose(
+                f"Seed {run['seed']} at `{run['commit'][:7]}` ({processor(content['machine'])},",
+                f"{run['machine']['threads']} threads) took {total / 60:.0f} minutes: {shares}.",
+            )
+        )
+    return said
+
+
+def _neighbours(results: Path) -> list[str]:
+    """What a busy neighbour costs (`bench.steady`), of each machine."""
+    said = []
+    for path in sorted((results / "bench").glob("steady-*.json")):
+        found = read(path)
+        ratios = [row["ratio"] for row in found["work"]]
+        said.append(
+            prose(
+                f"Beside a busy neighbour every kind of work takes {min(ratios):.1f} to",
+                f"{max(ratios):.1f} times as long ({processor(found['machine'])}).",
+            )
+        )
+    return said
+
+
+# --- what else was run
+
+
+def earlier(results: Path) -> str:
+    """Every other run of one task, a row for those that differ in their seed alone."""
+    rows = [
+        (
+            f"`{name.removeprefix('earlier/')}`",
+            ", ".join(str(task["id"]) for task in runs[0].results["tasks"]),
+            listed([run.seed for run in runs]),
+            ", ".join(f"{run.successes(0)} → {run.successes(1)}" for run in runs),
+            gain(over_seeds(runs) or difference(runs)),
+            f"{sum(run.difference.low > 0 for run in runs)} of {len(runs)}",
+        )
+        for name, runs in groups(trained(results, "earlier")).items()
+    ]
+    head = ("`results/earlier/`", "task", "seeds", "successes before → after", "difference")
+    return table((*head, "intervals above zero"), rows) if rows else NOT_YET
+
+
+def lost(results: Path) -> str:
+    """Every run in `results/` that ends with fewer successes than it began with."""
+    rows = [
+        (
+            f"`{run.name}`",
+            run.seed,
+            f"{run.successes(0)} → {run.successes(1)} of {len(run.pairs)}",
+            gain(run.difference),
+            f"{run.changed.gained}, {run.changed.lost}",
+        )
+        for run in trained(results, ".")
+        if run.difference.mean < 0
+    ]
+    if not rows:
+        return "No run in `results/` ended with fewer successes than it began with."
+    return table(("`results/`", "seed", "success", "difference", "won, lost"), rows)
+
+
+def suite(results: Path, folder: str = "libero_spatial") -> str:
+    """The ten tasks of a suite: a row for each, all seeds pooled; one table for each arm."""
+    parts = []
+    for name, runs in groups(trained(results, folder)).items():
+        tasks = {t["id"]: t["instruction"] for run in runs for t in run.results["tasks"]}
+        rows = [
+            _suite_row(
+                f"{task}. {tasks[task]}", [run.of_task(task) for run in runs if _has(run, task)]
+            )
+            for task in sorted(tasks)
+        ]
+        head = ("task", "imitation", "post-trained", "difference (95% interval)", "won, lost")
+        rows.append(_suite_row("all", runs))
+        parts += [f"`results/{name}`, {seeds(runs)}:", _spent_in_words(runs), table(head, rows)]
+        parts.append(_suite_verdict(runs, tasks))
+    return "\n\n".join(parts) or NOT_YET
+
+
+def _has(run: Trained, task: int) -> bool:
+    return any(e["task"] == task for e in run.results["evaluation"]["sft"])
+
+
+def _suite_row(name: str, runs: Sequence[Trained]) -> tuple[str, ...]:
+    episodes = sum(len(run.pairs) for run in runs)
+    won, fell = (sum(getattr(run.changed, k) for run in runs) for k in ("gained", "lost"))
+    counts = (f"{sum(run.successes(i) for run in runs)} of {episodes}" for i in (0, 1))
+    return (name, *counts, gain(difference(runs)), f"{won}, {fell}")
+
+
+def _suite_verdict(runs: Sequence[Trained], tasks: dict[int, str]) -> str:
+    """Which tasks fell, and the spread over seeds."""
+    changes = {t: difference([r.of_task(t) for r in runs if _has(r, t)]) for t in tasks}
+    below = [task for task, change in changes.items() if change.high < 0]
+    fell = [task for task, change in changes.items() if change.mean < 0]
+    each = listed([f"{points(run.difference.mean)} (seed {run.seed})" for run in runs])
+    minutes = listed([f"{run.results['total_seconds'] / 60:.0f}" for run in runs])
+    return prose(
+        f"Points by seed: {each}; minutes: {minutes}. Errors clustered by seed, task and start.",
+        f"Tasks with fewer successes than imitation: {listed(sorted(fell))}." if fell else "",
+        f"Significantly below imitation: {listed(sorted(below))}."
+        if below
+        else "No task is significantly below imitation.",
+    )
