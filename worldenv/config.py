@@ -276,6 +276,9 @@ class PosttrainConfig:
     keep_best: bool = True
     """Whether a round keeps the policy that did best in its checks, the one it began with included,
     rather than the last one."""
+    snapshot_every: FromZero = 0
+    """Iterations between policies left in checkpoints/iterations-N (0: none), to be ranked by
+    `worldenv-eval --simulator`."""
     rows: Batch = 32
     """B, imagined environments running side by side."""
     value: Literal["network", "head"] = "network"

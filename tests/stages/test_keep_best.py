@@ -110,6 +110,19 @@ def test_without_checks_the_last_policy_is_kept(scripted):
     assert kept(run) == 4
 
 
+def test_policies_on_the_way_are_left_for_whoever_ranks_them(scripted):
+    make, _ = scripted
+    run = make({0: 0.5, 2: 0.7, 4: 0.6}, snapshot_every=1)
+    posttrain.run(run, "mark", 0)
+    left = run.path(*posttrain.snapshots(0))
+    assert sorted(path.name for path in left.iterdir()) == [
+        f"{k}.safetensors" for k in (1, 2, 3, 4)
+    ]
+    for k in (1, 2, 3, 4):
+        assert store.load("policy", left / f"{k}.safetensors").mu[-1].bias[0].item() == k
+    assert kept(run) == 2
+
+
 def test_an_unfinished_round_leaves_the_finished_policy_in_place(scripted, monkeypatch):
     """After its first check an interrupted run had replaced policy-0 by the imitated policy."""
     make, _ = scripted

@@ -183,6 +183,19 @@ def test_a_round_that_kept_what_it_began_with_ranks_it_once(run):
     assert trial.ranked(run, (named,), 0)[1] == {"policy-0": "policy-sft", str(named): "policy-sft"}
 
 
+def test_policies_left_on_the_way_are_ranked_in_order(run):
+    g = torch.Generator().manual_seed(1)
+    policy = store.load("policy", run.dir / "checkpoints" / "policy-0.safetensors")
+    for k in (12, 4):
+        store.save(
+            "policy",
+            trial.weakened(policy, 0.01, g),
+            run.path("checkpoints", "iterations-0", f"{k}.safetensors"),
+        )
+    found, _ = trial.ranked(run, (), 0)
+    assert list(found)[:4] == ["policy-sft", "policy-0", "policy-0 after 4", "policy-0 after 12"]
+
+
 def test_weaker_copies_leave_the_policy_as_it_is(run):
     policy = store.load("policy", run.dir / "checkpoints" / "policy-0.safetensors")
     before = store.digest(policy)

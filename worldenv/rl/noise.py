@@ -28,11 +28,14 @@ class Laplace:
     scale: multiple of the policy's Laplace scale, for every action by itself. push: if not 0, the
     Laplace scale of a translation added to all actions of a chunk instead, in the policy's units.
     translation: the dimensions of an action that move the hand, which a push needs to know.
+    closing: the gripper's dimension and the sign that closes it: only chunks that close it are
+    pushed (to explore what nearly succeeds; such noise is not scored).
     """
 
     scale: float = 1.0
     push: float = 0.0
     translation: tuple[int, ...] = ()
+    closing: tuple[int, float] | None = None
     distribution: ClassVar[str] = "laplace"
 
     def __post_init__(self) -> None:
@@ -64,8 +67,12 @@ class Laplace:
         if not self.push:
             return sample_laplace(mu, log_scale, seeds, step)
         action = mu.clone()
-        zero = torch.zeros_like(log_scale)
-        action[..., self.translation] += sample_laplace(zero, log_scale, seeds, step)
+        push = sample_laplace(torch.zeros_like(log_scale), log_scale, seeds, step)
+        if self.closing is not None:
+            grip, closes = self.closing
+            shut = mu[..., grip] * closes > 0
+            push = push * (shut[:, -1] & ~shut[:, 0])[:, None, None]
+        action[..., self.translation] += push
         return action
 
     def logprob(self, mu: Tensor, log_scale: Tensor, action: Tensor) -> Tensor:

@@ -84,6 +84,10 @@ def run(run: Run, mark: str, number: int) -> dict:
                 **{success: metrics[success]},
                 clip=metrics.get("clip_fraction", 0.0),
             )
+            if rl.snapshot_every and (step + 1) % rl.snapshot_every == 0:
+                store.save(
+                    "policy", policy, run.path(*snapshots(number), f"{step + 1}.safetensors")
+                )
             _save(partial, mark, learner, step + 1, totals)
     if rl.real_check_every:
         check(iterations)
@@ -134,7 +138,11 @@ STAGE = Stage(
         *((*data_up_to(n), world_of(config, n)) if config.learned else ()),
         *((f"reflector-{n}", f"fidelity-{n}") if config.learned else ()),
     ),
-    makes=("checkpoints/policy-{n}.safetensors", "checkpoints/policy-{n}"),
+    makes=(
+        "checkpoints/policy-{n}.safetensors",
+        "checkpoints/policy-{n}",
+        "checkpoints/iterations-{n}",
+    ),
     logs=lambda name, n: (name, f"check-{n}"),
 )
 
@@ -142,6 +150,11 @@ STAGE = Stage(
 def starting_policy(rl: PosttrainConfig, number: int) -> str:
     """Name of the checkpoint that round `number` post-trains."""
     return "policy-sft" if rl.restart or number == 0 else f"policy-{number - 1}"
+
+
+def snapshots(number: int) -> tuple[str, str]:
+    """Folder of a round's policies by iteration, relative to the run's."""
+    return "checkpoints", f"iterations-{number}"
 
 
 def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int], list[int]]:

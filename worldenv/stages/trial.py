@@ -40,6 +40,7 @@ from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import collect, measures, pipeline, probe, store, thresholds
 from worldenv.stages.evaluate import resumed
+from worldenv.stages.posttrain import snapshots
 from worldenv.stages.reality import embodiment
 from worldenv.stages.run import Run, policy_before, stage_before, world_of, write_json
 from worldenv.stages.scene import Things, World, fixed_camera
@@ -214,6 +215,11 @@ def weakened(policy: Policy, noise: float, g: torch.Generator) -> Policy:
     return copied
 
 
+def iteration(snapshot: Path) -> int:
+    """After which a policy was left."""
+    return int(snapshot.stem)
+
+
 def ranked(run: Run, named: tuple[Path, ...], n: int) -> tuple[dict[str, Policy], dict[str, str]]:
     """The run's own policies up to round n by name, and beside them those named, or weaker copies
     until there are POLICIES; and the names of those that are left out, being another once more (a
@@ -222,6 +228,9 @@ def ranked(run: Run, named: tuple[Path, ...], n: int) -> tuple[dict[str, Policy]
     own = ["policy-sft", *(f"policy-{k}" for k in range(n + 1))]
     paths = {name: run.dir / "checkpoints" / f"{name}.safetensors" for name in own}
     files = {name: path for name, path in paths.items() if path.exists()}
+    for k in range(n + 1):  # exploited ones among them, if the run left any
+        left = sorted(run.dir.joinpath(*snapshots(k)).glob("*.safetensors"), key=iteration)
+        files |= {f"policy-{k} after {iteration(path)}": path for path in left}
     files |= {str(path): path for path in named}
     found: dict[str, Policy] = {}
     same: dict[str, str] = {}
@@ -235,7 +244,7 @@ def ranked(run: Run, named: tuple[Path, ...], n: int) -> tuple[dict[str, Policy]
             same[name] = twin
     strong = list(found.items())
     for level in () if named else WEAKER:
-        for name, policy in strong[: POLICIES - len(found)]:
+        for name, policy in strong[: max(0, POLICIES - len(found))]:
             g = generator(config.seed, "weaker", name, str(level))
             found[f"{name} weakened {level}"] = weakened(policy, level, g)
     return found, same

@@ -1,0 +1,198 @@
+"""What makes the learned world right about the grasp: one change of its training at a time.
+
+    python -m bench.worlds RUN... [--variants NAME...] [--work DIR] [--out FILE]
+
+Of each finished run the first round's simulator is trained anew with one change, and asked about
+the same 100 fresh real episodes of the imitated policy, which no training sees: is the thing
+carried off after the last closing of the gripper, as it was? The run's own simulator is the
+baseline. The run folders are only read; they may be of older versions.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from bench.__main__ import machine
+from bench.thresholds import model
+from worldenv.config import Config, SimulatorConfig, load
+from worldenv.data.episodes import DatasetWriter
+from worldenv.data.windows import chunk_sequences, from_first_step
+from worldenv.envs.start import Start
+from worldenv.fields import fingerprint, to_dict
+from worldenv.rl.noise import Laplace
+from worldenv.runtime.revision import commit
+from worldenv.runtime.seeds import derive
+from worldenv.stages import collect, simulator, store, trial
+from worldenv.stages.run import Run, open_run, read_record, write_json, write_record
+from worldenv.stages.scene import World
+
+ROOT = Path(__file__).parents[1]
+EPISODES = 100
+PUSH = 3.0  # of a near success, in pushes
+
+VARIANTS: dict[str, Callable[[SimulatorConfig], SimulatorConfig]] = {
+    "as it is": lambda part: part,
+    "steps 4x": lambda part: replace(part, steps=4 * part.steps),
+    "data 5x": lambda part: part,  # the episodes of all runs
+    "data 5x, steps 4x": lambda part: replace(part, steps=4 * part.steps),
+    "near successes": lambda part: part,  # half of the episodes pushed at the closing alone
+    "window 2": lambda part: replace(part, window=2),
+    "window 2, history": lambda part: replace(part, window=2, history_gradient=True),
+}
+
+
+def opened(source: Path, work: Path, name: str, sources: list[Path]) -> Run:
+    """A folder for a variant (or, "fresh", for the episodes that all are asked about)."""
+    config = load(source / "config.json")
+    part = VARIANTS.get(name, VARIANTS["as it is"])(config.simulator)
+    folder = work / source.name / name.replace(" ", "-").replace(",", "")
+    run = Run(replace(config, run_dir=folder, threads=1, simulator=part))
+    data = run.dir / "data"
+    if not data.exists():
+        if "data" in name:
+            (data / "explore-0").mkdir(parents=True)
+            for other in sources:
+                (data / "explore-0" / other.name).mkdir()
+                for file in (other / "data" / "explore-0").rglob("*.hdf5"):
+                    (data / "explore-0" / other.name / file.name).symlink_to(file.resolve())
+            (data / "demonstrations").symlink_to((source / "data" / "demonstrations").resolve())
+        elif name == "near successes":
+            (data / "explore-0").mkdir(parents=True)
+            (data / "demonstrations").symlink_to((source / "data" / "demonstrations").resolve())
+            collect_near(source, run)
+        else:
+            data.symlink_to((source / "data").resolve())
+    return run
+
+
+def collect_near(source: Path, run: Run) -> None:
+    """Every second of the first round's episodes, and as many of which only the chunk that closes
+    the gripper is pushed, three times as far."""
+    config, old = run.config, open_run(source)
+    folder = run.dir / "data" / "explore-0"
+    episodes = collect.recorded(old, "explore-0")
+    episodes.sort(key=lambda e: (e.task, e.seed))
+    policy = model(old, "policy", "policy-sft")
+    robot = run.embodiment
+    noise = Laplace(
+        push=PUSH * config.collect.push,
+        translation=robot.actions("translate"),
+        closing=(robot.actions("grip")[0], robot.gripper_closes),
+    )
+    starts = [
+        Start(e.task, e.start, derive(config.seed, "near", k) % 2**31)
+        for k, e in enumerate(episodes[1::2])
+    ]
+    hold = config.collect.hold_chunks * config.env.chunk
+    with DatasetWriter(folder) as writer:
+        for episode in episodes[::2]:
+            writer.append(episode)
+        run.reality.roll_out(
+            policy.eval(),
+            starts,
+            lambda env: collect.EpisodeRecorder(config, starts, writer.append, hold),
+            seeds=[derive(config.seed, "near noise", k) for k in range(len(starts))],
+            noise=noise,
+            terminate="never",
+            record_every=config.collect.record_every,
+        )
+    old.close()
+
+
+def fresh(source: Path, work: Path, sources: list[Path]) -> tuple[list, Config]:
+    """The episodes that all are asked about; collected once."""
+    run = opened(source, work, "fresh", sources)
+    old = open_run(source)
+    policy = model(old, "policy", "policy-sft")
+    try:
+        return trial.held_out(run, policy, EPISODES, 0), run.config
+    finally:
+        run.close()
+        old.close()
+
+
+def measured(source: Path, work: Path, name: str, sources: list[Path]) -> dict:
+    """Figures of one variant's world; kept."""
+    run = opened(source, work, name, sources)
+    path = run.dir / "stages" / "measured.json"
+    mark = fingerprint("worlds", run.config.simulator, EPISODES)
+    record = read_record(path)
+    if record is not None and record["mark"] == mark:
+        run.close()
+        return record
+    old = open_run(source)
+    try:
+        made = run.path("checkpoints", "simulator-0.safetensors")
+        trained = {}
+        if name == "as it is":
+            world = model(old, "simulator", "simulator-0")
+        else:
+            if not made.exists():
+                trained = simulator.run(run, mark, 0)
+            world = store.load("simulator", made)
+        judge = model(old, "reflector", "reflector-0")
+        collect_real(run, judge)
+        episodes, _ = fresh(source, work, sources)
+        real = from_first_step(chunk_sequences(episodes, run.config.env.chunk))
+        asked = World(run.config, run.embodiment, world, judge, real, 0)
+        found = trial._things(run, asked, episodes)
+        record = {
+            "mark": mark,
+            "simulator": to_dict(run.config.simulator),
+            "psnr": trained.get("psnr"),
+            "seconds": trained.get("seconds"),
+            **found,
+            "frames": asked.frames(8),
+        }
+        write_record(path, record)
+    finally:
+        run.close()
+        old.close()
+    return record
+
+
+def collect_real(run: Run, judge) -> None:
+    """Give an older judge the threshold for real frames that its verdicts on them need."""
+    from worldenv.stages.reflector import calibrate_on_real
+
+    calibrate_on_real(run, 0, judge, collect.load_round(run, 0)[1])
+
+
+def told(record: dict) -> str:
+    """The grasp, a chunk before: agreement, where it was carried and where not."""
+    grasp = record["event"]["grasp"]["1"]
+    parts = (grasp, grasp["of_yes"], grasp["of_no"])
+    return "  ".join(f"{p['value']:.2f} ({p['low']:.2f} to {p['high']:.2f})" for p in parts)
+
+
+def main() -> None:
+    """Parses the command line, trains, asks, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="finished runs of different seeds")
+    parser.add_argument("--only", type=Path, nargs="+", help="of those, the ones to work on")
+    parser.add_argument("--variants", nargs="+", default=["as it is"], choices=VARIANTS)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "worlds")
+    parser.add_argument("--out", type=Path, default=ROOT / "results/worlds/results.json")
+    given = parser.parse_args()
+    seeds: dict[str, dict] = {}
+    for source in given.only or given.runs:
+        own = seeds[str(load(source / "config.json").seed)] = {}
+        for name in given.variants:
+            own[name] = measured(source, given.work, name, given.runs)
+            print(source.name, name, told(own[name]), flush=True)
+    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
+    write_json(
+        given.out,
+        {
+            "command": " ".join(["python", "-m", "bench.worlds", *arguments]),
+            "commit": commit(),
+            "machine": {**machine(), "threads": 1},
+            "seeds": seeds,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
