@@ -112,6 +112,19 @@ def test_a_push_moves_the_whole_chunk_alike_and_is_all_that_is_scored():
     torch.testing.assert_close(noise.logprob(mu, drawn, action), density, atol=1e-4, rtol=1e-4)
 
 
+def test_a_push_of_what_nearly_succeeds_moves_only_chunks_that_close_the_gripper():
+    noise = Laplace(push=0.1, translation=(0, 1), closing=(3, -1.0))
+    mu = torch.zeros(4, 8, 4)
+    mu[:, :, 3] = 1.0  # open
+    mu[1, 4:, 3] = -1.0  # closes
+    mu[2, :, 3] = -1.0  # is closed
+    mu[3, :4, 3] = -1.0  # opens
+    action = noise.sample(mu, noise.log_scale(mu), torch.arange(4), torch.zeros(4).long())
+    moved = (action != mu).flatten(1).any(1)
+    assert moved.tolist() == [False, True, False, False]
+    assert torch.equal(action[..., 2:], mu[..., 2:])
+
+
 def test_group_advantages():
     reward = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 1])
     advantage, live = group_advantages(reward, 4, "loop")
