@@ -32,9 +32,9 @@ _NO_EXPLORED = ("--simulator.no-explored",)
 _UNTRAINED = ("--reflector.no-explored", "--reflector.no-calibrate")
 ARMS: dict[str, tuple[str, ...]] = {
     "full": (),
-    "no-explored": _NO_EXPLORED,
-    "untrained-judge": _UNTRAINED,
-    "neither": (*_NO_EXPLORED, *_UNTRAINED),
+    "no-explored": (*_NO_EXPLORED, "--force"),
+    "untrained-judge": (*_UNTRAINED, "--force"),
+    "neither": (*_NO_EXPLORED, *_UNTRAINED, "--force"),
     "real": (
         *("--posttrain.world", "real", "--posttrain.rounds", "1", "--posttrain.epochs", "4"),
         *("--posttrain.iterations", "10", "--posttrain.contexts", "10", "--posttrain.group", "5"),
@@ -42,7 +42,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     ),
 }
 """The ablation two by two (the world learned from explored episodes or from demonstrations alone,
-the judge likewise), and post-training in the benchmark itself."""
+the judge likewise; a world that the gate refuses is forced, which its results say), and
+post-training in the benchmark itself."""
 STARTED = ("data/demonstrations", "checkpoints/policy-sft.safetensors")
 RECORDS = ("stages/demonstrations.json", "stages/sft.json")
 
