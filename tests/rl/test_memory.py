@@ -206,7 +206,7 @@ def test_no_frozen_tensor_is_written(tmp_path, monkeypatch):
 
     # A round in progress, which is gone on from.
     partial, best = tmp_path / "partial", tmp_path / "best"
-    totals = {"frames": 0, "imagination_seconds": 0.0, "check_episodes": 0}
+    totals = {"frames": 0, "imagination_seconds": 0.0, "check_episodes": 0, "rl_episodes": 0}
     totals |= {"kept_iteration": 1, "kept_success": 0.5}
     posttrain._save(partial, "mark", agent, 1, totals)
     store.save("policy", agent.policy, best)

@@ -135,7 +135,7 @@ def refusal(number: int, failed: list[dict]) -> str:
     lines = [
         f"the world of round {number} is not fit to train in (stages/fidelity-{number}.json):",
         *(f"  {_told(row)}. To mend it, {mends[row['measure']]}." for row in failed),
-        "Or lower the limits (--gate.*), or go on in it regardless with --force.",
+        "Or lower the limits (gate.* in worldenv-train --help), or go on regardless with --force.",
     ]
     return "\n".join(lines)
 
