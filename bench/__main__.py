@@ -80,6 +80,17 @@ def machine() -> dict[str, object]:
     }
 
 
+def origin(module: str, **facts: object) -> dict[str, object]:
+    """What a result is to be repeated by: the command that `module` was run with, without places of
+    this machine, the commit, and the machine; facts: of the latter."""
+    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
+    return {
+        "command": " ".join(["python", "-m", module, *arguments]),
+        "commit": commit(),
+        "machine": {**machine(), **facts},
+    }
+
+
 def machine_file(about: dict[str, object]) -> str:
     """Name of the file that holds a machine's results."""
     return re.sub(r"[^A-Za-z0-9]+", "-", str(about["processor"])).strip("-").lower() + ".json"

@@ -9,11 +9,10 @@ only read; trained simulators stay in --work and are not trained twice.
 """
 
 import argparse
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from worldenv.config import Config, DistillConfig, load
 from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime.revision import commit
@@ -87,11 +86,9 @@ def main() -> None:
         found[run.name] = {"seed": config.seed, **distilled(run, config)}
         for arm, reached in found[run.name]["distill-0"]["reached"].items():
             print(f"{run.name} {arm}: {reached}")
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     report = {
-        "command": " ".join(["python", "-m", "bench.distill", *arguments]),
-        "commit": code,
-        "machine": {**machine(), "threads": 1},
+        **origin("bench.distill", threads=1),
+        "commit": code,  # as it was when the first run began
         "config": to_dict(replace(config, run_dir=Path("."))),
         "runs": found,
     }

@@ -10,11 +10,10 @@ iterations, and before the first. The run folder is only read.
 
 import argparse
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from worldenv.config import Config, load
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
@@ -144,13 +143,11 @@ def main() -> None:
         rates[f"{record['rate']:g}"]["imagined_success"] = record["imagined_success"]
     for name, row in {"none": without, **rates}.items():
         print(name, row)
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     write_json(
         given.out,
         {
-            "command": " ".join(["python", "-m", "bench.false_stops", *arguments]),
-            "commit": code,
-            "machine": {**machine(), "threads": 1},
+            **origin("bench.false_stops", threads=1),
+            "commit": code,  # as it was when the first run began
             "seed": load(given.run / "config.json").seed,
             "without": without,
             "rates": rates,

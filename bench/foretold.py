@@ -11,7 +11,6 @@ run folders are only read; they may be of older versions.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from worldenv.data.embodiment import Embodiment
 from worldenv.data.windows import chunk_sequences
 from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import augment
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import measures
 from worldenv.stages.collect import recorded
@@ -172,13 +170,10 @@ def main() -> None:
                     x["auc"],
                     flush=True,
                 )
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     write_json(
         given.out,
         {
-            "command": " ".join(["python", "-m", "bench.foretold", *arguments]),
-            "commit": commit(),
-            "machine": {**machine(), "threads": 1},
+            **origin("bench.foretold", threads=1),
             "runs": found,
         },
     )

@@ -12,7 +12,6 @@ run folders are only read, and may be of versions before real frames had a thres
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +21,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from bench.thresholds import model
 from worldenv.config import Config
 from worldenv.data.episode import Episode
 from worldenv.fields import fingerprint
 from worldenv.gate import GateConfig
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import (
     collect,
@@ -203,11 +201,8 @@ def table(said: dict[str, dict]) -> str:
 
 def report(out: Path, worlds: dict[str, dict]) -> None:
     """Writes what is known so far."""
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     found = {
-        "command": " ".join(["python", "-m", "bench.gate", *arguments]),
-        "commit": commit(),
-        "machine": {**machine(), "threads": 1},
+        **origin("bench.gate", threads=1),
         "verdicts": verdicts(worlds),
         "records": {name: world["record"] for name, world in worlds.items()},
     }

@@ -14,14 +14,13 @@ reality, on fresh placements. The run folders are only read; they may be of olde
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from bench.thresholds import model
 from worldenv.config import Config, load
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
@@ -31,7 +30,6 @@ from worldenv.models.policy import Policy
 from worldenv.report.statistics import wilson
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import posttrain, store
 from worldenv.stages.collect import load_round
@@ -51,7 +49,6 @@ ITERATIONS, EVERY = 20, 4
 LOOKED_AT = (0, 4, 8, 12, 20)  # iterations
 CONTEXTS = 40  # first frames from which policies are judged in imagination
 PLACEMENTS = 60  # fresh ones on which they are played in reality
-Judged = list[dict]  # of each policy, by iteration; the first is imitation
 
 
 # ---------------------------------------------------------------- train
@@ -255,9 +252,9 @@ def name(source: Path, work: Path) -> dict[str, int]:
 
 def play(source: Path, work: Path) -> dict[int, list[dict]]:
     """Real outcomes of each policy on the same fresh placements."""
-    run = Run(copied(source, work))
-    if read_record(run.dir / "stages" / "named.json") is None:
+    if read_record(work / source.name / "stages" / "named.json") is None:
         raise UserError(f"{source.name}: where to stop has not been named. Run name first.")
+    run = Run(copied(source, work))
     task = run.config.env.tasks[0]
     starts = [
         Start(task, None, derive(run.config.seed, "stopping", k) % 2**31) for k in range(PLACEMENTS)
@@ -302,13 +299,10 @@ def written(sources: list[Path], work: Path, out: Path) -> None:
             "named": name(source, work),
             "episodes": {str(k): [e["success"] for e in v] for k, v in played.items()},
         }
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     write_json(
         out,
         {
-            "command": " ".join(["python", "-m", "bench.stopping", *arguments]),
-            "commit": commit(),
-            "machine": {**machine(), "threads": 1},
+            **origin("bench.stopping", threads=1),
             "iterations": [*LOOKED_AT],
             "contexts": CONTEXTS,
             "seeds": seeds,

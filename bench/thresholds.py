@@ -12,7 +12,6 @@ folders are only read, and may be of versions before real frames had a threshold
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.envs.start import Start
 from worldenv.models.reflector import NOT_CALIBRATED, Reflector
 from worldenv.report.statistics import wilson
 from worldenv.runtime import checkpoint, progress
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
 from worldenv.stages.collect import load_round
@@ -305,11 +303,8 @@ def main() -> None:
         for rules in run["rounds"].values():
             for rule in rules.values():
                 rule["errors"] = {kind: e.tolist() for kind, e in rule["errors"].items()}
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     report = {
-        "command": " ".join(["python", "-m", "bench.thresholds", *arguments]),
-        "commit": commit(),
-        "machine": machine(),
+        **origin("bench.thresholds"),
         "errors": "false stops, episodes, missed successes, successes",
         "runs": runs,
     }

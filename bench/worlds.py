@@ -9,22 +9,24 @@ baseline. The run folders are only read; they may be of older versions.
 """
 
 import argparse
-import sys
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from bench.thresholds import model
-from worldenv.config import Config, SimulatorConfig, load
+from worldenv.config import SimulatorConfig, load
+from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter
 from worldenv.data.windows import chunk_sequences, from_first_step
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint, to_dict
 from worldenv.rl.noise import Laplace
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import collect, simulator, store, trial
+from worldenv.stages.reflector import calibrate_on_real
 from worldenv.stages.run import Run, open_run, read_record, write_json, write_record
 from worldenv.stages.scene import World
 
@@ -59,11 +61,12 @@ def opened(source: Path, work: Path, name: str, sources: list[Path]) -> Run:
                     (data / "explore-0" / other.name / file.name).symlink_to(file.resolve())
             (data / "demonstrations").symlink_to((source / "data" / "demonstrations").resolve())
         elif name == "near successes":
-            (data / "explore-0").mkdir(parents=True)
+            data.mkdir()
             (data / "demonstrations").symlink_to((source / "data" / "demonstrations").resolve())
-            collect_near(source, run)
         else:
             data.symlink_to((source / "data").resolve())
+    if name == "near successes" and not (data / "explore-0").exists():
+        collect_near(source, run)
     return run
 
 
@@ -71,7 +74,8 @@ def collect_near(source: Path, run: Run) -> None:
     """Every second of the first round's episodes, and as many of which only the chunk that closes
     the gripper is pushed, three times as far."""
     config, old = run.config, open_run(source)
-    folder = run.dir / "data" / "explore-0"
+    folder = run.dir / "data" / "explore-0.unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
     episodes = collect.recorded(old, "explore-0")
     episodes.sort(key=lambda e: (e.task, e.seed))
     policy = model(old, "policy", "policy-sft")
@@ -98,16 +102,17 @@ def collect_near(source: Path, run: Run) -> None:
             terminate="never",
             record_every=config.collect.record_every,
         )
+    os.replace(folder, folder.with_suffix(""))
     old.close()
 
 
-def fresh(source: Path, work: Path, sources: list[Path]) -> tuple[list, Config]:
+def fresh(source: Path, work: Path, sources: list[Path]) -> list[Episode]:
     """The episodes that all are asked about; collected once."""
     run = opened(source, work, "fresh", sources)
     old = open_run(source)
     policy = model(old, "policy", "policy-sft")
     try:
-        return trial.held_out(run, policy, EPISODES, 0), run.config
+        return trial.held_out(run, policy, EPISODES, 0)
     finally:
         run.close()
         old.close()
@@ -125,25 +130,22 @@ def measured(source: Path, work: Path, name: str, sources: list[Path]) -> dict:
     old = open_run(source)
     try:
         made = run.path("checkpoints", "simulator-0.safetensors")
-        trained = {}
         if name == "as it is":
             world = model(old, "simulator", "simulator-0")
         else:
             if not made.exists():
-                trained = simulator.run(run, mark, 0)
+                simulator.run(run, mark, 0)
             world = store.load("simulator", made)
         judge = model(old, "reflector", "reflector-0")
-        collect_real(run, judge)
-        episodes, _ = fresh(source, work, sources)
+        # An older judge lacks the threshold that its verdicts on real frames need.
+        calibrate_on_real(run, 0, judge, collect.load_round(run, 0)[1])
+        episodes = fresh(source, work, sources)
         real = from_first_step(chunk_sequences(episodes, run.config.env.chunk))
         asked = World(run.config, run.embodiment, world, judge, real, 0)
-        found = trial._things(run, asked, episodes)
         record = {
             "mark": mark,
             "simulator": to_dict(run.config.simulator),
-            "psnr": trained.get("psnr"),
-            "seconds": trained.get("seconds"),
-            **found,
+            **trial.about_things(run, asked, episodes),
             "frames": asked.frames(8),
         }
         write_record(path, record)
@@ -151,13 +153,6 @@ def measured(source: Path, work: Path, name: str, sources: list[Path]) -> dict:
         run.close()
         old.close()
     return record
-
-
-def collect_real(run: Run, judge) -> None:
-    """Give an older judge the threshold for real frames that its verdicts on them need."""
-    from worldenv.stages.reflector import calibrate_on_real
-
-    calibrate_on_real(run, 0, judge, collect.load_round(run, 0)[1])
 
 
 def told(record: dict) -> str:
@@ -182,13 +177,10 @@ def main() -> None:
         for name in given.variants:
             own[name] = measured(source, given.work, name, given.runs)
             print(source.name, name, told(own[name]), flush=True)
-    arguments = (Path(a).name if a.startswith("/") else a for a in sys.argv[1:])
     write_json(
         given.out,
         {
-            "command": " ".join(["python", "-m", "bench.worlds", *arguments]),
-            "commit": commit(),
-            "machine": {**machine(), "threads": 1},
+            **origin("bench.worlds", threads=1),
             "seeds": seeds,
         },
     )

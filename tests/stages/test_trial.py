@@ -146,7 +146,7 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trial.World, "frames", lambda self: {})
         patch.setattr(trial.World, "succeeds", lambda self, policy, chosen, *noise: [True] * 6)
-        patch.setattr(trial, "_things", lambda *a: {})
+        patch.setattr(trial, "about_things", lambda *a: {})
         patch.setattr(drawing, "draw", lambda *a: None)
         patch.setattr(trial, "write_report", lambda folder: None)
         again = trial.run_trial(run, replace(ASKED, round=0))

@@ -99,7 +99,7 @@ def run_trial(run: Run, asked: Trial) -> dict:
         "threshold": round(float(reflector.threshold), 4),
         "real_threshold": round(thresholds.of_reality(reflector), 4),
         **world.frames(),
-        **_things(run, world, episodes),
+        **about_things(run, world, episodes),
         **_policies(run, world, explorer, episodes, asked),
     }
     measured["seconds"] = round(time.perf_counter() - begun, 1)
@@ -253,7 +253,7 @@ def ranked(run: Run, named: tuple[Path, ...], n: int) -> tuple[dict[str, Policy]
 # ---------------------------------------------------------------- figures
 
 
-def _things(run: Run, world: World, episodes: list[Episode]) -> dict:
+def about_things(run: Run, world: World, episodes: list[Episode]) -> dict:
     """The goal's things, and agreement at the event, over all tasks."""
     errors, near, grasped = {}, {}, {}
     for task in run.config.env.tasks:
