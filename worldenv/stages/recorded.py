@@ -1,0 +1,84 @@
+"""Demonstrations from LeRobotDatasets: which of a data set's episodes are of a run's tasks."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from worldenv.config import Config
+from worldenv.data.embodiment import Embodiment
+from worldenv.data.lerobot.detect import keys
+from worldenv.data.lerobot.layout import open_dataset
+from worldenv.data.lerobot.reader import Reader
+from worldenv.data.libero_tasks import SUITES, instruction_of, locate_instruction
+from worldenv.envs.libero.robot import embodiment
+
+
+def instructions(config: Config) -> list[str]:
+    """What the suite's tasks ask for, in their order."""
+    return [instruction_of(name) for name in SUITES[config.env.suite]]
+
+
+def robot_of(config: Config) -> Embodiment:
+    """The benchmark's robot with all its cameras: both are recorded, however many models see."""
+    return embodiment(config.env.image_size, config.env.chunk)
+
+
+class Recorded:
+    """A folder, and which of its episodes are of the run's tasks, told by their text.
+
+    UserError for metadata that is damaged, of another robot, or whose files are not there.
+    """
+
+    def __init__(self, folder: Path, config: Config) -> None:
+        self.folder, self.config, self.robot = folder, config, robot_of(config)
+        self.dataset = open_dataset(folder)
+        self.places: dict[tuple[str, int], np.ndarray] = {}
+        self.others: list[str] = []  # of no task that is known
+        own = {text: task for task, text in enumerate(instructions(config))}
+        suite = config.env.suite
+        found: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for number, text in enumerate(self.dataset.texts):
+            said = " ".join(text.lower().split())
+            key = (suite, own[said]) if said in own else locate_instruction(text)
+            if key is None:
+                self.others.append(text)
+            else:
+                found[key].append(number)
+        for key, numbers in found.items():
+            self.places[key] = np.flatnonzero(np.isin(self.dataset.text, numbers))
+        keys(self.dataset, self.robot, config.data, self.wanted)
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """Places of the episodes that are of the run's tasks."""
+        suite, tasks = self.config.env.suite, self.config.env.tasks
+        parts = [self.places[suite, task] for task in tasks if (suite, task) in self.places]
+        return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Reads what is wanted; how, is found out once for all tasks."""
+        return Reader(self.dataset, self.robot, self.config.data, self.wanted)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Episodes of one task in a LeRobotDataset."""
+
+    source: Recorded
+    key: tuple[str, int]
+
+    def __len__(self) -> int:
+        return len(self.source.places[self.key])
+
+    def __str__(self) -> str:
+        return str(self.source.folder)
+
+
+def parts_of_folder(folder: Path, config: Config) -> tuple[dict[tuple[str, int], Part], list[str]]:
+    """Episodes by (suite, task), and the texts of those that are of none."""
+    source = Recorded(folder, config)
+    return {key: Part(source, key) for key in source.places}, source.others
