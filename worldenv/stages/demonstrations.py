@@ -114,7 +114,8 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
         if not files and not folders:
             raise UserError(
                 f"--data {path}: expected a .hdf5 file, a LeRobotDataset (meta/info.json) or a "
-                f"folder that holds some, got {'none in the folder' if path.is_dir() else 'no such file'}. Check the path."
+                "folder that holds some, got "
+                f"{'none in the folder' if path.is_dir() else 'no such file'}. Check the path."
             )
         for file in files:
             facts = look_into(file)
@@ -139,8 +140,8 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
         raise UserError(
             f"--data: expected demonstrations of every task of the run, got none of {suite} task "
             f"{names}. Found files: {', '.join(have[:12])}. Files are told by their names "
-            "(<task>_demo.hdf5), `bddl_file_name` or `problem_info`, a data set's episodes by their "
-            "task's text; name more files, or choose --env.suite and --env.tasks."
+            "(<task>_demo.hdf5), `bddl_file_name` or `problem_info`, episodes of a LeRobotDataset "
+            "by their task's text; name more files, or choose --env.suite and --env.tasks."
         )
     return {task: found[suite, task] for task in wanted}
 
@@ -168,7 +169,8 @@ def from_files(run: Run, mark: str) -> dict:
                 raise UserError(
                     f"--data: expected demonstrations of {config.env.suite} task {task} that "
                     f"succeed, got none in {', '.join(map(str, own[:3]))}: neither `dones` nor "
-                    "`rewards` (next.success) says so. Mark the last action of each as done, or name other files."
+                    "`rewards` (next.success) says so. Mark the last action of each as done, or "
+                    "name other files."
                 )
     for (place, how), group in groups.items():
         print(group.line(place, how, config))
