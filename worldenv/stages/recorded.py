@@ -9,6 +9,7 @@ import numpy as np
 
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
+from worldenv.data.lerobot import own
 from worldenv.data.lerobot.detect import keys
 from worldenv.data.lerobot.layout import open_dataset
 from worldenv.data.lerobot.reader import Reader
@@ -27,7 +28,8 @@ def robot_of(config: Config) -> Embodiment:
 
 
 class Recorded:
-    """A folder, and which of its episodes are of the run's tasks, told by their text.
+    """A folder, and which of its episodes are of the run's tasks, told by their text (or, in
+    folders of ours, by what we kept of them).
 
     UserError for metadata that is damaged, of another robot, or whose files are not there.
     """
@@ -35,20 +37,24 @@ class Recorded:
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config, self.robot = folder, config, robot_of(config)
         self.dataset = open_dataset(folder)
-        self.places: dict[tuple[str, int], np.ndarray] = {}
         self.others: list[str] = []  # of no task that is known
-        own = {text: task for task, text in enumerate(instructions(config))}
-        suite = config.env.suite
-        found: dict[tuple[str, int], list[int]] = defaultdict(list)
-        for number, text in enumerate(self.dataset.texts):
+        suits = {text: task for task, text in enumerate(instructions(config))}
+        suite, known = config.env.suite, own.Reader(self.dataset).tasks()
+        by_text: list[tuple[str, int] | None] = []
+        for text in self.dataset.texts:
             said = " ".join(text.lower().split())
-            key = (suite, own[said]) if said in own else locate_instruction(text)
-            if key is None:
-                self.others.append(text)
-            else:
-                found[key].append(number)
-        for key, numbers in found.items():
-            self.places[key] = np.flatnonzero(np.isin(self.dataset.text, numbers))
+            key = (suite, suits[said]) if said in suits else locate_instruction(text)
+            by_text.append(key)
+        found: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for place, (number, text) in enumerate(
+            zip(self.dataset.number.tolist(), self.dataset.text.tolist(), strict=True)
+        ):
+            key = known.get(number, by_text[text])
+            if key is not None:
+                found[key].append(place)
+            elif self.dataset.texts[text] not in self.others:
+                self.others.append(self.dataset.texts[text])
+        self.places = {key: np.array(places) for key, places in found.items()}
         keys(self.dataset, self.robot, config.data, self.wanted)
 
     @property

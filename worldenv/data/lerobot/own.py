@@ -116,6 +116,18 @@ class Reader:
             images = np.stack([_picture(self.path, content) for content in pictures])
             return Own(facts, np.array(state, np.float32), images)
 
+    def tasks(self) -> dict[int, tuple[str, int]]:
+        """Suite and task of every episode that is kept, by its number."""
+        if not self.there:
+            return {}
+        with parquet(self.path):
+            texts = self._file.read(["facts"], use_threads=False)["facts"].to_pylist()
+            facts = {
+                number: checked_facts(str(texts[row]), f"{self.path}: episode {number}")
+                for number, row in self._row.items()
+            }
+        return {number: (found["suite"], found["task"]) for number, found in facts.items()}
+
     def joined(
         self, images: np.ndarray, proprio: np.ndarray, kept: Own, number: int
     ) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ what a data set says of itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,7 +40,7 @@ def _of(values: np.ndarray, axis: int, count: int) -> Statistics:
     return {**found, "count": np.array([count])}
 
 
-def merged(parts: Iterable[Statistics]) -> Statistics:
+def merged(parts: Sequence[Statistics]) -> Statistics:
     """Of all episodes, from those of each: exact but for quantiles, which are averaged by count (as
     LeRobot does).
     """

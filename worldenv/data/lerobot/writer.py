@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,10 +87,14 @@ class Encoder:
         """Stop, whatever becomes of the video."""
         self._process.kill()
         self._process.wait()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._said.close()
 
     def _failed(self) -> UserError:
         code = self._process.wait()
         said = os.pread(self._said.fileno(), 1 << 16, 0).decode(errors="replace").split("\n")
+        self._said.close()
         lines = [line.strip() for line in said if line.strip()]
         return UserError(
             f"{self.path}: ffmpeg could not write the video (code {code}: "
@@ -303,6 +308,9 @@ class LeRobotWriter:
         finally:
             for video in self._videos.values():
                 video.abandon()
+            for file in (self._data, self._list, self._own):
+                if file is not None:
+                    file.close()
             shutil.rmtree(self._draft, ignore_errors=True)
 
 
