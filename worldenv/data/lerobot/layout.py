@@ -134,9 +134,11 @@ def open_dataset(folder: Path | str) -> DataSet:
             f"{path}: codebase_version: expected {', '.join(VERSIONS)}, got {version!r}. Convert "
             "the data set with LeRobot's own scripts (v1 to v2.1, or a later one to v3.0)."
         )
-    fps = float(_want(info, "fps", (int, float), path))
+    fps = _want(info, "fps", (int, float), path)
     if not 0 < fps <= 1000:
-        raise UserError(f"{path}: fps: expected frames a second above 0, got {fps:g}. {AGAIN}")
+        got = repr(fps)[:40]
+        raise UserError(f"{path}: fps: expected frames a second above 0, got {got}. {AGAIN}")
+    fps = float(fps)
     features = _features(_want(info, "features", dict, path), path)
     cameras = [k for k, feature in features.items() if feature.camera and feature.dtype == "video"]
     paths = {"data_path": _template(info, "data_path", path)}
@@ -186,7 +188,13 @@ def _template(info: dict[str, Any], key: str, path: Path) -> str:
     known = {"chunk_index", "file_index", "video_key", "episode_chunk", "episode_index"}
     names = {match[1] for match in _NAMES.finditer(text)}
     left = _NAMES.sub("", text)
-    if not names <= known or set("{}\0") & set(left) or ".." in text or text.startswith("/"):
+    if (
+        len(text) > 200
+        or not names <= known
+        or set("{}\0") & set(left)
+        or ".." in text
+        or text[0] == "/"
+    ):
         raise UserError(
             f"{path}: {key}: expected a path inside the folder with {', '.join(sorted(known))} in "
             f"braces, got {text!r:.200}. {AGAIN}"
@@ -220,13 +228,14 @@ def _old(folder: Path, info: dict[str, Any], cameras: list[str], fps: float) -> 
     """Columns of v2.0 and v2.1: JSON lines, and every episode in files of its own."""
     path, tasks = folder / "meta/episodes.jsonl", folder / "meta/tasks.jsonl"
     rows = sorted(read_lines(path), key=lambda row: _index(row, "episode_index", path))
-    said = [_want({"tasks": (row.get("tasks") or [None])[0]} if isinstance(row.get("tasks"), list)
-                  else row, "tasks", str, path) for row in rows]  # fmt: skip
+    said = [_first_text(row, path) for row in rows]
     number = np.array([row["episode_index"] for row in rows], np.int64)
     length = np.array([_index(row, "length", path) for row in rows], np.int64)
     size = _want(info, "chunks_size", int, folder / INFO)
-    if size < 1:
-        raise UserError(f"{folder / INFO}: chunks_size: expected 1 or more, got {size}. {AGAIN}")
+    if not 1 <= size < 2**40:
+        raise UserError(
+            f"{folder / INFO}: chunks_size: expected 1 or more, got {size!s:.40}. {AGAIN}"
+        )
     place = np.stack([number // size, number], 1).reshape(-1, 2)
     known = {
         _index(row, "task_index", tasks): _want(row, "task", str, tasks)
@@ -237,6 +246,14 @@ def _old(folder: Path, info: dict[str, Any], cameras: list[str], fps: float) -> 
         "start": {camera: np.zeros(len(rows)) for camera in cameras},
         "_places": dict.fromkeys(("", *cameras), place), "tasks": known,
     }  # fmt: skip
+
+
+def _first_text(row: dict[str, Any], path: Path) -> str:
+    """What is to be done in an episode: the first of its `tasks`."""
+    tasks = row.get("tasks")
+    return _want(
+        {"tasks": tasks[0] if isinstance(tasks, list) and tasks else tasks}, "tasks", str, path
+    )
 
 
 def _index(row: dict[str, Any], key: str, path: Path) -> int:

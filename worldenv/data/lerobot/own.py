@@ -114,7 +114,7 @@ class Reader:
             if not state or not pictures:
                 return Own(facts, None, None)
             images = np.stack([_picture(self.path, content) for content in pictures])
-            return Own(facts, np.array(state, np.float32), images)
+            return Own(facts, np.array(state, np.float32).reshape(-1), images)
 
     def tasks(self) -> dict[int, tuple[str, int]]:
         """Suite and task of every episode that is kept, by its number."""
