@@ -2,7 +2,7 @@
 
 A v3.0 data set of synthetic robot-like pictures (256 px, two cameras, both codecs) is written, and
 read by the reader: frames a second of both cameras, checks of every timestamp included. Beside it
-ffmpeg alone on the same two videos at once, one thread each, which decodes to RGB and keeps nothing:
+ffmpeg alone on the same two videos at once, one thread each, decoding to RGB and keeping nothing:
 the limit. Rounds of the two take turns, the median counts, and what the reader gives is compared
 with ffmpeg's bytes first. Then: seconds to open the metadata of 100,000 episodes, v2.1 and v3.0.
 Writes results/bench/lerobot-<machine>.json.
@@ -136,7 +136,8 @@ def many(folder: Path, version: str) -> None:
         (folder / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
         tasks = ({"task_index": k, "task": f"task {k}"} for k in range(40))
         (folder / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
-        info |= {"data_path": "data/{episode_index}.parquet", "video_path": "{video_key}/{episode_index}"}  # fmt: skip
+        info["data_path"] = "data/{episode_index}.parquet"
+        info["video_path"] = "videos/{video_key}/{episode_index}.mp4"
     else:
         index = np.arange(MANY)
         columns = {"episode_index": index, "tasks": pa.array([[t] for t in text]),

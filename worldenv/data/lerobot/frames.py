@@ -16,6 +16,8 @@ import os
 import re
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -58,9 +60,11 @@ class Decoder:
         if hasattr(fcntl, "F_SETPIPE_SZ"):
             fcntl.fcntl(self._process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
 
-    def read(self, count: int, where: str) -> np.ndarray:
-        """The next frames [count, H, W, 3] uint8. where: whose they are, for messages."""
-        frames = np.empty((count, *self.side, 3), np.uint8)
+    def read(self, frames: np.ndarray, where: str) -> None:
+        """Fill frames [F, H, W, 3] uint8 with the next ones. where: whose they are, for
+        messages.
+        """
+        count = len(frames)
         rest, got = memoryview(frames.reshape(-1)), 0
         while got < len(rest):
             more = self._process.stdout.readinto(rest[got : got + _PIPE])
@@ -79,7 +83,6 @@ class Decoder:
             raise unreadable(self.path, words, f"{whole} of them, then {self._last_words()}")
         del self._times[:count]
         self.next = float(wanted[-1] + 1 / self.fps)
-        return frames
 
     def close(self) -> None:
         """End ffmpeg. Calling it twice does no harm."""
@@ -133,24 +136,30 @@ class Cameras:
     def __init__(self, dataset: DataSet, cameras: tuple[str, ...]) -> None:
         self.dataset, self.cameras = dataset, cameras
         self._open: dict[str, Decoder] = {}
+        self._threads = ThreadPoolExecutor(len(cameras))
 
     def frames(self, episode: int, rows: pa.Table) -> np.ndarray:
         """[F, V, H, W, 3] uint8 of the episode in place `episode`; rows: of its table."""
-        views = [self._view(camera, episode, rows) for camera in self.cameras]
-        if len({view.shape for view in views}) > 1:
+        sides = {self.dataset.features[camera].shape[:2] for camera in self.cameras}
+        if len(sides) > 1:
             raise UserError(
                 f"{self.dataset.folder}: {', '.join(self.cameras)}: expected pictures of one size, "
-                f"got {' and '.join(str(list(v.shape[1:3])) for v in views)}. Name cameras that "
+                f"got {' and '.join(str(list(side)) for side in sorted(sides))}. Name cameras that "
                 "are alike (--data.cameras), or convert the data set to one size."
             )
-        return np.stack(views, axis=1)
+        shape = len(self.cameras), len(rows), *sides.pop(), 3
+        views = np.empty(shape, np.uint8)
+        # A decoder that is not read from waits: all at once.
+        work = partial(self._view, episode=episode, rows=rows)
+        for _ in self._threads.map(work, self.cameras, views):
+            pass
+        return views.swapaxes(0, 1)
 
-    def _view(self, camera: str, episode: int, rows: pa.Table) -> np.ndarray:
+    def _view(self, camera: str, out: np.ndarray, episode: int, rows: pa.Table) -> None:
         data, feature = self.dataset, self.dataset.features[camera]
         side = feature.shape[0], feature.shape[1]
         if feature.dtype == "image":
-            path = data.data_file(episode)
-            return _pictures(rows, camera, side, path)
+            return _pictures(rows, camera, out, data.data_file(episode))
         path, start = data.video_file(camera, episode), float(data.start[camera][episode])
         decoder = self._open.get(camera)
         if decoder is None or decoder.path != path or abs(decoder.next - start) > TOLERANCE:
@@ -158,7 +167,7 @@ class Cameras:
             decoder = self._open[camera] = Decoder(path, start, data.fps, side)
         decoder.next = start  # no rounding adds up
         where = f"{camera}, episode {data.number[episode]}"
-        return decoder.read(int(data.length[episode]), where)
+        decoder.read(out, where)
 
     def _drop(self, camera: str) -> None:
         if camera in self._open:
@@ -170,16 +179,16 @@ class Cameras:
     def __exit__(self, *_: object) -> None:
         for camera in list(self._open):
             self._drop(camera)
+        self._threads.shutdown()
 
 
-def _pictures(rows: pa.Table, camera: str, side: tuple[int, int], path: Path) -> np.ndarray:
-    """Pictures [F, H, W, 3] uint8 that lie in a table as PNG or JPEG."""
-    frames = np.empty((len(rows), *side, 3), np.uint8)
+def _pictures(rows: pa.Table, camera: str, frames: np.ndarray, path: Path) -> None:
+    """Fill frames [F, H, W, 3] uint8 with pictures that lie in a table as PNG or JPEG."""
     if camera not in rows.column_names:
         raise unreadable(path, f"a column {camera}", f"only {', '.join(rows.column_names)}")
     for k, cell in enumerate(rows.column(camera).to_pylist()):
         content = cell.get("bytes") if isinstance(cell, dict) else cell
-        where = f"a picture {side[0]}x{side[1]} in row {k} of {camera}"
+        where = f"a picture {frames.shape[1]}x{frames.shape[2]} in row {k} of {camera}"
         if not isinstance(content, bytes):
             raise unreadable(path, where, "none is embedded")
         try:
@@ -189,4 +198,3 @@ def _pictures(rows: pa.Table, camera: str, side: tuple[int, int], path: Path) ->
         if picture.shape != frames.shape[1:]:
             raise unreadable(path, where, f"one of {list(picture.shape)}")
         frames[k] = picture
-    return frames

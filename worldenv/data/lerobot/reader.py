@@ -118,7 +118,8 @@ class Reader:
         if kept is not None:
             if own.SEEN in table.column_names:
                 steps = np.flatnonzero(numbers(table, own.SEEN, path, "b"))
-            images, proprio = images[steps], proprio[steps]
+            if len(steps) < len(table):
+                images, proprio = images[steps], proprio[steps]
             if kept.images is not None:
                 images, proprio = self._own.joined(images, proprio, kept, number)
                 steps = np.append(steps, len(table))
