@@ -21,6 +21,8 @@ from typing import Any, Literal
 from worldenv.runtime.errors import UserError
 
 Kind = Literal["model", "dataset"]
+MODEL = ("model.safetensors", "config.json", "results.json", "README.md")
+"""Files of a model that worldenv-push writes, and all that is fetched of one."""
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib"}
 TIMEOUT = 20.0  # seconds without a word; huggingface_hub asks up to six times, then it ends
 _NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(\S+))?")
@@ -96,11 +98,8 @@ def push(folder: Path, name: str, kind: Kind, private: bool, message: str) -> st
 
 def checkpoint_in(folder: Path) -> Path:
     """The one file of weights of a folder that worldenv wrote. UserError if there is none."""
-    path = folder / "model.safetensors"
-    if not path.is_file():
-        held = {file.name for file in folder.iterdir()}
-        _check_held(str(folder), held, [path.name])
-    return path
+    _check_held(str(folder), {file.name for file in folder.iterdir()}, MODEL)
+    return folder / MODEL[0]
 
 
 def _check_held(what: str, held: set[str], only: Sequence[str]) -> None:
