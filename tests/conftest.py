@@ -74,7 +74,7 @@ def largest_file():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub on loopback in place of huggingface.co, an empty cache, no token, little patience."""
+    """A hub on loopback in place of huggingface.co, an empty cache and no token."""
     from huggingface_hub import constants, file_download
     from loopback_hub import Hub
 
@@ -89,15 +89,27 @@ def hub(monkeypatch, tmp_path):
             "HF_TOKEN_PATH": str(tmp_path / "token"),
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,  # a service of its own, which is not asked here
-            "HF_HUB_DOWNLOAD_TIMEOUT": 0.3,
             "DOWNLOAD_CHUNK_SIZE": 1 << 10,
         }.items():
             monkeypatch.setattr(constants, name, value)
         monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.setattr(ours, "TIMEOUT", 0.3)
         for module in (file_download, ours._library().utils._http):  # between attempts
             monkeypatch.setattr(module, "time", _Hasty)
         yield running
+
+
+@pytest.fixture
+def impatient(hub, monkeypatch):
+    """A context manager: nobody waits for that hub for longer than half a second."""
+    from worldenv.runtime import hub as ours
+
+    @contextmanager
+    def impatient():
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "TIMEOUT", 0.5)
+            yield
+
+    return impatient
 
 
 class _Hasty:

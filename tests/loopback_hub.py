@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections import defaultdict
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -19,8 +20,14 @@ _FILES = rf"/(?P<datasets>datasets/)?{_REPO}"
 _API = rf"/api/(?P<kind>model|dataset)s/{_REPO}"
 
 
+@lru_cache
 def _git(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+@lru_cache
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _large(path: str) -> bool:
@@ -150,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
             for path, data in at[1].items():
                 row = {"type": "file", "path": path, "size": len(data), "oid": _git(data)}
                 if _large(path):
-                    oid = hashlib.sha256(data).hexdigest()
+                    oid = _sha256(data)
                     row["lfs"] = {"oid": oid, "size": len(data), "pointerSize": 130}
                 rows.append(row)
             self._json(rows)
@@ -162,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in at[1]:
             return self._fail(404, "EntryNotFound")
         data = at[1][file]
-        etag = hashlib.sha256(data).hexdigest() if _large(file) else _git(data)
+        etag = _sha256(data) if _large(file) else _git(data)
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": at[0], "X-Linked-Size": len(data)}
         begin = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         if not begin:

@@ -53,11 +53,11 @@ def test_a_connection_that_breaks_is_resumed(hub, tmp_path):
     assert hub.asked("GET", "big.stl") == [None, f"bytes={half}-", f"bytes={half + half // 2}-"]
 
 
-def test_an_interrupted_fetch_goes_on(hub, tmp_path):
+def test_an_interrupted_fetch_goes_on(hub, tmp_path, impatient):
     hub.add("user/set", FILES, "dataset")
     hub.faults["big.stl"] = ["stall"] * 20
     begun = time.monotonic()
-    with pytest.raises(UserError, match=r"does not answer.*same command again"):
+    with impatient(), pytest.raises(UserError, match=r"does not answer.*same command again"):
         ours.fetch("user/set", kind="dataset")
     assert time.monotonic() - begun < 10
     assert leftovers(tmp_path) == []
@@ -68,11 +68,11 @@ def test_an_interrupted_fetch_goes_on(hub, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["/api/datasets/user/set", "/tree/"])
-def test_a_hub_that_stalls_at_once_is_not_waited_for(hub, part):
+def test_a_hub_that_stalls_at_once_is_not_waited_for(hub, part, impatient):
     hub.add("user/set", FILES, "dataset")
     hub.faults[part] = ["stall"] * 20
     begun = time.monotonic()
-    with pytest.raises(UserError, match=rf"user/set: {hub.endpoint} does not answer"):
+    with impatient(), pytest.raises(UserError, match=rf"user/set: {hub.endpoint} does not answer"):
         ours.fetch("user/set", kind="dataset")
     assert time.monotonic() - begun < 10
 
@@ -134,7 +134,7 @@ def test_a_full_disk_is_named(hub, monkeypatch, tmp_path):
         ours.fetch("user/set")
 
 
-def test_push_then_fetch(hub, tmp_path, monkeypatch):
+def test_push_then_fetch(hub, tmp_path, monkeypatch, impatient):
     for name, data in FILES.items():
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_bytes(data)
@@ -151,7 +151,7 @@ def test_push_then_fetch(hub, tmp_path, monkeypatch):
     assert whole(ours.fetch("user/new"), FILES)
     hub.faults["/commit/"] = ["stall"]
     (tmp_path / "out" / "a.xml").write_bytes(b"<c/>")
-    with pytest.raises(UserError, match="does not answer"):
+    with impatient(), pytest.raises(UserError, match="does not answer"):
         ours.push(tmp_path / "out", "user/new", "model", True, "second")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):

@@ -1,4 +1,4 @@
-"""What a run made, pushed to a hub on loopback and fetched again: the same bytes, honest figures."""
+"""What a run made, pushed to a hub on loopback and fetched again: the same bytes, its figures."""
 
 import json
 import pickle
@@ -144,7 +144,7 @@ def test_figures_of_something_else_are_refused(run, tmp_path, capsys):
     write_json(run.dir / "results.json", outcomes)
     with pytest.raises(UserError, match=r"results\.json: expected what the run's evaluation found"):
         publish.write(run, chosen, tmp_path / "out" / "x", "user/x")
-    assert not any(tmp_path.joinpath("out").glob("*")) if (tmp_path / "out").exists() else True
+    assert not (tmp_path / "out").exists()
     (run.dir / "stages" / "evaluate.json").unlink()
     publish.write(run, chosen, tmp_path / "x", "user/x")
     assert "without figures: evaluate" in capsys.readouterr().out
@@ -189,7 +189,7 @@ def test_what_cannot_be_pushed(hub, run, monkeypatch):
 def test_every_flag_that_takes_a_policy_takes_a_repository(pushes, run, monkeypatch, tmp_path):
     for kind in (*KINDS, "data"):
         pushes(kind)
-    seen = {}
+    seen: dict[str, object] = {}
 
     def run_all(own: Run, files: dict, number: int) -> dict:
         seen.update(files, data=own.config.data.paths)

@@ -86,12 +86,12 @@ def test_the_pack_stays_the_default_where_there_is_one(hub, files, monkeypatch):
     assert "primitive pack" not in doctor.check_assets().found
 
 
-def test_a_fetch_that_fails_leaves_nothing_to_be_found(hub, files, tmp_path):
+def test_a_fetch_that_fails_leaves_nothing_to_be_found(hub, files, tmp_path, impatient):
     large = max(files, key=lambda name: len(files[name]))
     hub.add(official_assets.REPOSITORY, files, "dataset")
     for fault, message in (("stall", "does not answer"), ("alter", "not what the hub says")):
         hub.faults[large] = [fault] * (20 if fault == "stall" else 1)
-        with pytest.raises(UserError, match=message):
+        with impatient(), pytest.raises(UserError, match=message):
             official_assets.fetch()
         hub.faults.clear()
         assert official_assets.at_hand() is None
