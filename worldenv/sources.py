@@ -71,7 +71,8 @@ class DataConfig:
     """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
 
     paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
-    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own."""
+    """Files, folders or repositories of the hub (user/name@revision): LIBERO's demonstrations,
+    openvla's regenerated ones, our own."""
     episodes: Episodes | None = None
     """Demonstrations per task at most; unset: all."""
     no_ops: Literal["keep", "drop"] = "keep"
