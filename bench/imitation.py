@@ -12,7 +12,7 @@ imitation, noise of the last steps is amplified by acting, and an average takes 
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -43,7 +43,7 @@ class Way:
     """How a policy is trained."""
 
     schedule: Callable[[int, int, float], float] = training.learning_rate
-    part: SFTConfig = SFTConfig()
+    part: SFTConfig = field(default_factory=SFTConfig)
 
 
 WAYS = {
