@@ -11,7 +11,7 @@ from worldenv.presets import preset
 from worldenv.stages import store
 from worldenv.stages.run import Run
 
-SCRIPTS = ("train", "evaluate", "collect", "imagine")
+SCRIPTS = ("train", "evaluate", "collect", "imagine", "push")
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -31,6 +31,7 @@ def test_help_speaks_in_sentences(script):
         "evaluate": "success in the real benchmark",
         "collect": "LIBERO's HDF5 layout",
         "imagine": "in the real world and in the learned one",
+        "push": "on the hub, with a card of their figures",
     }
     assert expected[script] in text
 

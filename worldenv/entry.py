@@ -28,6 +28,11 @@ def doctor() -> None:
     _start("doctor")
 
 
+def push() -> None:
+    """worldenv-push"""
+    _start("push")
+
+
 def _start(script: str) -> None:
     signals.end_at_once()
     from worldenv import cli  # torch and all the rest
