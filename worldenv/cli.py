@@ -12,14 +12,15 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
 import tyro
 
 from worldenv import doctor as doctor_module
+from worldenv.command_line import parse
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
-from worldenv.fields import Items, Range, bare, check
+from worldenv.fields import Items, Range
 from worldenv.models.policy import Policy
 from worldenv.presets import NAMES, preset
 from worldenv.ranges import (
@@ -48,7 +49,6 @@ from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 from worldenv.stages.trial import Trial, run_trial, told
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
-_Arguments = TypeVar("_Arguments")
 _Stage = Literal[
     "all",
     "demonstrations",
@@ -201,6 +201,11 @@ def imagine() -> None:
     _guarded(_imagine)
 
 
+def play() -> None:
+    """worldenv-play"""
+    _guarded(_play)
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _guarded(doctor_module.main)
@@ -217,64 +222,6 @@ def _guarded(work: Callable[[], int | None]) -> None:
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             code = signals.exit_status(stop)
     sys.exit(code or 0)
-
-
-def parse(kind: type[_Arguments], default: _Arguments | None = None) -> _Arguments:
-    """The command line as a dataclass of arguments, checked as the configuration is."""
-    arguments = tyro.cli(kind, default=default or kind(), registry=_WORDS)
-    check(arguments, lambda name: f"--{name.replace('_', '-')}")
-    return arguments
-
-
-_WORDS = tyro.constructors.ConstructorRegistry()
-
-
-@_WORDS.primitive_rule
-def _list_of_numbers(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Whole numbers in a row, however people part them: `0 1`, `0,1`."""
-    if info.type_origin is not tuple or bare(get_args(info.type)[0])[0] is not int:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="INT [INT ...]",
-        instance_from_str=lambda words: tuple(int(x) for w in words for x in w.split(",")),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(number) for number in value],
-    )
-
-
-@_WORDS.primitive_rule
-def _path(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """A path. An empty word is none, though Python takes it for the folder one is in."""
-    if info.type is not Path and set(get_args(info.type)) != {Path, type(None)}:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: _named_path(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-@_WORDS.primitive_rule
-def _list_of_paths(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """One path or more: a flag that names none was not meant so."""
-    if info.type_origin is not tuple or get_args(info.type)[0] is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="PATH [PATH ...]",
-        instance_from_str=lambda words: tuple(map(_named_path, words or [""])),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(path) for path in value] or ["none"],
-    )
-
-
-def _named_path(word: str) -> Path:
-    if not word:
-        raise ValueError("expected a path, got nothing")
-    return Path(word)
 
 
 def _train() -> int | None:
@@ -438,6 +385,12 @@ def _imagine() -> None:
     )
     print("\n".join(str(path) for path in paths))
     run.close()
+
+
+def _play() -> None:
+    from worldenv.play import command  # its server, for one command
+
+    command.main(parse(command.PlayArguments))
 
 
 def _policy(run: Run, named: Path | None) -> Policy:
