@@ -42,9 +42,16 @@ class Browser:
         port, path = said.read_text().split("\n")
         self.socket = connect(f"ws://127.0.0.1:{port}{path}", max_size=1 << 26)
         self.count, self.at = 0, {}
+        self.errors: list[dict] = []  # of scripts, and what the page's policy has kept out
         (tab,) = (t for t in self.ask("Target.getTargets")["targetInfos"] if t["type"] == "page")
         attach = {"targetId": tab["targetId"], "flatten": True}
         self.at = {"sessionId": self.ask("Target.attachToTarget", **attach)["sessionId"]}
+
+    def open(self, url: str) -> None:
+        """Go to a page."""
+        for domain in ("Page", "Runtime", "Log"):
+            self.ask(f"{domain}.enable")
+        self.ask("Page.navigate", url=url)
 
     def ask(self, method: str, **params: object) -> dict:
         """One command of the DevTools protocol."""
@@ -53,9 +60,15 @@ class Browser:
         self.socket.send(json.dumps(message | self.at))
         while True:
             answer = json.loads(self.socket.recv(timeout=30))
+            self._note(answer)
             if answer.get("id") == self.count:
                 assert "error" not in answer, (method, answer)
                 return answer["result"]
+
+    def _note(self, event: dict) -> None:
+        entry = event.get("params", {}).get("entry", {})
+        if event.get("method") == "Runtime.exceptionThrown" or entry.get("level") == "error":
+            self.errors.append(event["params"])
 
     def do(self, script: str) -> object:
         """The value of a JavaScript expression in the page."""

@@ -175,25 +175,30 @@ class Player:
 
     async def _drive(self) -> None:
         """What is asked for, in turn; while something is held, chunk after chunk at the pace."""
-        loop = asyncio.get_running_loop()
         while True:
             await self.wake.wait()
             self.wake.clear()
-            while (work := self._next()) is not None or self.save:
+            work = self._next()
+            while work is not None or self.save:
+                if work is not None:
+                    await self._do(work)
                 if self.save:
                     self.save = False
                     await self._store()
-                if work is None:
-                    continue
-                begun = loop.time()
-                try:
-                    self.show(await self.seat.run(work))
-                except UserError as error:
-                    self.held = None
-                    await self.say("refused", why=str(error))
-                    if self.seat.session.frame is not None:
-                        self.show(self.seat.session.frame)
-                await asyncio.sleep(max(0.0, begun + 1 / self.pace - loop.time()))
+                work = self._next()
+
+    async def _do(self, work: Callable[[Session], Frame]) -> None:
+        """One frame, and the rest of its time."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        try:
+            self.show(await self.seat.run(work))
+        except UserError as error:
+            self.held = None
+            await self.say("refused", why=str(error))
+            if self.seat.session.frame is not None:
+                self.show(self.seat.session.frame)
+        await asyncio.sleep(max(0.0, begun + 1 / self.pace - loop.time()))
 
     def _next(self) -> Callable[[Session], Frame] | None:
         if self.begin is not None:
