@@ -11,7 +11,7 @@ from worldenv.presets import preset
 from worldenv.stages import store
 from worldenv.stages.run import Run
 
-SCRIPTS = ("train", "evaluate", "collect", "imagine")
+SCRIPTS = ("train", "evaluate", "collect", "imagine", "play")
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -31,6 +31,7 @@ def test_help_speaks_in_sentences(script):
         "evaluate": "success in the real benchmark",
         "collect": "LIBERO's HDF5 layout",
         "imagine": "in the real world and in the learned one",
+        "play": "Drive a run's learned world by hand",
     }
     assert expected[script] in text
 
@@ -97,3 +98,17 @@ def test_eval_refuses_a_policy_of_another_chunk_or_image_size(run):
         assert done.returncode == 2, done.stderr
         assert f"this policy was trained with env.{name} {config['env'][name]}" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_run_without_a_world_cannot_be_played_in(run):
+    done = call("play", str(run.dir), "--port", "0", "--no-browser")
+    assert done.returncode == 2
+    assert f"stage 'simulator-0' has not run in {run.dir}" in done.stderr
+    done = call("play", str(run.dir), "--port", "0", "--no-browser", "--round", "9")
+    assert "round 9: expected 0..1" in done.stderr
+    config = json.loads((run.dir / "config.json").read_text())
+    config["posttrain"]["world"] = "real"
+    (run.dir / "config.json").write_text(json.dumps(config))
+    done = call("play", str(run.dir), "--port", "0", "--no-browser")
+    assert "expected a run with a learned world" in done.stderr
+    assert "Traceback" not in done.stderr

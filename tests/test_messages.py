@@ -25,7 +25,7 @@ FOREIGN |= {"--local-dir", "--latest_"}
 def flags() -> set[str]:
     """Of all scripts, as their help lists them."""
     found: set[str] = set()
-    for script in (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.doctor):
+    for script in (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.play, cli.doctor):
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -36,6 +36,7 @@ def flags() -> set[str]:
                 script()
         found |= set(FLAG.findall(out.getvalue()))
     assert {"--posttrain.lr", "--fixture-seeds", "--episodes", "--drive", "--folder"} <= found
+    assert "--port" in found
     return found
 
 
