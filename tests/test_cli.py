@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from worldenv.play.session import open_world
 from worldenv.presets import preset
+from worldenv.runtime.errors import UserError
 from worldenv.stages import store
 from worldenv.stages.run import Run
 
@@ -104,11 +106,10 @@ def test_a_run_without_a_world_cannot_be_played_in(run):
     done = call("play", str(run.dir), "--port", "0", "--no-browser")
     assert done.returncode == 2
     assert f"stage 'simulator-0' has not run in {run.dir}" in done.stderr
-    done = call("play", str(run.dir), "--port", "0", "--no-browser", "--round", "9")
-    assert "round 9: expected 0..1" in done.stderr
-    config = json.loads((run.dir / "config.json").read_text())
-    config["posttrain"]["world"] = "real"
-    (run.dir / "config.json").write_text(json.dumps(config))
-    done = call("play", str(run.dir), "--port", "0", "--no-browser")
-    assert "expected a run with a learned world" in done.stderr
     assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=r"round 9: expected 0\.\.1"):
+        open_world(run, 9)
+    rounds = replace(run.config.posttrain, world="real", rounds=1)
+    run.config = replace(run.config, posttrain=rounds)
+    with pytest.raises(UserError, match="expected a run with a learned world"):
+        open_world(run)
