@@ -88,6 +88,18 @@ def test_the_hand_is_driven_and_the_episode_loads(tab, tmp_path):
     assert tab.errors == []
 
 
+def test_a_gamepad_drives_it_too(tab, running):
+    pad = "{mapping: 'standard', axes: [-1, 0.1, 0, 0], buttons: Array(16).fill({pressed: false})}"
+    tab.do(f"navigator.getGamepads = () => [null, {pad}]; 0")
+    tab.wait(f"{text('done')}.startsWith('2 chunks')")
+    tab.do("navigator.getGamepads = () => []; 0")
+    tab.wait("true")
+    (seat,) = running.seats
+    done = seat.session.actions[0]
+    assert (done[:, 1] > 0).all()  # to the left, as the first camera sees it
+    assert (done[:, [0, 2, 3, 4, 5]] == 0).all()
+
+
 def test_the_page_says_that_the_server_has_ended(running, tab):
     for seat in running.seats:
         asyncio.run_coroutine_threadsafe(

@@ -33,9 +33,10 @@ class Page:
     async def say(self, **message):
         await self.socket.send(json.dumps(message))
 
-    async def act(self, action=RIGHT, go=True, follow=False):
+    async def act(self, action=RIGHT, go=True, follow=False, press=None):
         self.number += 1
         act = {"action": action, "go": go, "follow": follow, "number": self.number}
+        act["press"] = go if press is None else press
         await self.say(do="act", **act)
 
     async def tap(self):
@@ -128,6 +129,29 @@ def test_a_key_moves_the_hand_and_the_world_waits_without_one(play, world):
     play(story)
 
 
+def test_a_tap_while_another_key_is_held_is_not_lost(play, world):
+    """At five frames a second a tap was over before the next chunk, and the held key's release of
+    it took its place."""
+
+    async def story(running):
+        async with page(running) as p:
+            await p.frame()
+            still = [0, 0, 0, 0, 0, 0, -1]
+            await p.act(still, follow=True)
+            await p.act(RIGHT, follow=True)
+            await p.act(still, follow=True, press=False)
+            for _ in range(3):
+                await p.frame()
+            own = made_up().actions.reshape(5, 8, 7).clip(-1, 1)[:3]
+            done = np.stack(running.seats[0].session.actions[:3])
+            assert (done - own)[0] == pytest.approx(0, abs=1e-6)
+            assert (done - own)[2] == pytest.approx(0, abs=1e-6)
+            assert (done[1, :, 1] <= own[1, :, 1]).all()
+            assert done[1, :, 1].mean() < own[1, :, 1].mean() - 0.2
+
+    play(story)
+
+
 def test_what_was_done_is_saved_and_loads(play, tmp_path):
     async def story(running):
         async with page(running) as p:
@@ -178,8 +202,8 @@ BAD = {
 def test_a_bad_message_is_refused_with_a_reason_and_nothing_is_lost(play, name):
     sent, reason = BAD[name]
     if isinstance(sent, dict):
-        act = {"do": "act", "action": RIGHT, "go": False, "follow": False, "number": 1}
-        sent = json.dumps(act | sent)
+        act = {"action": RIGHT, "go": False, "press": False, "follow": False, "number": 1}
+        sent = json.dumps({"do": "act"} | act | sent)
 
     async def story(running):
         async with page(running) as p:

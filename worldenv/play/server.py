@@ -17,6 +17,7 @@ import math
 import secrets
 import socket
 import struct
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -44,6 +45,7 @@ from worldenv.runtime.errors import UserError
 PLAYERS = 4
 """Sessions at once; of those without a page the longest left one makes room for another."""
 AHEAD = 2  # frames that the world may be ahead of what its page has drawn
+TAPS = 3  # keys pressed faster than chunks are done: so many wait, the oldest gives way
 LARGEST = 1 << 16  # bytes of a message from a page
 SLOWEST = 0.5  # frames a second that a page may ask for at least
 _PAGE = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
@@ -96,7 +98,7 @@ class Player:
     def __init__(self, connection: ServerConnection, seat: Seat, server: "Server") -> None:
         self.connection, self.seat, self.server = connection, seat, server
         self.held: Act | None = None  # as long as a key is down
-        self.due: Act | None = None  # the newest that has not been done yet: a tap is one chunk
+        self.due: deque[Act] = deque(maxlen=TAPS)  # of keys pressed: each is good for a chunk
         self.begin: tuple[int, int] | None = None
         self.real: bool | None = None
         self.save = False
@@ -142,10 +144,9 @@ class Player:
         kind = said.get("do") if isinstance(said, dict) else None
         if kind == "act":
             act = self._act(said)
-            going = _of(said, "go", bool)
-            self.held = act if going else None
-            if going:
-                self.due = act
+            self.held = act if _of(said, "go", bool) else None
+            if _of(said, "press", bool):
+                self.due.append(act)
         elif kind == "drawn":
             self.drawn = max(self.drawn, _of(said, "frame", int))
             self.seen.set()
@@ -194,7 +195,7 @@ class Player:
         try:
             self.show(await self.seat.run(work))
         except UserError as error:
-            self.held = None
+            self._let_go()
             await self.say("refused", why=str(error))
             if self.seat.session.frame is not None:
                 self.show(self.seat.session.frame)
@@ -203,17 +204,22 @@ class Player:
     def _next(self) -> Callable[[Session], Frame] | None:
         if self.begin is not None:
             origin, place = self.begin
-            self.begin = self.held = self.due = None
+            self.begin = None
+            self._let_go()
             return lambda session: session.begin(origin, place)
         if self.real is not None:
             on, self.real = self.real, None
             return lambda session: session.show_real(on)
-        act = self.due or self.held
-        frame = self.seat.session.frame
-        if act is None or frame.number - self.drawn >= AHEAD:
+        ahead = self.seat.session.frame.number - self.drawn
+        if ahead >= AHEAD or not (self.due or self.held):
             return None
-        self.due, self.act = None, act.number
+        act = self.due.popleft() if self.due else self.held
+        self.act = act.number
         return lambda session: session.advance(act.action, act.follow)
+
+    def _let_go(self) -> None:
+        self.held = None
+        self.due.clear()
 
     async def _store(self) -> None:
         try:

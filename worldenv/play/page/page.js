@@ -17,7 +17,7 @@ let facts, socket, pixels;
 let waiting = null; // the newest frame that has not been drawn
 let frame = null; // the last one that has
 let grips = {}; // by place in the action
-let sent = { key: "", number: 0, at: new Map() };
+let sent = { key: "", go: false, number: 0, at: new Map() };
 let padButtons = [];
 const down = new Set();
 const drawn = []; // [time, number] of frames in the last second
@@ -101,15 +101,16 @@ function hearButtons(pad) {
   if (again) begin();
 }
 
-function act(once = false) {
+function act(press = false) {
   const now = held();
   const key = JSON.stringify(now);
-  if (key === sent.key && !once) return;
+  if (key === sent.key && !press) return;
+  press ||= now.go && !sent.go; // a stick that was at rest
   sent.key = key;
+  sent.go = now.go;
   sent.number += 1;
-  if (now.go || once) sent.at.set(sent.number, performance.now());
-  say({ do: "act", ...now, go: now.go || once, number: sent.number });
-  if (once && !now.go) say({ do: "act", ...now, go: false, number: sent.number });
+  if (press) sent.at.set(sent.number, performance.now());
+  say({ do: "act", ...now, press, number: sent.number });
 }
 
 function toggle({ index, sign }) {
@@ -138,7 +139,7 @@ function key(event, pressed) {
   else if (pressed && code === "Backspace") begin();
   else if (pressed && code === "KeyB") $("want-real").click();
   else if (pressed && code === "KeyN") say({ do: "save" });
-  else act();
+  else act(pressed);
 }
 
 function begin(origin = frame?.origin ?? 0, place = frame?.place ?? 0) {
