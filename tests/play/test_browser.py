@@ -93,7 +93,6 @@ def test_a_gamepad_drives_it_too(tab, running):
     tab.do(f"navigator.getGamepads = () => [null, {pad}]; 0")
     tab.wait(f"{text('done')}.startsWith('2 chunks')")
     tab.do("navigator.getGamepads = () => []; 0")
-    tab.wait("true")
     (seat,) = running.seats
     done = seat.session.actions[0]
     assert (done[:, 1] > 0).all()  # to the left, as the first camera sees it

@@ -193,6 +193,8 @@ BAD = {
     "a long number": ({"number": 2**60}, "number: expected a whole number"),
     "a place past the last": ('{"do": "begin", "origin": 0, "place": 5}', "expected 0 to 4, got 5"),
     "a negative episode": ('{"do": "begin", "origin": -1, "place": 0}', "origin: expected"),
+    "a number beyond floats": ({"action": [10**400] + [0] * 6}, "expected 7 numbers"),
+    "a frame that is to come": ('{"do": "drawn", "frame": 99}', "frame: expected 0 to"),
     "a pace of nothing": ('{"do": "pace", "frames": 0}', "frames: expected null"),
     "a real that is no": ('{"do": "real", "on": "no"}', "on: expected"),
 }

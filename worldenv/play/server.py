@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
+import torch
 from PIL import Image
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.datastructures import Headers
@@ -79,7 +80,7 @@ class Seat:
         self.name = secrets.token_urlsafe(12)
         self.session = Session(world)
         self.player: Player | None = None
-        self._thread = ThreadPoolExecutor(1, "play")
+        self._thread = ThreadPoolExecutor(1, "play", torch.set_num_threads, (1,))
 
     async def run(self, work: Callable[[Session], _Result]) -> _Result:
         """Something done with the session, after whatever is under way."""
@@ -148,7 +149,8 @@ class Player:
             if _of(said, "press", bool):
                 self.due.append(act)
         elif kind == "drawn":
-            self.drawn = max(self.drawn, _of(said, "frame", int))
+            # More than there are would let the world run ahead of a page that draws none.
+            self.drawn = max(self.drawn, _within(said, "frame", self.seat.session.number + 1))
             self.seen.set()
         elif kind == "begin":
             origins = self.server.world.origins
@@ -400,7 +402,7 @@ def _answer(status: int, kind: str, content: bytes) -> Response:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
 def _of(said: dict, name: str, kind: type[_Result]) -> _Result:

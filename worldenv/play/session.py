@@ -10,6 +10,7 @@ and given the same actions. Nothing here is asynchronous; a session is for one t
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -88,9 +89,9 @@ class World:
             self.origins.append(origin)
         self.controls: list[Control] = controls(robot)
         self.reaches = reaches(robot, [episode.actions for episode in episodes])
-        self.turn = threading.Lock()
-        """Held by whoever imagines: on a CPU one does so with every core, and a GPU records its
-        graphs while nobody else is at work on it."""
+        alone = simulator.device.type == "cuda"
+        self.turn = threading.Lock() if alone else nullcontext()
+        """Held by whoever imagines: a GPU records its graphs while nobody else is at work on it."""
 
     @property
     def rate(self) -> float:
