@@ -203,6 +203,11 @@ def imagine() -> None:
     _guarded(_imagine)
 
 
+def play() -> None:
+    """worldenv-play"""
+    _guarded(_play)
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _guarded(doctor_module.main)
@@ -389,6 +394,12 @@ def _imagine() -> None:
     )
     print("\n".join(str(path) for path in paths))
     run.close()
+
+
+def _play() -> None:
+    from worldenv.play import command  # its server, for one command
+
+    command.main(parse(command.PlayArguments))
 
 
 def _policy(run: Run, named: Path | None) -> Policy:

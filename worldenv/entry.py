@@ -23,6 +23,11 @@ def imagine() -> None:
     _start("imagine")
 
 
+def play() -> None:
+    """worldenv-play"""
+    _start("play")
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _start("doctor")

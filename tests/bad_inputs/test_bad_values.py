@@ -12,6 +12,7 @@ from table import Row, as_arguments, bad_values, ends_in_a_named_error, fields_o
 from worldenv import cli, push
 from worldenv.config import Config, load
 from worldenv.fields import Range, bare, hints
+from worldenv.play.command import PlayArguments
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 
@@ -20,6 +21,7 @@ SCRIPTS = {
     "collect": cli.CollectArguments,
     "imagine": cli.ImagineArguments,
     "push": push.PushArguments,
+    "play": PlayArguments,
 }
 
 
