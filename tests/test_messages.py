@@ -25,7 +25,8 @@ FOREIGN |= {"--local-dir", "--repo-type", "--latest_"}
 def flags() -> set[str]:
     """Of all scripts, as their help lists them."""
     found: set[str] = set()
-    scripts = (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.export, cli.doctor)
+    scripts = (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.export, cli.play)
+    scripts += (cli.doctor, cli.push)
     for script in scripts:
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -37,6 +38,7 @@ def flags() -> set[str]:
                 script()
         found |= set(FLAG.findall(out.getvalue()))
     assert {"--posttrain.lr", "--fixture-seeds", "--episodes", "--drive", "--folder"} <= found
+    assert "--port" in found
     return found
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from worldenv import doctor as doctor_module
-from worldenv.command_line import parse
+from worldenv import push as push_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
 from worldenv.fields import Items, Range
@@ -48,6 +48,7 @@ from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 from worldenv.stages.trial import Trial, run_trial, told
+from worldenv.words import parse
 
 Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
 _Stage = Literal[
@@ -79,13 +80,14 @@ class TrainArguments:
     round: FromZero = 0
     """Round of that stage (explore, simulator, distill, reflector, fidelity, posttrain)."""
     policy: Path | None = None
-    """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
+    """Use this policy checkpoint, a file or a repository of the hub (user/name@revision), instead
+    of training one by imitation. With a named checkpoint, one
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
     """
     simulator: Path | None = None
-    """Use this simulator checkpoint for the round, instead of training one."""
+    """Use this simulator checkpoint (file or repository) for the round, not training one."""
     reflector: Path | None = None
-    """Use this reflector checkpoint for the round, instead of training one."""
+    """Use this reflector checkpoint (file or repository) for the round, not training one."""
     force: bool = False
     """Post-train in a world that the gate refuses too; the record, results and report say so."""
     plan: bool = False
@@ -106,7 +108,7 @@ class EvalArguments:
     run_dir: Path = Path("runs/default")
     """Run folder whose configuration to use."""
     policy: Path | None = None
-    """Policy checkpoint; default: the run's post-trained one."""
+    """Policy checkpoint, a file or a repository of the hub; default: the run's post-trained one."""
     starts: StartRange | None = None
     """Half-open range of benchmark init states; default: the run's."""
     fixture_seeds: FixtureSeeds | None = None
@@ -147,7 +149,7 @@ class CollectArguments:
     noise: Noise = 0.25
     """Expert: std of the action noise, relative to the action."""
     policy: Path | None = None
-    """Policy: checkpoint to roll out."""
+    """Policy: checkpoint to roll out, a file or a repository of the hub (user/name@revision)."""
     push: Noise = 0.0
     """Policy: Laplace scale of a push, the same for all actions of a chunk."""
     scale: Factor = 1.5
@@ -169,7 +171,7 @@ class ImagineArguments:
     episodes: Path | None = None
     """HDF5 file (or folder) of recorded episodes to replay; default: roll out the policy."""
     policy: Path | None = None
-    """Policy checkpoint; default: the run's post-trained one."""
+    """Policy checkpoint, a file or a repository of the hub; default: the run's post-trained one."""
     drive: Literal["actions", "policy"] = "actions"
     """What moves the imagined world: the real episode's actions, or the policy looking at it."""
     starts: Starts = (20, 21)
@@ -210,9 +212,19 @@ def export() -> None:
     _guarded(_export)
 
 
+def play() -> None:
+    """worldenv-play"""
+    _guarded(_play)
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _guarded(doctor_module.main)
+
+
+def push() -> None:
+    """worldenv-push"""
+    _guarded(push_module.main)
 
 
 def _guarded(work: Callable[[], int | None]) -> None:
@@ -235,12 +247,14 @@ def _train() -> int | None:
         return _plan(arguments)
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
-    files = {kind: path for kind, path in named.items() if path is not None}
+    files = {kind: store.locate(kind, path) for kind, path in named.items() if path is not None}
+    paths = tuple(store.locate("data", path) for path in arguments.config.data.paths)
+    config = replace(arguments.config, data=replace(arguments.config.data, paths=paths))
     if name == "published-tiny":  # its libraries take seconds to import
         from worldenv.layouts import tiny
 
-        tiny.prepare(arguments.config)
-    run = Run(arguments.config, force=arguments.force)
+        tiny.prepare(config)
+    run = Run(config, force=arguments.force)
     try:
         if arguments.stage == "all":
             results = pipeline.run_all(run, files, arguments.round)
@@ -347,7 +361,7 @@ def _collect() -> None:
     else:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
-        policy = store.load("policy", arguments.policy, fits=config)
+        policy = store.load("policy", store.locate("policy", arguments.policy), fits=config)
         policy.to(acting(devices.pick(config.device), policy.config))
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
@@ -398,11 +412,18 @@ def _export() -> None:
     print(exporting.export(arguments))
 
 
+def _play() -> None:
+    from worldenv.play import command  # its server, for one command
+
+    command.main(parse(command.PlayArguments))
+
+
 def _policy(run: Run, named: Path | None) -> Policy:
     """The policy named, or the run's post-trained one."""
     last = run.config.posttrain.rounds - 1
     if named is None:
         pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
-    path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
+    path = run.dir / "checkpoints" / f"policy-{last}.safetensors"
+    path = path if named is None else store.locate("policy", named)
     policy = store.load("policy", path, fits=run.config)
     return policy.to(acting(run.device, policy.config))

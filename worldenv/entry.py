@@ -28,9 +28,19 @@ def export() -> None:
     _start("export")
 
 
+def play() -> None:
+    """worldenv-play"""
+    _start("play")
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _start("doctor")
+
+
+def push() -> None:
+    """worldenv-push"""
+    _start("push")
 
 
 def _start(script: str) -> None:

@@ -19,7 +19,8 @@ class EnvConfig:
     tasks: Tasks = (8,)
     """Task ids within the suite (0-9)."""
     assets: Path | None = None
-    """Folder with LIBERO's assets. Unset: WORLDENV_LIBERO_ASSETS, else the primitive pack."""
+    """Folder with LIBERO's assets, or `official`: those that `worldenv-doctor --fetch-assets` got.
+    Unset: WORLDENV_LIBERO_ASSETS, else libero_spatial's primitive pack, else the official ones."""
     image_size: Annotated[int, Range(8, 256, step=8)] = 64
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
@@ -70,8 +71,8 @@ class DataConfig:
     """Recorded demonstrations, in place of scripted ones: LIBERO's HDF5 layout, LeRobotDatasets."""
 
     paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
-    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own,
-    LeRobotDatasets (v2.1, v3.0), in any mixture."""
+    """Files, folders or repositories of the hub (user/name@revision): LIBERO's demonstrations,
+    openvla's regenerated ones, our own, LeRobotDatasets (v2.1, v3.0), in any mixture."""
     episodes: Episodes | None = None
     """Demonstrations per task at most; unset: all."""
     no_ops: Literal["keep", "drop"] = "keep"

@@ -53,7 +53,7 @@ def check(config: Config) -> None:
         survey(config)
     else:
         require_expert(config.env.suite)
-    resolve_assets(config.env.assets, config.env.suite)
+    print(f"assets: {resolve_assets(config.env.assets, config.env.suite)}", flush=True)
 
 
 def identity(config: Config) -> tuple:

@@ -19,6 +19,7 @@ from worldenv.ranges import Episodes
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.sources import DataConfig
+from worldenv.stages import store
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def sources(part: DataConfig, image_size: int | None) -> list[Source]:
     found: list[Source] = []
     if not part.paths:
         raise UserError("--data: expected files or folders to read, got none. Name some.")
-    for path in map(Path, part.paths):
+    for path in (store.locate("data", named) for named in part.paths):
         files, folders = data_files(path), datasets_of(path)
         if not files and not folders:
             raise UserError(

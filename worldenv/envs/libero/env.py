@@ -95,6 +95,7 @@ class LiberoVectorEnv(VectorEnv):
         self.suite, self.num_envs, self.chunk = suite, num_envs, chunk
         self.max_steps, self.terminate, self.record_every = max_steps, terminate, record_every
         self.assets = resolve_assets(assets, suite, None)
+        self.metadata = {**self.metadata, "assets": str(self.assets)}
         self.embodiment = embodiment(image_size, chunk, views=views)
         self.single_observation_space, self.single_action_space = _spaces(self.embodiment)
         self.observation_space = batch_space(self.single_observation_space, num_envs)

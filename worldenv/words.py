@@ -1,4 +1,4 @@
-"""How the console scripts read their command lines: dataclasses of arguments, by tyro."""
+"""Command lines as dataclasses: how words become values, and that they are checked."""
 
 from pathlib import Path
 from typing import Any, TypeVar, get_args
