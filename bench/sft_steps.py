@@ -18,13 +18,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from worldenv.config import Config, EvaluateConfig, SFTConfig
+from worldenv.envs.libero.benchmark import TUNING
 from worldenv.fields import to_dict
 from worldenv.models.policy import Policy
 from worldenv.report.statistics import paired_difference, wilson
 from worldenv.runtime import device as devices
 from worldenv.runtime.revision import commit
 from worldenv.stages import pipeline, store
-from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy, held_out_starts
 from worldenv.stages.results import success_of
 from worldenv.stages.run import Run, write_json
@@ -38,7 +38,7 @@ def measure(seed: int, steps: int, fixture_seeds: tuple[int, ...], folder: Path)
         seed=seed,
         run_dir=folder / f"seed-{seed}-steps-{steps}",
         sft=SFTConfig(steps=steps),
-        evaluate=EvaluateConfig(starts=(0, TUNING_STARTS), fixture_seeds=fixture_seeds),
+        evaluate=EvaluateConfig(starts=(0, TUNING), fixture_seeds=fixture_seeds),
     )
     run = Run(config)
     began = time.perf_counter()
