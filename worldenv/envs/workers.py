@@ -13,6 +13,7 @@ dict of arrays, without gymnasium's `_key` masks: every row reports every time.
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
@@ -37,9 +38,9 @@ class WorkerVectorEnv(VectorEnv):
     """B rows of one suite, any task in any row. See the module's text for its conduct.
 
     Observation: image [B, V, H, W, 3] uint8 upright, proprio [B, P] float32, instruction (B str).
-    Action: [B, C, A] float, clipped to [-1, 1]. Reward: 1 in the step in which success first holds.
-    `info`: success [B] (ever), steps [B], success_step [B] (1-based, -1 for none), and frames if
-    recording.
+    Action: [B, C, A] float; what lies beyond [-1, 1] the simulator clips. Reward: 1 in the step in
+    which success first holds. `info`: success [B] (ever), steps [B], success_step [B] (1-based, -1
+    for none), and frames if recording.
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
@@ -92,13 +93,15 @@ class WorkerVectorEnv(VectorEnv):
         self.benchmark, self.suite, self.instructions = benchmark, suite, tuple(instructions)
         self.num_envs, self.states, self.embodiment = num_envs, states, robot
         self.max_steps, self.terminate, self.record_every = max_steps, terminate, record_every
-        self.single_observation_space, self.single_action_space = _spaces(robot, self.instructions)
+        self.single_observation_space, self.single_action_space = spaces_of(
+            robot, self.instructions
+        )
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._workers = min(workers, num_envs)
         settings = {"simulator": simulator, "arguments": arguments or {}}
         if processes:
-            settings |= {"simulator": _named(simulator), "path": sys.path}
+            settings |= _named(simulator)
             self._pool = WorkerPool(
                 self._workers,
                 settings,
@@ -392,7 +395,7 @@ class _Row:
         return float(first)
 
 
-def _spaces(robot: Embodiment, words: Sequence[str]) -> tuple[spaces.Dict, spaces.Box]:
+def spaces_of(robot: Embodiment, words: Sequence[str]) -> tuple[spaces.Dict, spaces.Box]:
     """One row's observation and action spaces; words: all that instructions say."""
     letters = frozenset(_LETTERS).union(*words)
     shape = (robot.V, robot.image_size, robot.image_size, 3)
@@ -406,13 +409,16 @@ def _spaces(robot: Embodiment, words: Sequence[str]) -> tuple[spaces.Dict, space
     return observation, spaces.Box(-1.0, 1.0, (robot.chunk, robot.A), np.float32)
 
 
-def _named(simulator: Callable[..., Simulator] | str) -> str:
-    """What a worker finds it by: a program's own module has no name there."""
+def _named(simulator: Callable[..., Simulator] | str) -> dict[str, Any]:
+    """What a worker finds it by, and the folders where it looks."""
     if isinstance(simulator, str):
-        return simulator
-    module = simulator.__module__
-    place = sys.modules[module].__file__ if module == "__main__" else module
-    return f"{place}:{simulator.__qualname__}"
+        return {"simulator": simulator, "path": sys.path}
+    module = sys.modules[simulator.__module__]
+    file, depth = Path(module.__file__).resolve(), module.__name__.count(".")
+    # A program's own module has another name there.
+    place = str(file) if module.__name__ == "__main__" else module.__name__
+    name = f"{place}:{simulator.__qualname__}"
+    return {"simulator": name, "path": [*sys.path, str(file.parents[depth])]}
 
 
 def _row_generators(
