@@ -403,7 +403,7 @@ def spaces_of(robot: Embodiment, words: Sequence[str]) -> tuple[spaces.Dict, spa
         {
             "image": spaces.Box(0, 255, shape, np.uint8),
             "proprio": spaces.Box(-np.inf, np.inf, (robot.P,), np.float32),
-            "instruction": spaces.Text(max_length=max(200, *map(len, words)), charset=letters),
+            "instruction": spaces.Text(max_length=max([200, *map(len, words)]), charset=letters),
         }
     )
     return observation, spaces.Box(-1.0, 1.0, (robot.chunk, robot.A), np.float32)
