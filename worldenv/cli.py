@@ -20,6 +20,7 @@ from worldenv import doctor as doctor_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
 from worldenv.envs.benchmark import begun
+from worldenv.envs.benchmark import check as check_benchmark
 from worldenv.fields import Items, Range, bare, check
 from worldenv.models.policy import Policy
 from worldenv.presets import NAMES, preset
@@ -348,6 +349,7 @@ def _evaluate() -> None:
         fixture_seeds=arguments.fixture_seeds or part.fixture_seeds,
     )
     run.config = replace(run.config, evaluate=part)
+    check_benchmark(run.config)
     starts = evaluating.held_out_starts(run)
     outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
     wins = sum(o["success"] for o in outcomes)

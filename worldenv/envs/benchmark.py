@@ -26,7 +26,10 @@ from worldenv.runtime.errors import UserError, unknown
 from worldenv.sources import EnvConfig
 
 GROUP = "worldenv.benchmarks"
-BUILT_IN = {"libero": "worldenv.envs.libero.benchmark:benchmark"}
+BUILT_IN = {
+    "libero": "worldenv.envs.libero.benchmark:benchmark",
+    "metaworld": "worldenv.envs.metaworld.benchmark:benchmark",
+}
 
 
 class Benchmark(ABC):
@@ -44,8 +47,8 @@ class Benchmark(ABC):
     """Of these, the first so many are for tuning: held-out evaluation takes others."""
     defaults: Mapping[str, Any] = {}
     """Of EnvConfig, where nobody says otherwise: such as max_steps or views."""
-    simulator: Callable[..., Simulator]
-    """Called in worker processes with `task` and what `arguments` gives."""
+    simulator: Callable[..., Simulator] | str
+    """Or its `module:name`. Called in worker processes with `task` and what `arguments` gives."""
     renders: bool = False
     """Whether it draws with MuJoCo."""
     processes: bool = True
@@ -141,7 +144,8 @@ def check(config: Config) -> Benchmark:
     if beyond:
         raise UserError(
             f"config env.tasks: expected whole numbers from 0 to {last}, the tasks of {env.suite}, "
-            f"got {', '.join(map(str, beyond))}. Choose others (--env.tasks)."
+            f"got {', '.join(map(str, beyond))}. Choose others (worldenv-train "
+            "--env.tasks, worldenv-collect --tasks)."
         )
     robot = found.embodiment(env)
     for name, asked, made in (

@@ -94,7 +94,7 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
     most = benchmark(config).states
     if count > most:
         raise UserError(
-            f"expected at most {most} demonstrations of a task, one for each numbered start that "
+            f"--episodes: expected at most {most} demonstrations of a task, one for each numbered start that "
             f"{benchmark(config).name} has of it, got {count}. Ask for fewer episodes."
         )
     alone = bool(mark)
