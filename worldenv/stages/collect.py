@@ -94,8 +94,8 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
     most = benchmark(config).states
     if count > most:
         raise UserError(
-            f"--episodes: expected at most {most} demonstrations of a task, one for each numbered start that "
-            f"{benchmark(config).name} has of it, got {count}. Ask for fewer episodes."
+            f"--episodes: expected at most {most} demonstrations of a task, one for each numbered "
+            f"start that {benchmark(config).name} has of it, got {count}. Ask for fewer."
         )
     alone = bool(mark)
     mark = mark or fingerprint(
