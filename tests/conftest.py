@@ -12,6 +12,7 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 
 import importlib.util
 import resource
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -69,3 +70,53 @@ def largest_file():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limited
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub on loopback in place of huggingface.co, an empty cache and no token."""
+    from huggingface_hub import constants, file_download
+    from loopback_hub import Hub
+
+    from worldenv.runtime import hub as ours
+
+    with Hub() as running:
+        url = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": running.endpoint,
+            "HUGGINGFACE_CO_URL_TEMPLATE": url,
+            "HF_HUB_CACHE": str(tmp_path / "hub"),
+            "HF_TOKEN_PATH": str(tmp_path / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,  # a service of its own, which is not asked here
+            "DOWNLOAD_CHUNK_SIZE": 1 << 10,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        for module in (file_download, ours._library().utils._http):  # between attempts
+            monkeypatch.setattr(module, "time", _Hasty)
+        yield running
+
+
+@pytest.fixture
+def impatient(hub, monkeypatch):
+    """A context manager: nobody waits for that hub for longer than half a second."""
+    from worldenv.runtime import hub as ours
+
+    @contextmanager
+    def impatient():
+        with monkeypatch.context() as patch:
+            patch.setattr(ours, "TIMEOUT", 0.5)
+            yield
+
+    return impatient
+
+
+class _Hasty:
+    """`time` of a library that would wait for seconds before it tries again."""
+
+    time, monotonic = time.time, time.monotonic
+
+    @staticmethod
+    def sleep(seconds: float) -> None:
+        time.sleep(min(seconds, 0.01))

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from worldenv.play.session import open_world
 from worldenv.presets import preset
+from worldenv.runtime.errors import UserError
 from worldenv.stages import store
 from worldenv.stages.run import Run
 
-SCRIPTS = ("train", "evaluate", "collect", "imagine")
+SCRIPTS = ("train", "evaluate", "collect", "imagine", "play", "push")
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -31,6 +33,8 @@ def test_help_speaks_in_sentences(script):
         "evaluate": "success in the real benchmark",
         "collect": "LIBERO's HDF5 layout",
         "imagine": "in the real world and in the learned one",
+        "push": "on the hub, with a card of their figures",
+        "play": "Drive a run's learned world by hand",
     }
     assert expected[script] in text
 
@@ -97,3 +101,16 @@ def test_eval_refuses_a_policy_of_another_chunk_or_image_size(run):
         assert done.returncode == 2, done.stderr
         assert f"this policy was trained with env.{name} {config['env'][name]}" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_run_without_a_world_cannot_be_played_in(run):
+    done = call("play", str(run.dir), "--port", "0", "--no-browser")
+    assert done.returncode == 2
+    assert f"stage 'simulator-0' has not run in {run.dir}" in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(UserError, match=r"round 9: expected 0\.\.1"):
+        open_world(run, 9)
+    rounds = replace(run.config.posttrain, world="real", rounds=1)
+    run.config = replace(run.config, posttrain=rounds)
+    with pytest.raises(UserError, match="expected a run with a learned world"):
+        open_world(run)

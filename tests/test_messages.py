@@ -25,7 +25,8 @@ FOREIGN |= {"--local-dir", "--latest_"}
 def flags() -> set[str]:
     """Of all scripts, as their help lists them."""
     found: set[str] = set()
-    for script in (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.doctor):
+    scripts = (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.play, cli.doctor, cli.push)
+    for script in scripts:
         with (
             pytest.MonkeyPatch.context() as patch,
             contextlib.redirect_stdout(io.StringIO()) as out,
@@ -36,6 +37,7 @@ def flags() -> set[str]:
                 script()
         found |= set(FLAG.findall(out.getvalue()))
     assert {"--posttrain.lr", "--fixture-seeds", "--episodes", "--drive", "--folder"} <= found
+    assert "--port" in found
     return found
 
 

@@ -12,16 +12,17 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Literal
 
 import tyro
 
 from worldenv import doctor as doctor_module
+from worldenv import push as push_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
 from worldenv.envs.benchmark import begun
 from worldenv.envs.benchmark import check as check_benchmark
-from worldenv.fields import Items, Range, bare, check
+from worldenv.fields import Items, Range
 from worldenv.models.policy import Policy
 from worldenv.presets import NAMES, preset
 from worldenv.ranges import (
@@ -48,9 +49,9 @@ from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
 from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 from worldenv.stages.trial import Trial, run_trial, told
+from worldenv.words import parse
 
 Starts = Annotated[tuple[StartNumber, ...], Items()]
-_Arguments = TypeVar("_Arguments")
 _Stage = Literal[
     "all",
     "demonstrations",
@@ -80,13 +81,14 @@ class TrainArguments:
     round: FromZero = 0
     """Round of that stage (explore, simulator, distill, reflector, fidelity, posttrain)."""
     policy: Path | None = None
-    """Use this policy checkpoint instead of training one by imitation. With a named checkpoint, one
+    """Use this policy checkpoint, a file or a repository of the hub (user/name@revision), instead
+    of training one by imitation. With a named checkpoint, one
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
     """
     simulator: Path | None = None
-    """Use this simulator checkpoint for the round, instead of training one."""
+    """Use this simulator checkpoint (file or repository) for the round, not training one."""
     reflector: Path | None = None
-    """Use this reflector checkpoint for the round, instead of training one."""
+    """Use this reflector checkpoint (file or repository) for the round, not training one."""
     force: bool = False
     """Post-train in a world that the gate refuses too; the record, results and report say so."""
     plan: bool = False
@@ -107,7 +109,7 @@ class EvalArguments:
     run_dir: Path = Path("runs/default")
     """Run folder whose configuration to use."""
     policy: Path | None = None
-    """Policy checkpoint; default: the run's post-trained one."""
+    """Policy checkpoint, a file or a repository of the hub; default: the run's post-trained one."""
     starts: StartRange | None = None
     """Half-open range of benchmark init states; default: the run's."""
     fixture_seeds: FixtureSeeds | None = None
@@ -150,7 +152,7 @@ class CollectArguments:
     noise: Noise = 0.25
     """Expert: std of the action noise, relative to the action."""
     policy: Path | None = None
-    """Policy: checkpoint to roll out."""
+    """Policy: checkpoint to roll out, a file or a repository of the hub (user/name@revision)."""
     push: Noise = 0.0
     """Policy: Laplace scale of a push, the same for all actions of a chunk."""
     scale: Factor = 1.5
@@ -172,7 +174,7 @@ class ImagineArguments:
     episodes: Path | None = None
     """HDF5 file (or folder) of recorded episodes to replay; default: roll out the policy."""
     policy: Path | None = None
-    """Policy checkpoint; default: the run's post-trained one."""
+    """Policy checkpoint, a file or a repository of the hub; default: the run's post-trained one."""
     drive: Literal["actions", "policy"] = "actions"
     """What moves the imagined world: the real episode's actions, or the policy looking at it."""
     starts: Starts = (20, 21)
@@ -205,9 +207,19 @@ def imagine() -> None:
     _guarded(_imagine)
 
 
+def play() -> None:
+    """worldenv-play"""
+    _guarded(_play)
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _guarded(doctor_module.main)
+
+
+def push() -> None:
+    """worldenv-push"""
+    _guarded(push_module.main)
 
 
 def _guarded(work: Callable[[], int | None]) -> None:
@@ -223,64 +235,6 @@ def _guarded(work: Callable[[], int | None]) -> None:
     sys.exit(code or 0)
 
 
-def parse(kind: type[_Arguments], default: _Arguments | None = None) -> _Arguments:
-    """The command line as a dataclass of arguments, checked as the configuration is."""
-    arguments = tyro.cli(kind, default=default or kind(), registry=_WORDS)
-    check(arguments, lambda name: f"--{name.replace('_', '-')}")
-    return arguments
-
-
-_WORDS = tyro.constructors.ConstructorRegistry()
-
-
-@_WORDS.primitive_rule
-def _list_of_numbers(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """Whole numbers in a row, however people part them: `0 1`, `0,1`."""
-    if info.type_origin is not tuple or bare(get_args(info.type)[0])[0] is not int:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="INT [INT ...]",
-        instance_from_str=lambda words: tuple(int(x) for w in words for x in w.split(",")),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(number) for number in value],
-    )
-
-
-@_WORDS.primitive_rule
-def _path(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """A path. An empty word is none, though Python takes it for the folder one is in."""
-    if info.type is not Path and set(get_args(info.type)) != {Path, type(None)}:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: _named_path(words[0]),
-        is_instance=lambda value: value is None or isinstance(value, Path),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-@_WORDS.primitive_rule
-def _list_of_paths(info: Any) -> tyro.constructors.PrimitiveConstructorSpec | None:
-    """One path or more: a flag that names none was not meant so."""
-    if info.type_origin is not tuple or get_args(info.type)[0] is not Path:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="PATH [PATH ...]",
-        instance_from_str=lambda words: tuple(map(_named_path, words or [""])),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(path) for path in value] or ["none"],
-    )
-
-
-def _named_path(word: str) -> Path:
-    if not word:
-        raise ValueError("expected a path, got nothing")
-    return Path(word)
-
-
 def _train() -> int | None:
     name = _word(sys.argv[1:], "--preset") or "default"
     base, benchmark = preset(name), _word(sys.argv[1:], "--env.benchmark")
@@ -291,12 +245,14 @@ def _train() -> int | None:
         return _plan(arguments)
     pipeline.check_round(arguments.config, arguments.round)
     named = {kind: getattr(arguments, kind) for kind in ("policy", "simulator", "reflector")}
-    files = {kind: path for kind, path in named.items() if path is not None}
+    files = {kind: store.locate(kind, path) for kind, path in named.items() if path is not None}
+    paths = tuple(store.locate("data", path) for path in arguments.config.data.paths)
+    config = replace(arguments.config, data=replace(arguments.config.data, paths=paths))
     if name == "published-tiny":  # its libraries take seconds to import
         from worldenv.layouts import tiny
 
-        tiny.prepare(arguments.config)
-    run = Run(arguments.config, force=arguments.force)
+        tiny.prepare(config)
+    run = Run(config, force=arguments.force)
     try:
         if arguments.stage == "all":
             results = pipeline.run_all(run, files, arguments.round)
@@ -396,7 +352,7 @@ def _collect() -> None:
     else:
         if arguments.policy is None:
             raise UserError("worldenv-collect policy: expected --policy CHECKPOINT, got none")
-        policy = store.load("policy", arguments.policy, fits=config)
+        policy = store.load("policy", store.locate("policy", arguments.policy), fits=config)
         policy.to(acting(devices.pick(config.device), policy.config))
         with closing(Reality(config)) as reality:
             record = collecting.record_policy(reality, policy, arguments.episodes, arguments.out)
@@ -440,11 +396,18 @@ def _imagine() -> None:
     run.close()
 
 
+def _play() -> None:
+    from worldenv.play import command  # its server, for one command
+
+    command.main(parse(command.PlayArguments))
+
+
 def _policy(run: Run, named: Path | None) -> Policy:
     """The policy named, or the run's post-trained one."""
     last = run.config.posttrain.rounds - 1
     if named is None:
         pipeline.check_made(run, [f"posttrain-{last}"], ", or name a policy (--policy FILE)")
-    path = named or run.dir / "checkpoints" / f"policy-{last}.safetensors"
+    path = run.dir / "checkpoints" / f"policy-{last}.safetensors"
+    path = path if named is None else store.locate("policy", named)
     policy = store.load("policy", path, fits=run.config)
     return policy.to(acting(run.device, policy.config))

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from worldenv import __version__
 from worldenv.envs.benchmark import BUILT_IN, begun, find, registered
-from worldenv.envs.libero import assets
+from worldenv.envs.libero import assets, official_assets
 from worldenv.runtime import device, graphics
 from worldenv.runtime.errors import UserError
 from worldenv.sources import EnvConfig
@@ -207,10 +207,17 @@ def check_assets() -> Finding:
     """Which asset files each suite would load."""
     named = os.environ.get(assets.ASSETS_VARIABLE)
     variable = f"export {assets.ASSETS_VARIABLE}=<LIBERO's assets folder>"
-    if not named:
-        suites = ", ".join(assets.PRIMITIVE_SUITES)
-        found = f"none named: the primitive pack serves {suites}; other suites need LIBERO's files"
-        return Finding("assets", "note", found, variable)
+    pack = f"the primitive pack serves {', '.join(assets.PRIMITIVE_SUITES)}"
+    if not named or named == assets.OFFICIAL:
+        fetched = official_assets.at_hand()
+        mend = f"{official_assets.COMMAND} (or {variable})"
+        if fetched is None and named:
+            return Finding("assets", "missing", f"{named}, which have not been fetched", mend)
+        if fetched is None:
+            found = f"none: {pack}; other suites need LIBERO's files"
+            return Finding("assets", "note", found, mend)
+        pack = "" if named else f"; {pack} unless asked for them (--env.assets official)"
+        return Finding("assets", "ok", f"{fetched}{pack}")
     path, good = Path(named).expanduser(), []
     for suite in assets.SUITES:
         try:
@@ -289,7 +296,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Examine this machine and print a table. Returns 1 if something needed is missing, else 0."""
     parser = argparse.ArgumentParser(prog="worldenv-doctor", description=main.__doc__)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are written")
+    parser.add_argument(
+        "--fetch-assets",
+        action="store_true",
+        help="First fetch LIBERO's official asset files from the hub and verify them: what "
+        "libero_object, libero_goal and libero_10 need. Files that are here are not fetched again.",
+    )
     options = parser.parse_args(arguments)
+    if options.fetch_assets:
+        print(f"here and whole: {official_assets.fetch()}")
     findings = examine(options.folder)
     render(findings, Console())
     missing = [finding.name for finding in findings if finding.state == "missing"]

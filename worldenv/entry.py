@@ -23,9 +23,19 @@ def imagine() -> None:
     _start("imagine")
 
 
+def play() -> None:
+    """worldenv-play"""
+    _start("play")
+
+
 def doctor() -> None:
     """worldenv-doctor"""
     _start("doctor")
+
+
+def push() -> None:
+    """worldenv-push"""
+    _start("push")
 
 
 def _start(script: str) -> None:

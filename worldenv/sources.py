@@ -22,8 +22,9 @@ class EnvConfig:
     tasks: Tasks = (8,)
     """Numbers of tasks within the suite (LIBERO's: 0-9)."""
     assets: Path | None = None
-    """Folder with the benchmark's assets. LIBERO's, unset: WORLDENV_LIBERO_ASSETS, else the
-    primitive pack."""
+    """Folder with the benchmark's assets. LIBERO's may be `official`: those that `worldenv-doctor
+    --fetch-assets` got; unset: WORLDENV_LIBERO_ASSETS, else libero_spatial's primitive pack, else
+    the official ones."""
     image_size: Annotated[int, Range(8, 256, step=8)] = 64
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
@@ -74,7 +75,8 @@ class DataConfig:
     """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
 
     paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
-    """Files or folders: LIBERO's demonstrations, openvla's regenerated ones, our own."""
+    """Files, folders or repositories of the hub (user/name@revision): LIBERO's demonstrations,
+    openvla's regenerated ones, our own."""
     episodes: Episodes | None = None
     """Demonstrations per task at most; unset: all."""
     no_ops: Literal["keep", "drop"] = "keep"

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from table import Row, as_arguments, bad_values, ends_in_a_named_error, fields_of, nested
 
-from worldenv import cli
+from worldenv import cli, push
 from worldenv.config import Config, load
 from worldenv.fields import Range, bare, hints
+from worldenv.play.command import PlayArguments
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 
@@ -19,6 +20,8 @@ SCRIPTS = {
     "eval": cli.EvalArguments,
     "collect": cli.CollectArguments,
     "imagine": cli.ImagineArguments,
+    "push": push.PushArguments,
+    "play": PlayArguments,
 }
 
 

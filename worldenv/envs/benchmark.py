@@ -87,9 +87,10 @@ class Benchmark(ABC):
         """Whether a script solves the suite's tasks: its environment's `demonstrate`."""
         return hasattr(self.simulator, "expert")
 
-    def check(self, env: EnvConfig) -> None:
-        """UserError for what is missing here to run the suite: assets, packages."""
-        return None
+    def check(self, env: EnvConfig) -> str:
+        """UserError for what is missing here to run the suite: assets, packages. Returns in words
+        which assets it uses, where there is a choice."""
+        return ""
 
 
 _NEEDED = ("name", "suites", "embodiment", "make", "demonstrates", "check")

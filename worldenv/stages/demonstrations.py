@@ -47,7 +47,9 @@ def check(config: Config) -> None:
         survey(config)
     else:
         require_expert(config)
-    benchmark(config).check(config.env)
+    used = benchmark(config).check(config.env)
+    if used:
+        print(f"assets: {used}", flush=True)
 
 
 def identity(config: Config) -> tuple:

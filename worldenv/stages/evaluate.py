@@ -37,7 +37,7 @@ def run(run: Run, mark: str, number: int = 0) -> dict:
         path = run.path("checkpoints", f"reflector-{last}.safetensors")
         reflector = store.load("reflector", path)
     moves = run.embodiment.actions("translate")
-    found: dict[str, dict] = {}
+    found: dict[str, Any] = {}
     for kind in ("outcomes", "sampled")[: 1 + config.evaluate.sampled]:
         found[kind] = {}
         for label, name in (("sft", "policy-sft"), ("posttrained", f"policy-{last}")):
@@ -51,7 +51,7 @@ def run(run: Run, mark: str, number: int = 0) -> dict:
             found[kind][label] = resumed(
                 run, policy, starts, f"evaluate {called}", kept, mark, reflector, noise
             )
-    return found
+    return found | run.reality.assets
 
 
 STAGE = Stage(

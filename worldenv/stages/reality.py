@@ -60,6 +60,11 @@ class Reality:
         self._envs: list[VectorEnv] = []
         self._held: list[int | None] = []  # the task whose scene each has
 
+    @property
+    def assets(self) -> dict[str, str]:
+        """What scenes are drawn from, as {"assets": ...}: empty where it is not known (yet)."""
+        return {k: v for env in self._envs[:1] for k, v in env.metadata.items() if k == "assets"}
+
     def roll_out(
         self,
         policy: Actor,

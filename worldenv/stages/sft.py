@@ -4,6 +4,8 @@ OpenVLA-OFT's objective, plus World-Env's scale head trained on detached means; 
 OpenVLA's, their cross-entropy.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,10 @@ from worldenv.stages.collect import recorded, statistics
 from worldenv.stages.run import Run, Stage
 
 
-def run(run: Run, mark: str) -> dict:
-    """Stage `sft`: writes checkpoints/policy-sft.safetensors."""
+def imitate(
+    run: Run, mark: str, *, ema: bool = False, schedule: Callable = training.learning_rate
+) -> tuple[Policy, dict]:
+    """A policy trained on the run's demonstrations, and the metrics of the last steps."""
     config, sft = run.config, run.config.sft
     episodes = recorded(run, "demonstrations")
     windows = ActionWindows(episodes, config.env.chunk).to(run.device)
@@ -48,12 +52,20 @@ def run(run: Run, mark: str) -> dict:
         groups=parameter_groups(policy, sft.lr, sft.head_lr),
         pieces=pieces,
         frozen=store.holds_all("policy"),
+        ema=ema,
+        schedule=schedule,
     )
+    return policy, {"samples": len(windows), **tail}
+
+
+def run(run: Run, mark: str) -> dict:
+    """Stage `sft`: writes checkpoints/policy-sft.safetensors."""
+    policy, figures = imitate(run, mark)
     path = run.path("checkpoints", "policy-sft.safetensors")
     store.save("policy", policy, path)
     store.export(policy, path.with_suffix(""))
     training.finish(run, "sft")
-    return {"samples": len(windows), **tail}
+    return figures
 
 
 STAGE = Stage(

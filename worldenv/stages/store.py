@@ -27,7 +27,7 @@ from worldenv.models.simulator import Simulator
 from worldenv.models.wan_world import WanSimulator
 from worldenv.models.wovr import WoVR
 from worldenv.models.wovr_reward import WoVRReflector
-from worldenv.runtime import checkpoint
+from worldenv.runtime import checkpoint, hub
 from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.stages.reality import embodiment
 
@@ -88,6 +88,23 @@ def save(kind: str, model: nn.Module, path: Path, shown: EnvConfig | None = None
 def _seen(env: EnvConfig) -> dict:
     """Suite and tasks, and whose: by its name, in whatever way it was named."""
     return {"benchmark": find(env.benchmark).name, "suite": env.suite, "tasks": env.tasks}
+
+
+def locate(kind: str, named: Path) -> Path:
+    """What is meant by the name of a policy, simulator, reflector (its file) or of data: a path, a
+    folder that worldenv-push wrote, or else `user/name@revision` on the hub, which is fetched.
+
+    UserError as of `hub.fetch`, and for a folder or repository without weights that can be read.
+    """
+    repository = hub.parse(str(named))
+    if named.exists() or repository is None or named.suffix in (".safetensors", ".hdf5", ".h5"):
+        return hub.checkpoint_in(named) if kind != "data" and named.is_dir() else named
+    try:
+        found = hub.fetch(*repository, *(("dataset",) if kind == "data" else ("model", hub.MODEL)))
+    except UserError as error:
+        raise UserError(f"There is no {named} here. On the hub: {error}") from error
+    print(f"{kind}: {repository[0]}@{found.commit}, {found.folder}")
+    return found.folder if kind == "data" else hub.checkpoint_in(found.folder)
 
 
 def export(policy: nn.Module, folder: Path) -> None:

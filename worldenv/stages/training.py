@@ -68,6 +68,7 @@ def train(
     *,
     steps: int,
     lr: float,
+    schedule: Callable[[int, int, float], float] = learning_rate,
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.98),
     ema: bool = False,
@@ -79,6 +80,7 @@ def train(
     """Minimise the mean of `loss_at(step, shard)` over the shards of a batch; the module ends up
     trained.
 
+    schedule: (step, steps, peak) to a learning rate.
     groups: of parameters with a peak learning rate each (default: all of them, at lr). pieces: how
     many losses a batch has, if not one for each shard. frozen: whether checkpoints hold parameters
     that are not trained. ema: end with the exponential moving average of the weights. Returns the
@@ -108,7 +110,7 @@ def train(
         bar.update(begin)
         for step in range(begin, steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = learning_rate(step, steps, peak)
+                group["lr"] = schedule(step, steps, peak)
             losses = [partial(loss_at, step, shard) for shard in range(count)]
             loss, logged, _ = parallel.gradients(parameters, losses, max_norm=1.0)
             check_finite(f"{name} loss", loss, step)
@@ -130,6 +132,7 @@ def train(
                 saved = time.monotonic()
             if stopping:
                 raise signals.Stopped(stopping[0])
+    save()  # what comes after may fail
     if ema:
         module.load_state_dict(average)
     module.eval()

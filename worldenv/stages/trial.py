@@ -237,7 +237,7 @@ def ranked(run: Run, named: tuple[Path, ...], n: int) -> tuple[dict[str, Policy]
     for k in range(n + 1):  # exploited ones among them, if the run left any
         left = sorted(run.dir.joinpath(*snapshots(k)).glob("*.safetensors"), key=iteration)
         files |= {f"policy-{k} after {iteration(path)}": path for path in left}
-    files |= {str(path): path for path in named}
+    files |= {str(path): store.locate("policy", path) for path in named}
     found: dict[str, Policy] = {}
     same: dict[str, str] = {}
     first: dict[str, str] = {}

@@ -58,10 +58,8 @@ def test_repeats_are_bit_exact_after_other_episodes_and_a_lost_worker(env):
         return seen
 
     def same(one, other):
-        names = ("image", "proprio")
-        return all(
-            np.array_equal(a[k], b[k]) for a, b in zip(one, other, strict=True) for k in names
-        )
+        pairs = list(zip(one, other, strict=True))
+        return all(np.array_equal(a[k], b[k]) for a, b in pairs for k in ("image", "proprio"))
 
     start = Start(DRAWER, None, 5)
     seen = run(start)

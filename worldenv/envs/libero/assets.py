@@ -21,6 +21,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Literal
 
+from worldenv.envs.libero import official_assets
 from worldenv.envs.libero.primitive_assets import (
     PRIMITIVE_SUITES,
     STAMP_FILE,
@@ -31,6 +32,7 @@ from worldenv.runtime import graphics, places
 from worldenv.runtime.errors import UserError, nearest
 
 ASSETS_VARIABLE = "WORLDENV_LIBERO_ASSETS"
+OFFICIAL = "official"  # in place of a folder: the files that were fetched
 ASSETS_ORIGIN = (
     "the folder libero/libero/assets of LIBERO's GitHub repository, Lifelong-Robot-Learning/LIBERO "
     "(a clone has it), or the asset set that the package hf-libero downloads from its hub"
@@ -76,6 +78,12 @@ class AssetSource:
 
     path: Path
     kind: Literal["official", "primitive"]
+    version: str = ""
+    """Of our pack, or the repository and commit that files were fetched from."""
+
+    def __str__(self) -> str:
+        kind = "LIBERO's official files" if self.kind == "official" else "our primitive pack"
+        return f"{kind}, {self.version or self.path}"
 
 
 def libero_root() -> Path:
@@ -123,32 +131,43 @@ def _prefer(root: Path) -> None:
 
 
 def resolve_assets(explicit: Path | None, suite: str, cache_dir: Path | None = None) -> AssetSource:
-    """Chooses the asset folder for `suite`: explicit, else $WORLDENV_LIBERO_ASSETS, else our pack.
+    """Chooses the asset folder for `suite`: explicit, else $WORLDENV_LIBERO_ASSETS, else our pack
+    for libero_spatial, else the official files that were fetched.
 
-    The primitive pack serves libero_spatial only; it is written into `cache_dir` (default: the
-    user's cache) once per version. Raises UserError for an unknown suite, a folder that lacks files
-    the suite loads, or a suite that needs official assets when none were named.
+    The primitive pack is written into `cache_dir` (default: the user's cache) once per version. It
+    is libero_spatial's also where official files have been fetched, so that results do not change
+    unnoticed; they are meant by the word `official` in place of a folder. Raises UserError for an
+    unknown suite, a folder that lacks files the suite loads, or official files that are not here.
     """
     if suite not in SUITES:
         raise UserError(
             f"Unknown LIBERO suite {suite!r}: expected one of {', '.join(SUITES)}; "
             f"nearest: {nearest(suite, SUITES)}."
         )
-    named = os.environ.get(ASSETS_VARIABLE)
-    if explicit is not None or named:
+    named = explicit if explicit is not None else os.environ.get(ASSETS_VARIABLE)
+    if named and str(named) != OFFICIAL:
         origin = "the assets folder given" if explicit is not None else f"${ASSETS_VARIABLE}"
-        path = Path(explicit if explicit is not None else named).expanduser().resolve()
+        path = Path(named).expanduser().resolve()
         check_assets(path, suite, origin)
         return AssetSource(path, "primitive" if is_primitive(path) else "official")
-    if suite not in PRIMITIVE_SUITES:
+    if not named and suite in PRIMITIVE_SUITES:
+        pack = _cached_pack(cache_dir or places.cache_dir())
+        return AssetSource(pack, "primitive", pack_version())
+    fetched = official_assets.required(
+        suite,
+        f"or get them otherwise: {ASSETS_ORIGIN}. Then set {ASSETS_VARIABLE} to the folder that "
+        "holds scenes/ and articulated_objects/, or pass it (worldenv-train --env.assets, "
+        f"worldenv-collect --assets). Without them only {', '.join(PRIMITIVE_SUITES)} runs, on our "
+        "primitive pack.",
+    )
+    lacking = missing_files(Path(fetched.folder), suite)
+    if lacking:
         raise UserError(
-            f"{suite} needs LIBERO's official asset files, and none were named. Get them first: "
-            f"{ASSETS_ORIGIN}. Then set {ASSETS_VARIABLE} to the folder that holds scenes/ and "
-            "articulated_objects/, or pass it (worldenv-train --env.assets, worldenv-collect "
-            f"--assets). Without them only {', '.join(PRIMITIVE_SUITES)} runs, on our primitive "
-            "pack."
+            f"{fetched.folder}, fetched from {official_assets.REPOSITORY}, lacks {lacking[0]} "
+            f"({len(lacking)} file(s) in all), which {suite} loads. Fetch what was removed with "
+            f"`{official_assets.COMMAND}`."
         )
-    return AssetSource(_cached_pack(cache_dir or places.cache_dir()), "primitive")
+    return AssetSource(Path(fetched.folder), "official", str(fetched))
 
 
 def is_primitive(path: Path) -> bool:

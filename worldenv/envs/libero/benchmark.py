@@ -43,9 +43,9 @@ class Libero(Benchmark):
         """The scripted expert puts one thing on or into another."""
         return suite in EXPERT_SUITES
 
-    def check(self, env: EnvConfig) -> None:
+    def check(self, env: EnvConfig) -> str:
         """UserError, naming the command, for assets that the suite needs and are not here."""
-        resolve_assets(env.assets, env.suite)
+        return str(resolve_assets(env.assets, env.suite))
 
 
 benchmark = Libero()

@@ -78,6 +78,7 @@ class LiberoVectorEnv(WorkerVectorEnv):
             record_every=record_every,
             timeout_s=timeout_s,
         )
+        self.metadata = {**self.metadata, "assets": str(self.assets)}
 
     def given(self, start: Start) -> np.ndarray | None:
         """Its init state: reading it imports torch, which no worker needs."""

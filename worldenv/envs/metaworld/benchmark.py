@@ -78,7 +78,7 @@ class MetaWorld(Benchmark):
         """The package has a script for every task."""
         return True
 
-    def check(self, env: EnvConfig) -> None:
+    def check(self, env: EnvConfig) -> str:
         """UserError, naming the command, where the package is missing."""
         missing = [name for name in ("mujoco", "metaworld") if find_spec(name) is None]
         if missing:
@@ -87,6 +87,7 @@ class MetaWorld(Benchmark):
                 f"`{INSTALL}` (it pins mujoco 3.3.0: any of worldenv's range will do) after "
                 "`pip install 'worldenv[libero]'`."
             )
+        return ""
 
 
 def _render_size(size: int) -> int:

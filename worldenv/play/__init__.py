@@ -1,0 +1,1 @@
+"""A learned world driven by hand, from a page on this machine."""
