@@ -178,7 +178,7 @@ def test_missing_assets_are_named_before_work_begins(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLDENV_LIBERO_ASSETS", raising=False)
     official(tmp_path, "libero_goal", 7)
     run = Run(configured(tmp_path))
-    with pytest.raises(UserError, match=r"libero_goal needs LIBERO's official asset files.*Get "):
+    with pytest.raises(UserError, match=r"libero_goal needs LIBERO's official asset files.*Fetch "):
         pipeline.run_all(run)
     assert not (run.dir / "data").exists()
     run.close()
