@@ -15,6 +15,7 @@ from pathlib import Path
 
 from bench.__main__ import origin
 from worldenv.config import Config, load
+from worldenv.envs.libero.benchmark import TUNING
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
 from worldenv.report.statistics import wilson
@@ -23,7 +24,6 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import posttrain, store
-from worldenv.stages.collect import TUNING_STARTS
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, read_record, world_of, write_json, write_record
 
@@ -62,7 +62,7 @@ def outcomes(run: Run, name: str, label: str) -> list[dict]:
     """The tuning episodes of a check in reality, by the policy in checkpoints/<name>."""
     config = run.config
     starts = [
-        Start(task, k % TUNING_STARTS, derive(config.seed, "check fixture", k) % 2**31)
+        Start(task, k % TUNING, derive(config.seed, "check fixture", k) % 2**31)
         for task in config.env.tasks
         for k in range(config.posttrain.real_check_episodes)
     ]

@@ -62,6 +62,21 @@ def test_assets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert "nowhere" in finding.found
 
 
+def test_another_package_s_benchmark(monkeypatch: pytest.MonkeyPatch):
+    own = str(Path(__file__).parents[1] / "examples" / "own_benchmark.py")
+    assert doctor.check_benchmark(own).found == "benchmark with suites blocks"
+
+    def lacking(env: object) -> None:
+        raise UserError("no meshes here")
+
+    monkeypatch.setattr(doctor.find(own), "check", lacking)
+    finding = doctor.check_benchmark(own)
+    assert (finding.state, finding.found) == ("note", "no meshes here")
+    monkeypatch.setattr(doctor, "registered", lambda: ["libero", "no-such"])
+    monkeypatch.setattr(doctor, "check_benchmark", lambda name: Finding(name, "note", "seen"))
+    assert [check().name for check in doctor.listed()] == ["no-such"]
+
+
 def test_disk_and_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     assert str(tmp_path.resolve()) in doctor.check_disk(tmp_path / "not" / "yet").found
     monkeypatch.setattr(doctor, "NEEDED_DISK", 1 << 60)

@@ -20,11 +20,12 @@ from worldenv import doctor as doctor_module
 from worldenv import push as push_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
+from worldenv.envs.benchmark import begun
+from worldenv.envs.benchmark import check as check_benchmark
 from worldenv.fields import Items, Range
 from worldenv.models.policy import Policy
 from worldenv.presets import NAMES, preset
 from worldenv.ranges import (
-    INIT_STATES,
     Episodes,
     Factor,
     FixtureSeeds,
@@ -32,6 +33,7 @@ from worldenv.ranges import (
     Noise,
     Passes,
     Seed,
+    StartNumber,
     StartRange,
     Tasks,
 )
@@ -50,7 +52,7 @@ from worldenv.stages.run import Run, acting, open_run, world_of, write_json
 from worldenv.stages.trial import Trial, run_trial, told
 from worldenv.words import parse
 
-Starts = Annotated[tuple[Annotated[int, Range(0, INIT_STATES - 1)], ...], Items()]
+Starts = Annotated[tuple[StartNumber, ...], Items()]
 _Stage = Literal[
     "all",
     "demonstrations",
@@ -140,12 +142,14 @@ class CollectArguments:
     """Folder for <suite>/<task>_demo.hdf5."""
     preset: Literal[NAMES] = "default"
     """Preset whose environment settings to use."""
-    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] | None = None
-    """LIBERO suite; default: the preset's."""
+    benchmark: str | None = None
+    """A registered name, module:name or a Python file; default: the preset's."""
+    suite: str | None = None
+    """Of the benchmark's suites; default: the preset's, or the benchmark's first."""
     tasks: Tasks | None = None
     """Task ids; default: the preset's."""
     episodes: Episodes = 5
-    """Episodes per task, on init states 0, 1, ..."""
+    """Episodes per task, on starts 0, 1, ..."""
     noise: Noise = 0.25
     """Expert: std of the action noise, relative to the action."""
     policy: Path | None = None
@@ -241,8 +245,11 @@ def _guarded(work: Callable[[], int | None]) -> None:
 
 
 def _train() -> int | None:
-    name = _preset_name(sys.argv[1:])
-    arguments = parse(TrainArguments, TrainArguments(config=preset(name)))
+    name = _word(sys.argv[1:], "--preset") or "default"
+    base, benchmark = preset(name), _word(sys.argv[1:], "--env.benchmark")
+    if benchmark:
+        base = replace(base, env=begun(base.env, benchmark))
+    arguments = parse(TrainArguments, TrainArguments(config=base))
     if arguments.plan:
         return _plan(arguments)
     pipeline.check_round(arguments.config, arguments.round)
@@ -283,15 +290,15 @@ def _plan(arguments: TrainArguments) -> int:
         return plan.main(config, arguments.plan_memory)
 
 
-def _preset_name(argv: list[str]) -> str:
-    """The value of --preset, read first because it decides every other default; the last counts."""
-    name = "default"
+def _word(argv: list[str], flag: str) -> str:
+    """What a flag says that is read first, because it decides other defaults; the last counts."""
+    value = ""
     for word, following in pairwise([*argv, ""]):
-        if word == "--preset" and not following.startswith("-"):
-            name = following
-        elif word.startswith("--preset="):
-            name = word.removeprefix("--preset=")
-    return name or "default"
+        if word == flag and not following.startswith("-"):
+            value = following
+        elif word.startswith(f"{flag}="):
+            value = word.removeprefix(f"{flag}=")
+    return value
 
 
 def _evaluate() -> None:
@@ -307,6 +314,7 @@ def _evaluate() -> None:
         fixture_seeds=arguments.fixture_seeds or part.fixture_seeds,
     )
     run.config = replace(run.config, evaluate=part)
+    check_benchmark(run.config)
     starts = evaluating.held_out_starts(run)
     outcomes = evaluating.evaluate_policy(run, policy, starts, "evaluate")
     wins = sum(o["success"] for o in outcomes)
@@ -331,18 +339,10 @@ def _measure(arguments: EvalArguments) -> None:
 
 def _collect() -> None:
     arguments = parse(CollectArguments)
-    if arguments.source == "expert" and arguments.episodes > INIT_STATES:
-        raise UserError(
-            f"--episodes: expected at most {INIT_STATES} of the expert, one for each init state "
-            f"of the benchmark, got {arguments.episodes}."
-        )
     base = preset(arguments.preset)
-    env = replace(
-        base.env,
-        suite=arguments.suite or base.env.suite,
-        tasks=arguments.tasks or base.env.tasks,
-        assets=arguments.assets,
-    )
+    env = begun(base.env, arguments.benchmark) if arguments.benchmark else base.env
+    given = {k: v for k in ("suite", "tasks") if (v := getattr(arguments, k)) is not None}
+    env = replace(env, assets=arguments.assets, **given)
     config = replace(
         base,
         env=env,

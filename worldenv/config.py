@@ -40,7 +40,6 @@ from worldenv.runtime.errors import UserError
 from worldenv.sources import CollectConfig, DataConfig, EnvConfig
 from worldenv.teachers import DistillConfig
 
-SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 LARGEST_FILE = 1 << 20  # bytes; a config.json has four thousand
 
 
@@ -307,7 +306,7 @@ class EvaluateConfig:
     """Held-out evaluation in the real benchmark."""
 
     starts: StartRange = (20, 50)
-    """Half-open range of benchmark init states; 0-19 are for tuning."""
+    """Half-open range of the benchmark's numbered starts; LIBERO's 0-19 are for tuning."""
     fixture_seeds: FixtureSeeds = (1000, 2000, 3000)
     """Seeds of the fixture placement; every start runs once with each."""
     sampled: bool = False

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +28,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from worldenv import __version__
+from worldenv.envs.benchmark import BUILT_IN, begun, find, registered
 from worldenv.envs.libero import assets, official_assets
 from worldenv.runtime import device, graphics
 from worldenv.runtime.errors import UserError
+from worldenv.sources import EnvConfig
 
 State = Literal["ok", "note", "missing"]
 GIB = 1 << 30
@@ -78,11 +81,17 @@ def examine(folder: Path) -> list[Finding]:
         check_graphics,
         check_libero,
         check_assets,
+        *listed(),
         check_optional,
         lambda: check_disk(folder),
         check_memory,
     ]
     return [check() for check in checks]
+
+
+def listed() -> list[Callable[[], Finding]]:
+    """A check for each benchmark that another package has registered."""
+    return [partial(check_benchmark, name) for name in registered() if name not in BUILT_IN]
 
 
 def check_python() -> Finding:
@@ -220,6 +229,16 @@ def check_assets() -> Finding:
     if good:
         return Finding("assets", "ok", f"{path}: {', '.join(good)}")
     return Finding("assets", "missing", problem, f"{variable}, or unset it for the primitive pack")
+
+
+def check_benchmark(name: str) -> Finding:
+    """Whether another package's benchmark can be found and has what it needs."""
+    try:
+        found = find(name)
+        found.check(begun(EnvConfig(), name))
+    except UserError as error:
+        return Finding(name, "note", str(error), "mend what it says, or leave the benchmark out")
+    return Finding(name, "ok", f"benchmark with suites {', '.join(found.suites)}")
 
 
 def check_optional() -> Finding:

@@ -16,7 +16,6 @@ Preset = Literal[
     "openvla-oft-wan",
     "openvla-oft-wovr",
 ]
-INIT_STATES = 50  # that the benchmark has of each task
 
 Count = Annotated[int, Range(1, 10**9)]
 FromZero = Annotated[int, Range(0, 10**9)]
@@ -32,9 +31,10 @@ Weight = Annotated[float, Range(0)]
 Factor = Annotated[float, Range(0, 1000, above=True)]
 Noise = Annotated[float, Range(0, 10)]
 Passes = Annotated[int, Range(1, 1000)]
-Tasks = Annotated[tuple[Annotated[int, Range(0, 9)], ...], Items()]
+Tasks = Annotated[tuple[Annotated[int, Range(0, 10**6)], ...], Items()]
 Episodes = Annotated[int, Range(1, 10**6)]
-StartRange = tuple[Annotated[int, Range(0, INIT_STATES)], Annotated[int, Range(0, INIT_STATES)]]
+StartNumber = Annotated[int, Range(0, 10**6)]
+StartRange = tuple[StartNumber, StartNumber]
 FixtureSeeds = Annotated[tuple[Annotated[int, Range(0, 2**32 - 1)], ...], Items()]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 Device = Annotated[str, Pattern(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu, cuda or cuda:N")]

@@ -7,24 +7,28 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 
 from worldenv.fields import Items, Range
-from worldenv.ranges import INIT_STATES, Count, Episodes, Factor, Fraction, FromZero, Noise, Tasks
+from worldenv.ranges import Count, Episodes, Factor, Fraction, FromZero, Noise, Tasks
 
 
 @dataclass(frozen=True)
 class EnvConfig:
     """The real benchmark."""
 
-    suite: Literal["libero_spatial", "libero_object", "libero_goal", "libero_10"] = "libero_spatial"
-    """LIBERO suite."""
+    benchmark: str = "libero"
+    """Which one: a registered name, module:name, or the path of a Python file that has a
+    `benchmark` (docs/adding-a-benchmark.md)."""
+    suite: str = "libero_spatial"
+    """Of the benchmark's (LIBERO's: libero_spatial, libero_object, libero_goal, libero_10)."""
     tasks: Tasks = (8,)
-    """Task ids within the suite (0-9)."""
+    """Numbers of tasks within the suite (LIBERO's: 0-9)."""
     assets: Path | None = None
-    """Folder with LIBERO's assets, or `official`: those that `worldenv-doctor --fetch-assets` got.
-    Unset: WORLDENV_LIBERO_ASSETS, else libero_spatial's primitive pack, else the official ones."""
+    """Folder with the benchmark's assets. LIBERO's may be `official`: those that `worldenv-doctor
+    --fetch-assets` got; unset: WORLDENV_LIBERO_ASSETS, else libero_spatial's primitive pack, else
+    the official ones."""
     image_size: Annotated[int, Range(8, 256, step=8)] = 64
     """Side of the square images the models see, in pixels: a multiple of simulator.patch, and of 8,
     for the encoders of the cameras end in a grid of eighths."""
-    views: Annotated[int, Range(1, 2)] = 2
+    views: Annotated[int, Range(1, 16)] = 2
     """How many of the cameras models see: the third person's, and the hand's. Both are recorded."""
     chunk: Annotated[int, Range(1, 1000)] = 8
     """Actions executed open loop per policy decision."""
@@ -38,8 +42,8 @@ class EnvConfig:
 class CollectConfig:
     """Demonstrations and self-explored episodes (paper section 3.2)."""
 
-    demonstrations: Annotated[int, Range(1, INIT_STATES)] = 5
-    """Scripted demonstrations per task (init states 0, 1, ...)."""
+    demonstrations: Episodes = 5
+    """Scripted demonstrations per task (starts 0, 1, ...)."""
     demonstration_noise: Noise = 0.25
     """Std of the correlated action noise added while demonstrating, relative to the action."""
     episodes: Episodes = 160

@@ -192,7 +192,7 @@ def call(script: str, *arguments: str):
 
 CALLS = [
     call("imagine", "--starts"),
-    call("imagine", "--starts", "50"),
+    call("imagine", "--starts", "1000001"),
     call("imagine", "--starts", "-1"),
     call("imagine", "--steps", "-1"),
     call("imagine", "--steps", "0"),
@@ -208,7 +208,7 @@ CALLS = [
     call("collect", "--scale", "0"),
     call("collect", "--seed", "-1"),
     call("eval", "--starts", "0"),
-    call("eval", "--starts", "0", "51"),
+    call("eval", "--starts", "0", "1000001"),
     call("eval", "--fixture-seeds"),
     call("eval", "--fixture-seeds", "1", "1"),
     call("eval", "--fixture-seeds", "99999999999999999999"),

@@ -145,7 +145,7 @@ def workers_of(process: subprocess.Popen) -> list[int]:
             command = Path(f"/proc/{pid}/cmdline").read_text()
         except FileNotFoundError:  # it ended since it was listed
             continue
-        found += [int(pid)] * ("libero.server" in command)
+        found += [int(pid)] * ("envs.server" in command)
     return found
 
 

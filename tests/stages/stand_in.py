@@ -4,6 +4,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from worldenv.data.libero_tasks import SUITES, instruction_of
+from worldenv.envs.libero.robot import embodiment
+from worldenv.envs.workers import spaces_of
 
 
 class StandIn(VectorEnv):
@@ -12,7 +14,9 @@ class StandIn(VectorEnv):
     metadata = {"autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
 
     def __init__(self, suite, num_envs, *, image_size, chunk, max_steps, terminate="success",
-                 record_every=None, **_):  # fmt: skip
+                 record_every=None, views=2, **_):  # fmt: skip
+        spaces = spaces_of(embodiment(image_size, chunk, views=views), [])
+        self.single_observation_space, self.single_action_space = spaces
         self.suite, self.num_envs, self.size = suite, num_envs, image_size
         self.chunk, self.max_steps, self.terminate = chunk, max_steps, terminate
         self.record_every = record_every

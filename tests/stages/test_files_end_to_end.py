@@ -13,8 +13,9 @@ from stand_in import StandIn
 
 from worldenv.config import DataConfig, PolicyConfig
 from worldenv.data.libero_tasks import SUITES, instruction_of
+from worldenv.envs.libero import benchmark
 from worldenv.presets import preset
-from worldenv.stages import demonstrations, pipeline, reality
+from worldenv.stages import pipeline
 from worldenv.stages.run import Run
 
 TASKS = {"libero_goal": 7, "libero_10": 2}
@@ -49,8 +50,8 @@ def trained(config, suite) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", TASKS)
 def test_trains_from_files_with_a_stand_in_for_reality(tmp_path, monkeypatch, suite):
-    monkeypatch.setattr(reality, "LiberoVectorEnv", StandIn)
-    monkeypatch.setattr(demonstrations, "resolve_assets", lambda *_: None)
+    monkeypatch.setattr(benchmark, "LiberoVectorEnv", StandIn)
+    monkeypatch.setattr(benchmark, "resolve_assets", lambda *_: None)
     results = trained(tiny(tmp_path, suite), suite)
     assert results["stages"]["demonstrations"]["episodes"] == 2
     assert results["tasks"][0]["instruction"] == instruction_of(SUITES[suite][TASKS[suite]])

@@ -8,6 +8,7 @@ import torch
 
 from worldenv.config import Config, EnvConfig, PolicyConfig, ReflectorConfig, SimulatorConfig
 from worldenv.envs.imagined import Context, ImaginedVectorEnv
+from worldenv.envs.libero.benchmark import Libero
 from worldenv.envs.start import Start
 from worldenv.presets import preset
 from worldenv.rl.loss import imitation_loss
@@ -16,7 +17,7 @@ from worldenv.rl.update import update
 from worldenv.runtime import parallel
 from worldenv.runtime.costs import Counter
 from worldenv.runtime.seeds import generator
-from worldenv.stages import plan, posttrain, reality, store
+from worldenv.stages import plan, posttrain, store
 from worldenv.stages.plan_advice import ROOM
 from worldenv.stages.plan_costs import INSTRUCTION, Costs, weigh
 from worldenv.stages.plan_moments import Machine, highest, moments
@@ -225,7 +226,7 @@ def test_advice_that_is_followed_fits(folders, kind, share, monkeypatch):
     )
     own = 300 << 20  # of a process that runs nothing else
     monkeypatch.setattr(plan, "own_bytes", lambda: own)
-    monkeypatch.setattr(reality, "PROCESS_BYTES", 0)  # no advice changes these
+    monkeypatch.setattr(Libero, "process_bytes", 0)  # no advice changes these
     every = plan.plan(config, 1000.0).stages.values()
     memory = own + share * (max(m.bytes for m in every) - own)
     found = plan.plan(config, memory / plan.GIB)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from stand_in import StandIn
 
+from worldenv.envs.libero import benchmark
 from worldenv.envs.start import Start
 from worldenv.presets import preset
-from worldenv.stages import reality
 from worldenv.stages.reality import Reality, Watcher
 
 TASKS = (4, 1, 7, 2)
@@ -25,7 +25,7 @@ def test_no_scene_is_built_twice_but_where_tasks_run_out(monkeypatch, order):
                 built.append(start.task)
             return super().reset(seed=seed, options=options)
 
-    monkeypatch.setattr(reality, "LiberoVectorEnv", Built)
+    monkeypatch.setattr(benchmark, "LiberoVectorEnv", Built)
     base = preset("smoke")
     config = replace(base, env=replace(base.env, tasks=TASKS, max_steps=16, workers=2))
     starts = [Start(task, None, 10 * task + k) for task in TASKS for k in range(5)]

@@ -13,10 +13,11 @@ from stand_in import StandIn
 from worldenv.config import Config, DataConfig, PolicyConfig
 from worldenv.data.libero_tasks import SUITES
 from worldenv.data.windows import FrameWindows, chunk_sequences
+from worldenv.envs.libero import benchmark
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
-from worldenv.stages import collect, demonstrations, pipeline, posttrain, reality, results
+from worldenv.stages import collect, pipeline, posttrain, results
 from worldenv.stages.run import Run, open_run
 
 SUITE, TASKS = "libero_goal", (2, 7)
@@ -40,8 +41,8 @@ class Reacting(StandIn):
 @pytest.fixture
 def config(tmp_path, monkeypatch) -> Config:
     """The smoke preset, smaller still, with two tasks and one round."""
-    monkeypatch.setattr(reality, "LiberoVectorEnv", Reacting)
-    monkeypatch.setattr(demonstrations, "resolve_assets", lambda *_: None)
+    monkeypatch.setattr(benchmark, "LiberoVectorEnv", Reacting)
+    monkeypatch.setattr(benchmark, "resolve_assets", lambda *_: None)
     monkeypatch.setattr(results, "_draw_videos", lambda run: None)
     monkeypatch.setattr(pipeline, "_announce", lambda run, marks: None)  # it takes seconds
     for task in TASKS:

@@ -23,7 +23,8 @@ class Episode:
     int64 (frame f is the observation *before* action `frame_steps[f]`; the value T is the
     observation after the last action), images [F, V, H, W, 3] uint8 upright, proprio [F, P]
     float32; what A, V and P are, an `Embodiment` says (in LIBERO's files 7, 2 and 8: see
-    `libero_layout`). `start` is the benchmark's init state, None for a freshly sampled placement.
+    `libero_layout`). `start` is the benchmark's numbered start, None for a freshly sampled one;
+    `benchmark`: its name.
     `extras` holds further low-dimensional observations [F, ...] under LIBERO's names, such as
     `joint_states` [F, 7].
     """
@@ -42,6 +43,7 @@ class Episode:
     success: bool
     meta: dict = field(default_factory=dict)
     extras: dict[str, np.ndarray] = field(default_factory=dict)
+    benchmark: str = "libero"
 
     def __len__(self) -> int:
         """Number of actions T."""

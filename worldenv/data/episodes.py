@@ -29,7 +29,7 @@ from worldenv.data.episode import (
     continuous_axis_angle,
     without_noops,
 )
-from worldenv.data.libero_hdf5 import count_file, read_demo, write_demo, write_file_facts
+from worldenv.data.libero_hdf5 import LIBERO, count_file, read_demo, write_demo, write_file_facts
 from worldenv.data.libero_layout import CAMERAS
 from worldenv.data.libero_tasks import SUITES
 from worldenv.data.reading import (
@@ -56,10 +56,17 @@ __all__ = [
 ]
 
 
-def episode_path(folder: Path | str, suite: str, task: int, instruction: str) -> Path:
-    """Where LIBERO keeps a task's demonstrations: `<folder>/<suite>/<task>_demo.hdf5`."""
-    names = SUITES.get(suite, ())
-    stem = names[task] if 0 <= task < len(names) else re.sub(r"\W+", "_", instruction.strip())
+def episode_path(
+    folder: Path | str, suite: str, task: int, instruction: str, benchmark: str = LIBERO
+) -> Path:
+    """Where LIBERO keeps a task's demonstrations: `<folder>/<suite>/<task>_demo.hdf5`; other
+    benchmarks' sentences may not tell tasks apart: their files begin with the number."""
+    names = SUITES.get(suite, ()) if benchmark == LIBERO else ()
+    stem = re.sub(r"\W+", "_", instruction.strip())
+    if benchmark != LIBERO:
+        stem = f"{task}_{stem[:60]}"
+    elif 0 <= task < len(names):
+        stem = names[task]
     return Path(folder) / suite / f"{stem}_demo.hdf5"
 
 
@@ -80,23 +87,23 @@ class EpisodeWriter:
         self._parts = parts_folder(self.path)
         self._parts.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self._parts / "lock", self.path)
-        self._task: tuple[str, int] | None = None
+        self._task: tuple[str, str, int] | None = None
         self._next = 1 + max((int(p.stem.split("-")[1]) for p in parts_of(self.path)), default=-1)
         for file in (self.path, *parts_of(self.path)[-1:]):
             if self._task is None and file.exists():
                 facts = look_into(file)
-                self._task = (facts.suite, facts.task)
+                self._task = (facts.benchmark, facts.suite, facts.task)
 
     def append(self, episode: Episode) -> None:
         """Store one finished episode durably; it is readable from the moment this returns."""
         own = uuid.uuid4().hex
         check_episode(episode, f"{self.path}: new episode {self._next}")
-        if episode.images.shape[1] != len(CAMERAS):
+        if episode.benchmark == LIBERO and episode.images.shape[1] != len(CAMERAS):
             raise UserError(
                 f"{self.path}: images: expected {len(CAMERAS)} views, got "
                 f"{episode.images.shape[1]}. LIBERO's layout has agentview and eye_in_hand."
             )
-        task = (episode.suite, int(episode.task))
+        task = (episode.benchmark, episode.suite, int(episode.task))
         if self._task not in (None, task):
             raise UserError(
                 f"{self.path}: expected episodes of task {self._task}, got {task}. LIBERO keeps "
@@ -153,7 +160,8 @@ class DatasetWriter:
 
     def append(self, episode: Episode) -> None:
         """Store one finished episode durably in its task's file."""
-        path = episode_path(self.folder, episode.suite, episode.task, episode.instruction)
+        of = (episode.suite, episode.task, episode.instruction, episode.benchmark)
+        path = episode_path(self.folder, *of)
         if path not in self._writers:
             self._writers[path] = EpisodeWriter(path)
         self._writers[path].append(episode)

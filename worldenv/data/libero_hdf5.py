@@ -5,7 +5,8 @@
 
 What we add to the layout: attributes `observations` and `worldenv` (JSON) on each demonstration,
 `frame_steps` when frames are sparse, and a sibling group `final_obs` with the observation after the
-last action. Liberty: LIBERO's `states` and `model_file` are not written, so simulator replay needs
+last action. Episodes of other benchmarks have `images` and `proprio` in place of LIBERO's
+observations. Liberty: LIBERO's `states` and `model_file` are not written, so simulator replay needs
 its files.
 """
 
@@ -34,9 +35,11 @@ from worldenv.data.libero_tasks import instruction_of, locate_instruction, locat
 from worldenv.runtime.errors import UserError
 
 FORMAT = 1
+LIBERO = "libero"  # the benchmark whose robot the layout is of
 _KNOWN = {name.removeprefix("obs/") for name in LAYOUT if name.startswith("obs/")}
 _FACTS = {  # what attribute `worldenv` holds, and of which type
     "id": str,
+    "benchmark": str,
     "suite": str,
     "task": int,
     "instruction": str,
@@ -60,7 +63,8 @@ def write_demo(group: h5py.Group, episode: Episode, identity: str) -> None:
     group.create_dataset("dones", data=episode.dones.astype(np.uint8))
     group.create_dataset("rewards", data=episode.dones.astype(np.uint8))
     if int(inside.sum()) == steps:
-        group.create_dataset("robot_states", data=_robot_states(episode.proprio[inside]))
+        if episode.benchmark == LIBERO:
+            group.create_dataset("robot_states", data=_robot_states(episode.proprio[inside]))
     else:
         group.create_dataset("frame_steps", data=episode.frame_steps.astype(np.int64))
     _write_observations(group.create_group("obs"), episode, inside)
@@ -75,6 +79,7 @@ def facts_text(episode: Episode, identity: str, where: str) -> str:
             {
                 "format": FORMAT,
                 "id": identity,
+                **({} if episode.benchmark == LIBERO else {"benchmark": episode.benchmark}),
                 "suite": episode.suite,
                 "task": int(episode.task),
                 "instruction": episode.instruction,
@@ -93,14 +98,18 @@ def facts_text(episode: Episode, identity: str, where: str) -> str:
 
 
 def _write_observations(group: h5py.Group, episode: Episode, rows: np.ndarray) -> None:
-    raw = episode.images[rows][:, :, ::-1, ::-1]
-    for view in range(raw.shape[1]):
-        group.create_dataset(CAMERAS[view], data=np.ascontiguousarray(raw[:, view]))
     proprio = episode.proprio[rows].astype(np.float32)
-    group.create_dataset("ee_states", data=proprio[:, :6])
-    group.create_dataset("ee_pos", data=proprio[:, :3])
-    group.create_dataset("ee_ori", data=proprio[:, 3:6])
-    group.create_dataset("gripper_states", data=proprio[:, 6:])
+    if episode.benchmark == LIBERO:
+        raw = episode.images[rows][:, :, ::-1, ::-1]
+        for view in range(raw.shape[1]):
+            group.create_dataset(CAMERAS[view], data=np.ascontiguousarray(raw[:, view]))
+        group.create_dataset("ee_states", data=proprio[:, :6])
+        group.create_dataset("ee_pos", data=proprio[:, :3])
+        group.create_dataset("ee_ori", data=proprio[:, 3:6])
+        group.create_dataset("gripper_states", data=proprio[:, 6:])
+    else:
+        group.create_dataset("images", data=episode.images[rows])
+        group.create_dataset("proprio", data=proprio)
     for name, values in episode.extras.items():
         group.create_dataset(name, data=np.asarray(values)[rows])
 
@@ -130,6 +139,7 @@ def checked_facts(text: str, where: str) -> dict[str, Any]:
             f"{where}: expected format {FORMAT}, got {facts.get('format')!r}. "
             "The file was written by another version of worldenv: read it with that one."
         )
+    facts.setdefault("benchmark", LIBERO)
     for name, kind in _FACTS.items():
         value = facts.get(name, ...)
         fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -180,19 +190,25 @@ def read_demo(
         )
     sizes: Sizes = {}
     names = contents(demo, where)
-    actions = read_array(demo, "actions", where, sizes)
+    other = facts is not None and facts["benchmark"] != LIBERO
+    actions = read_array(demo, "actions", where, sizes, "other/actions" if other else None)
     dones = read_array(demo, "dones", where, sizes).astype(bool)
     if facts is None and not dones.any() and "rewards" in names:
         dones = read_array(demo, "rewards", where, sizes) > 0
     way = IMAGES["raw" if facts is not None else conventions.images]
     foreign = facts is None
-    images, proprio, extras = _observations(demo, "obs", where, sizes, image_size, way, foreign)
+
+    def observations_in(group: str, sizes: Sizes) -> tuple:
+        if other:
+            return _others_observations(demo, group, where, sizes, image_size)
+        return _observations(demo, group, where, sizes, image_size, way, foreign)
+
+    images, proprio, extras = observations_in("obs", sizes)
     if facts is None:
         check_units(actions, proprio[:, :3], f"{where}/actions")
     final = "final_obs" in names
     if final:
-        one = {"H": sizes["H"]}
-        last = _observations(demo, "final_obs", where, one, image_size, way, foreign)
+        last = observations_in("final_obs", {k: sizes[k] for k in ("H", "V", "P") if k in sizes})
         images = np.concatenate([images, last[0]])
         proprio = np.concatenate([proprio, last[1]])
         extras = _extended(extras, last[2])
@@ -219,6 +235,7 @@ def read_demo(
         success=success,
         meta=facts["meta"],
         extras=extras,
+        benchmark=facts.get("benchmark", LIBERO),
     )
     check_episode(episode, where)
     return episode
@@ -264,14 +281,36 @@ def _observations(
     rotation = continuous_axis_angle(pose[:, 3:])
     proprio = np.concatenate([pose[:, :3], rotation, read("gripper_states")], axis=1)
     extras = {"joint_states": read("joint_states")} if "joint_states" in names else {}
-    for other in sorted(set(names) - _KNOWN):
-        found = member(group, other, where)
-        with readable(f"{where}/{other}"):
-            plain = isinstance(found, h5py.Dataset) and found.dtype.kind in "fiub"
-            if plain and 1 <= len(found.shape or ()) <= 2 and len(found) == sizes["F"][0]:
-                extras[other] = found[()]
+    extras |= _further(group, sorted(set(names) - _KNOWN), where, sizes)
     images = np.stack([view[:, :: way[0], :: way[1]] for view in views], axis=1)
     return images, proprio.astype(np.float32), extras
+
+
+def _others_observations(
+    demo: h5py.Group, name: str, where: str, sizes: Sizes, image_size: int | None
+) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """What `_observations` returns, of another benchmark's episode."""
+    group, where = subgroup(demo, name, where), f"{where}/{name}"
+    images = read_array(group, "images", where, sizes, "other/images")
+    proprio = read_array(group, "proprio", where, sizes, "other/proprio")
+    if image_size is not None:
+        images = area_resize(images, image_size, f"{where}/images")
+    more = sorted({*contents(group, where)} - {"images", "proprio"})
+    return images, proprio.astype(np.float32), _further(group, more, where, sizes)
+
+
+def _further(
+    group: h5py.Group, names: list[str], where: str, sizes: Sizes
+) -> dict[str, np.ndarray]:
+    """Those arrays of `names` that are low-dimensional rows of numbers, one for each frame."""
+    found = {}
+    for name in names:
+        rows = member(group, name, where)
+        with readable(f"{where}/{name}"):
+            plain = isinstance(rows, h5py.Dataset) and rows.dtype.kind in "fiub"
+            if plain and 1 <= len(rows.shape or ()) <= 2 and len(rows) == sizes["F"][0]:
+                found[name] = rows[()]
+    return found
 
 
 def _extended(extras: dict[str, np.ndarray], last: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

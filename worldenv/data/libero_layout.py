@@ -2,7 +2,8 @@
 checks it.
 
 Letters in shapes are bound by the first array that has them: T actions, F frames, H image side,
-S state. Whatever a file holds, reading it either gives arrays of these shapes or raises a UserError
+S state, A action dims, P proprio dims, V views.
+Whatever a file holds, reading it either gives arrays of these shapes or raises a UserError
 that names file, demonstration and array.
 """
 
@@ -66,6 +67,10 @@ LAYOUT: dict[str, Array] = {
         ("F", 2), "number", -0.1, 0.1, "Both fingers' joint positions in metres."
     ),
     "obs/joint_states": Array(("F", 7), "number", -7, 7, "The arm's seven joint angles in rad."),
+    # Of other benchmarks' episodes, whatever their robot; images are upright.
+    "other/actions": Array(("T", "A"), "number"),
+    "other/images": Array(("F", "V", "H", "H", 3), "image", 0, 255, _IMAGE.mend),
+    "other/proprio": Array(("F", "P"), "number"),
 }
 
 Sizes = dict[str, tuple[int, str]]  # letter: its size and the array that first had it

@@ -19,7 +19,7 @@ import h5py
 
 from worldenv.data.conventions import CONVENTIONS, IMAGES, OURS, Conventions, measure
 from worldenv.data.episode import Episode, without_noops
-from worldenv.data.libero_hdf5 import file_defaults, own_facts, read_demo
+from worldenv.data.libero_hdf5 import LIBERO, file_defaults, own_facts, read_demo
 from worldenv.data.libero_layout import CAMERAS, array_shape, contents, readable, subgroup
 from worldenv.runtime.errors import UserError, unknown
 
@@ -119,6 +119,7 @@ def defaults_of(data: h5py.Group, file: Path) -> dict[str, Any]:
 class FileFacts:
     """What a file is seen to hold without reading its demonstrations; side: of images, pixels."""
 
+    benchmark: str
     suite: str
     task: int
     demos: int
@@ -135,8 +136,13 @@ def look_into(file: Path) -> FileFacts:
         demo = subgroup(data, names[0], str(places[0]))
         facts = own_facts(demo, where) or defaults_of(data, file)
         obs = subgroup(demo, "obs", where)
-        shape = array_shape(obs, CAMERAS[0], f"{where}/obs", "obs/agentview_rgb")
-    return FileFacts(facts["suite"], facts["task"], len(names) + len(places) - 1, shape[1])
+        benchmark = facts.get("benchmark", LIBERO)
+        if benchmark == LIBERO:
+            shape = array_shape(obs, CAMERAS[0], f"{where}/obs", "obs/agentview_rgb")
+        else:
+            shape = array_shape(obs, "images", f"{where}/obs", "other/images")
+    count = len(names) + len(places) - 1
+    return FileFacts(benchmark, facts["suite"], facts["task"], count, shape[-2])
 
 
 def open_file(file: Path) -> h5py.File:

@@ -278,7 +278,7 @@ class Server:
 
         async with self._storing:
             await asyncio.to_thread(write)
-        facts = (episode.suite, episode.task, episode.instruction)
+        facts = (episode.suite, episode.task, episode.instruction, episode.benchmark)
         return episode_path(self.folder, *facts).resolve()
 
     # ------------------------------------------------------------ plain requests

@@ -36,7 +36,7 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import pipeline, store
 from worldenv.stages.collect import load_round
-from worldenv.stages.reality import make_env
+from worldenv.stages.reality import benchmark, make_env
 from worldenv.stages.run import Run, read_record, world_of
 
 LONGEST = 1000  # chunks of an episode: what is recorded lies in memory until it is saved
@@ -245,6 +245,7 @@ class Session:
         begins = {"episode": origin.name, "step": int(origin.sequence.steps[self.place])}
         told = {"imagined": True, "round": world.number, "begins": begins, "reward": self.rewards}
         return Episode(
+            benchmark=benchmark(world.config).name,
             suite=world.config.env.suite,
             task=origin.sequence.task,
             instruction=origin.sequence.instruction,

@@ -26,17 +26,16 @@ from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import demonstrations, store
-from worldenv.stages.reality import Reality, Watcher, make_env
+from worldenv.stages.reality import Reality, Watcher, benchmark, make_env
 from worldenv.stages.run import Run, Stage, policy_before, stage_before
-
-TUNING_STARTS = 20  # benchmark init states 0-19 are for training and tuning
 
 
 def world(config: Config) -> tuple:
     """What of the real benchmark results depend on: not where the assets come from, nor how many
     workers serve them."""
-    env = config.env
-    return (env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps, env.views)
+    env, name = config.env, benchmark(config).name
+    of = () if name == "libero" else (name,)  # what was made before there were others stays valid
+    return (*of, env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps, env.views)
 
 
 def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
@@ -91,7 +90,13 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
     user's, is only added to, and the mark is of who acts, how and where. It is stored with each
     episode: one of another mark is none of them.
     """
-    demonstrations.require_expert(config.env.suite)
+    demonstrations.require_expert(config)
+    most = benchmark(config).states
+    if count > most:
+        raise UserError(
+            f"--episodes: expected at most {most} demonstrations of a task, one for each numbered "
+            f"start that {benchmark(config).name} has of it, got {count}. Ask for fewer."
+        )
     alone = bool(mark)
     mark = mark or fingerprint(
         "expert", config.seed, world(config), config.collect.demonstration_noise
@@ -198,6 +203,7 @@ class EpisodeRecorder(Watcher):
     ) -> None:
         """hold: actions still recorded after success first fired."""
         self.config, self.starts, self.keep, self.hold = config, starts, keep, hold
+        self.benchmark = benchmark(config).name
         self.open: dict[str, list] = {}
 
     def step(self, episode: int, before: dict, action: Tensor, after: dict, info: dict) -> None:
@@ -225,6 +231,7 @@ class EpisodeRecorder(Watcher):
         self.open = {}
         self.keep(
             Episode(
+                benchmark=self.benchmark,
                 suite=self.config.env.suite,
                 task=start.task,
                 instruction=parts["instruction"][0],
@@ -242,11 +249,12 @@ class EpisodeRecorder(Watcher):
 
 
 def exploration_start(config: Config, task: int, number: int, k: int) -> Start:
-    """The k-th that a task explores from in a round: benchmark starts 0-19 in turn, and fresh
-    placements for a fraction of the episodes."""
+    """The k-th that a task explores from in a round: the benchmark's tuning starts in turn, and
+    fresh placements for a fraction of the episodes."""
     seed = derive(config.seed, "exploration fixture", number, task, k) % 2**31
     before, after = (int(n * config.collect.fresh) for n in (k, k + 1))
-    return Start(task, None if after > before else (k - before) % TUNING_STARTS, seed)
+    tuning = benchmark(config).tuning
+    return Start(task, None if after > before else (k - before) % tuning, seed)
 
 
 def left_to_record(folder: Path, mark: str, starts: list[Start], alone: bool) -> list[Start]:
@@ -290,10 +298,16 @@ def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], lis
 
 
 def recorded(run: Run, name: str) -> list[Episode]:
-    """Episodes in `data/<name>` of a run. UserError if they are of another robot than its."""
+    """Episodes in `data/<name>` of a run. UserError if they are of another benchmark or robot."""
     folder = run.dir / "data" / name
     episodes = read_episodes(folder, run.embodiment.image_size)
     for number, episode in enumerate(episodes):
+        of, own = (episode.benchmark, episode.suite), (run.benchmark.name, run.config.env.suite)
+        if of != own:
+            raise UserError(
+                f"{folder}: episode {number}: expected one of {' '.join(own)}, got one of "
+                f"{' '.join(of)}. Move it elsewhere, or choose another run_dir."
+            )
         episode.images = episode.images[:, : run.embodiment.V]  # others may be recorded beside them
         check_fits(episode, run.embodiment, f"{folder}: episode {number}")
     return episodes

@@ -19,7 +19,6 @@ from worldenv.config import Config
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.lerobot.find import datasets_of
-from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.data.reading import (
     conventions_of,
     data_files,
@@ -27,23 +26,25 @@ from worldenv.data.reading import (
     look_into,
     parts_of,
 )
-from worldenv.envs.libero.assets import resolve_assets
-from worldenv.envs.libero.expert import EXPERT_SUITES
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
+from worldenv.stages.reality import benchmark
 from worldenv.stages.run import Run
 
 if TYPE_CHECKING:  # imported where a data set is met: pyarrow takes a while
     from worldenv.stages.recorded import Part
 
 
-def require_expert(suite: str) -> None:
+def require_expert(config: Config) -> None:
     """UserError, naming the flag that helps, for a suite that cannot be demonstrated by script."""
-    if suite not in EXPERT_SUITES:
+    found, suite = benchmark(config), config.env.suite
+    if not found.demonstrates(suite):
+        able = [name for name in found.suites if found.demonstrates(name)]
+        solves = f"solves {' and '.join(able)} only" if able else "is missing"
         raise UserError(
-            f"{suite}: expected demonstration files, got none: the scripted expert solves "
-            f"{' and '.join(EXPERT_SUITES)} only. Name files or folders "
-            f"(worldenv-train --data PATH), such as the benchmark's own {suite}/<task>_demo.hdf5."
+            f"{suite}: expected demonstration files, got none: the scripted expert of {found.name} "
+            f"{solves}. Name files or folders (worldenv-train --data PATH), such as LIBERO's own "
+            "<suite>/<task>_demo.hdf5."
         )
 
 
@@ -52,8 +53,10 @@ def check(config: Config) -> None:
     if config.data.paths:
         survey(config)
     else:
-        require_expert(config.env.suite)
-    print(f"assets: {resolve_assets(config.env.assets, config.env.suite)}", flush=True)
+        require_expert(config)
+    used = benchmark(config).check(config.env)
+    if used:
+        print(f"assets: {used}", flush=True)
 
 
 def identity(config: Config) -> tuple:
@@ -107,6 +110,7 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
     that have none.
     """
     suite, wanted = config.env.suite, config.env.tasks
+    own = benchmark(config)
     found: dict[tuple[str, int], list[Path | Part]] = defaultdict(list)
     unknown: list[str] = []
     for path in map(Path, config.data.paths):
@@ -119,8 +123,9 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
             )
         for file in files:
             facts = look_into(file)
-            if file not in found[facts.suite, facts.task]:
-                found[facts.suite, facts.task].append(file)
+            of = facts.suite if facts.benchmark == own.name else f"{facts.benchmark} {facts.suite}"
+            if file not in found[of, facts.task]:
+                found[of, facts.task].append(file)
         for folder in folders:
             from worldenv.stages.recorded import parts_of_folder
 
@@ -130,7 +135,7 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
                 found[key].append(part)
     missing = [task for task in wanted if (suite, task) not in found]
     if missing:
-        names = ", ".join(f"{task} ({SUITES[suite][task]})" for task in missing[:3])
+        names = ", ".join(f"{task} ({own.suites[suite][task]})" for task in missing[:3])
         names += f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         have = [
             f"{len(files)} of {other if task < 0 else f'{other} task {task}'}"
@@ -212,7 +217,7 @@ def _of_task(
                 short = without_noops(episode)
                 group.dropped += len(episode) - len(short)
                 episode = short
-            name = instruction_of(SUITES[suite][task])
+            name = benchmark(config).suites[suite][task]
             yield replace(episode, instruction=name, source="demonstration")
 
 
@@ -233,6 +238,7 @@ def _of_dataset(config: Config, part: "Part", groups: dict, given: dict) -> _Ope
     side = reader.dataset.features[reader.reading.cameras[0]].shape[0]
     group = groups[part.source.folder, f"{_pixels(side, size)}; {reader.how}"]
     group.notes = reader.notes
+    given = {**given, "benchmark": benchmark(config).name}
     return group, reader.read(size, given, part.source.places[part.key].tolist())
 
 

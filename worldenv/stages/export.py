@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,11 +14,12 @@ from worldenv.data.embodiment import Embodiment
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.lerobot.find import datasets_of
 from worldenv.data.reading import conventions_of, data_files, iterate, look_into
+from worldenv.envs.benchmark import begun, find
 from worldenv.envs.libero.robot import embodiment
 from worldenv.ranges import Episodes
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
-from worldenv.sources import DataConfig
+from worldenv.sources import DataConfig, EnvConfig
 from worldenv.stages import store
 
 
@@ -55,8 +56,7 @@ def export(arguments: ExportArguments) -> str:
         writer = None
         for episode in _chosen(found, arguments.data):
             if writer is None:
-                robot = embodiment(episode.images.shape[2])
-                writer = LeRobotWriter(arguments.to, robot, arguments.codec)
+                writer = LeRobotWriter(arguments.to, _robot(episode), arguments.codec)
                 stack.enter_context(writer)
             writer.append(episode)
             count.update(episodes=1, successes=episode.success, rows=len(episode))
@@ -65,6 +65,13 @@ def export(arguments: ExportArguments) -> str:
         f"{arguments.to}: LeRobotDataset v3.0 of {count['episodes']} episodes "
         f"({count['successes']} succeeded), {count['rows']} rows"
     )
+
+
+def _robot(episode: Episode) -> Embodiment:
+    """Of the benchmark that an episode is of, seen as it was recorded."""
+    env = begun(EnvConfig(), episode.benchmark)
+    size, views = episode.images.shape[2], episode.images.shape[1]
+    return find(episode.benchmark).embodiment(replace(env, image_size=size, views=views))
 
 
 Source = tuple[int, Iterator[Episode]]

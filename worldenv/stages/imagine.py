@@ -113,6 +113,7 @@ def _recorded(
     rewards[steps[1:] - 1] = verdict[1:]
     dones = rewards > threshold
     episode = Episode(
+        benchmark=real.benchmark,
         suite=real.suite,
         task=real.task,
         instruction=sequence.instruction,

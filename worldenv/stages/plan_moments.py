@@ -78,7 +78,7 @@ def moments(config: Config, costs: Costs, here: Machine) -> dict[str, list[Momen
     if here.cpu:
         found = {name: [_kept(moment, here) for moment in of] for name, of in found.items()}
         # From the first exploration on the benchmark's processes wait for more to do.
-        beside = {"real benchmark": config.env.workers * reality.PROCESS_BYTES}
+        beside = {"real benchmark": config.env.workers * reality.benchmark(config).process_bytes}
         for name in found.keys() - {"sft"}:
             found[name] = [replace(moment, parts=beside | moment.parts) for moment in found[name]]
     return found

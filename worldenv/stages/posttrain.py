@@ -35,7 +35,7 @@ from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import collect, gate, physics, store
-from worldenv.stages.collect import TUNING_STARTS, load_round
+from worldenv.stages.collect import load_round
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, Stage, data_up_to, stage_before, world_of
 
@@ -340,9 +340,9 @@ def _check_reality(
 
 def _real_success(run: Run, policy: Policy, label: str) -> float:
     """Share of the tuning episodes that succeed."""
-    config = run.config
+    config, tuning = run.config, run.benchmark.tuning
     starts = [
-        Start(task, k % TUNING_STARTS, derive(config.seed, "check fixture", k) % 2**31)
+        Start(task, k % tuning, derive(config.seed, "check fixture", k) % 2**31)
         for task in config.env.tasks
         for k in range(config.posttrain.real_check_episodes)
     ]

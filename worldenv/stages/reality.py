@@ -12,41 +12,32 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 
 from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
-from worldenv.envs.libero import robot
-from worldenv.envs.libero.cameras import of_tasks
-from worldenv.envs.libero.env import LiberoVectorEnv
+from worldenv.envs.benchmark import Benchmark, check, check_spaces
 from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Actor, Stop, Trajectories, rollout
 
-PROCESS_BYTES = 606 << 20
-"""Resident bytes of a simulator's process: MuJoCo, numba and torch, pages that processes share
-counted in each (measured in the default run)."""
+
+def benchmark(config: Config) -> Benchmark:
+    """The one that a configuration names. UserError where it has not what is asked of it."""
+    return check(config)
 
 
 def embodiment(config: Config) -> Embodiment:
     """The robot of the benchmark that a configuration names, as its models see it."""
-    env = config.env
-    return robot.embodiment(env.image_size, env.chunk, of_tasks(env.suite, env.tasks), env.views)
+    return benchmark(config).embodiment(config.env)
 
 
-def make_env(config: Config, rows: int = 1, **arguments: object) -> LiberoVectorEnv:
+def make_env(config: Config, rows: int = 1) -> VectorEnv:
     """The real benchmark as a run's configuration describes it."""
-    env = config.env
-    return LiberoVectorEnv(
-        env.suite,
-        rows,
-        workers=rows,
-        assets=env.assets,
-        image_size=env.image_size,
-        chunk=env.chunk,
-        views=env.views,
-        max_steps=env.max_steps,
-        **arguments,
-    )
+    found = benchmark(config)
+    env = found.make(config.env, rows)
+    check_spaces(env, found.embodiment(config.env), found.name)
+    return env
 
 
 class Watcher:
@@ -66,7 +57,7 @@ class Reality:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self._envs: list[LiberoVectorEnv] = []
+        self._envs: list[VectorEnv] = []
         self._held: list[int | None] = []  # the task whose scene each has
 
     @property
@@ -78,7 +69,7 @@ class Reality:
         self,
         policy: Actor,
         starts: Sequence[Start],
-        watch: Callable[[LiberoVectorEnv], Watcher],
+        watch: Callable[[VectorEnv], Watcher],
         *,
         seeds: Sequence[int],
         noise: Noise | None,
@@ -91,7 +82,7 @@ class Reality:
         environment.
 
         seeds, noise, images, features: as of `rl.rollout.rollout`. terminate, record_every: as of
-        `LiberoVectorEnv`. After an error or an interruption no episode is begun; those in progress
+        `WorkerVectorEnv`. After an error or an interruption no episode is begun; those in progress
         are finished first.
         """
         waiting = list(range(len(starts)))

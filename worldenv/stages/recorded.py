@@ -1,7 +1,7 @@
 """Demonstrations from LeRobotDatasets: which of a data set's episodes are of a run's tasks."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,18 +13,15 @@ from worldenv.data.lerobot import own
 from worldenv.data.lerobot.detect import keys
 from worldenv.data.lerobot.layout import open_dataset
 from worldenv.data.lerobot.reader import Reader
-from worldenv.data.libero_tasks import SUITES, instruction_of, locate_instruction
-from worldenv.envs.libero.robot import embodiment
-
-
-def instructions(config: Config) -> list[str]:
-    """What the suite's tasks ask for, in their order."""
-    return [instruction_of(name) for name in SUITES[config.env.suite]]
+from worldenv.data.libero_hdf5 import LIBERO
+from worldenv.data.libero_tasks import locate_instruction
+from worldenv.stages.reality import benchmark
 
 
 def robot_of(config: Config) -> Embodiment:
-    """The benchmark's robot with all its cameras: both are recorded, however many models see."""
-    return embodiment(config.env.image_size, config.env.chunk)
+    """The benchmark's robot; of LIBERO with both cameras: its files have them, whatever models see."""
+    found, env = benchmark(config), config.env
+    return found.embodiment(replace(env, views=2) if found.name == LIBERO else env)
 
 
 class Recorded:
@@ -38,13 +35,14 @@ class Recorded:
         self.folder, self.config, self.robot = folder, config, robot_of(config)
         self.dataset = open_dataset(folder)
         self.others: list[str] = []  # of no task that is known
-        suits = {text: task for task, text in enumerate(instructions(config))}
-        suite, known = config.env.suite, own.Reader(self.dataset).tasks()
+        found_by, suite = benchmark(config), config.env.suite
+        suits = {text.lower(): task for task, text in enumerate(found_by.suites[suite])}
+        known = own.Reader(self.dataset).tasks(found_by.name)
         by_text: list[tuple[str, int] | None] = []
         for text in self.dataset.texts:
             said = " ".join(text.lower().split())
-            key = (suite, suits[said]) if said in suits else locate_instruction(text)
-            by_text.append(key)
+            located = locate_instruction(text) if found_by.name == LIBERO else None
+            by_text.append((suite, suits[said]) if said in suits else located)
         found: dict[tuple[str, int], list[int]] = defaultdict(list)
         for place, (number, text) in enumerate(
             zip(self.dataset.number.tolist(), self.dataset.text.tolist(), strict=True)

@@ -109,6 +109,7 @@ def collect_results(run: Run, names: Sequence[str]) -> dict:
         "seed": config.seed,
         "commit": commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "benchmark": run.benchmark.name,
         "suite": config.env.suite,
         "world": config.posttrain.world,
         "real_episodes_used": sum(used.values()),

@@ -24,7 +24,7 @@ from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import RunLogger
-from worldenv.stages.reality import Reality, embodiment
+from worldenv.stages.reality import Reality, benchmark, embodiment
 
 
 def acting(device: torch.device, part: PolicyConfig) -> torch.device:
@@ -34,8 +34,8 @@ def acting(device: torch.device, part: PolicyConfig) -> torch.device:
 
 
 class Run:
-    """Everything a stage needs: `config`, `dir`, `device`, `logger`, `reality` (the real
-    benchmark), `embodiment` (its robot) and the finished records.
+    """Everything a stage needs: `config`, `dir`, `device`, `logger`, `benchmark`, `reality` (its
+    episodes), `embodiment` (its robot) and the finished records.
 
     writes: whether to be the only run at work in the folder (UserError if there is another).
     Whoever only reads disturbs nobody. force: whether to train in a world that the gate refuses.
@@ -47,6 +47,7 @@ class Run:
         parallel.use_threads(config.threads)
         self._lock = FolderLock(self.dir) if writes else None
         self.reality, self.embodiment = Reality(config), embodiment(config)
+        self.benchmark = benchmark(config)
 
     @property
     def acting(self) -> torch.device:

@@ -18,6 +18,7 @@ from worldenv.config import (
     SimulatorConfig,
 )
 from worldenv.data.embodiment import Embodiment, differences
+from worldenv.envs.benchmark import find
 from worldenv.fields import from_dict, to_dict
 from worldenv.models.folder import digest as digest_of_folder
 from worldenv.models.policy import Policy
@@ -79,9 +80,14 @@ def save(kind: str, model: nn.Module, path: Path, shown: EnvConfig | None = None
         "kind": kind,
         "config": to_dict(model.config),
         "embodiment": to_dict(model.embodiment),
-        **({"shown": {"suite": shown.suite, "tasks": shown.tasks}} if shown else {}),
+        **({"shown": _seen(shown)} if shown else {}),
     }
     checkpoint.save(path, checkpoint.weights(model, holds_all(kind)), metadata)
+
+
+def _seen(env: EnvConfig) -> dict:
+    """Suite and tasks, and whose: by its name, in whatever way it was named."""
+    return {"benchmark": find(env.benchmark).name, "suite": env.suite, "tasks": env.tasks}
 
 
 def locate(kind: str, named: Path) -> Path:
@@ -217,7 +223,8 @@ def check_fits(own: Embodiment, asked: Embodiment, what: str, drawn: bool = Fals
 
 
 def shown(metadata: dict, path: Path) -> EnvConfig | None:
-    """Suite and tasks of the episodes that a checkpoint's model has seen, if it says so."""
+    """Benchmark (by its name), suite and tasks of the episodes that a checkpoint's model has seen,
+    if it says so."""
     if "shown" not in metadata:
         return None
     return from_dict(EnvConfig, checkpoint.fact(metadata, "shown", dict, path), f"{path}: shown")
@@ -225,11 +232,18 @@ def shown(metadata: dict, path: Path) -> EnvConfig | None:
 
 def check_shown(seen: EnvConfig | None, asked: EnvConfig, what: str) -> None:
     """UserError that begins with `what` unless a model has seen the tasks it is asked about."""
-    if seen is None or (seen.suite == asked.suite and {*asked.tasks} <= {*seen.tasks}):
+    if seen is None:
         return
+    name = find(asked.benchmark).name
+    same = (seen.benchmark, seen.suite) == (name, asked.suite)
+    if same and {*asked.tasks} <= {*seen.tasks}:
+        return
+    of = (seen.suite, asked.suite)
+    if seen.benchmark != name:
+        of = (f"{seen.suite} ({seen.benchmark})", f"{asked.suite} ({name})")
     raise UserError(
-        f"{what} on tasks {_words(seen.tasks)} of {seen.suite}, got tasks {_words(asked.tasks)} of "
-        f"{asked.suite}. Use one that has seen them, or leave it out and have one trained."
+        f"{what} on tasks {_words(seen.tasks)} of {of[0]}, got tasks {_words(asked.tasks)} of "
+        f"{of[1]}. Use one that has seen them, or leave it out and have one trained."
     )
 
 

@@ -18,12 +18,12 @@ from typing import Annotated
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.windows import chunk_sequences, from_first_step
-from worldenv.envs.libero.env import LiberoVectorEnv
 from worldenv.envs.start import Start
 from worldenv.fields import Items, Range, fingerprint
 from worldenv.fields import check as check_fields
@@ -173,9 +173,15 @@ def held_out(run: Run, policy: Policy, count: int, n: int) -> list[Episode]:
     with DatasetWriter(folder) as writer, progress.bar(len(starts), "held-out episodes") as bar:
         bar.update(len(starts) - len(left))
 
-        def recorder(env: LiberoVectorEnv) -> collect.EpisodeRecorder:
+        def recorder(env: VectorEnv) -> collect.EpisodeRecorder:
             def keep(episode: Episode) -> None:
                 seen = env.objects(0)
+                if not seen[0]:
+                    raise UserError(
+                        f"--simulator: expected a benchmark that says where its things are "
+                        f"(`objects` of Simulator.observe), got {run.benchmark.name}, which says "
+                        "none. Add them, for measuring only."
+                    )
                 for i, name in enumerate(seen[0]):
                     places = [seen[step][name] for step in episode.frame_steps.tolist()]
                     episode.extras[f"{probe.THINGS}{i}_{name}"] = np.stack(places)

@@ -25,7 +25,6 @@ pytest.importorskip("libero", reason="hf-libero is not installed")
 
 from worldenv.envs.libero import worker
 from worldenv.envs.libero.env import LiberoEnv, LiberoVectorEnv
-from worldenv.envs.libero.pool import WorkerError
 from worldenv.envs.libero.worker import (
     SETTLING_ACTION,
     SETTLING_STEPS,
@@ -33,6 +32,7 @@ from worldenv.envs.libero.worker import (
     placement_seed,
     read_init_state,
 )
+from worldenv.envs.pool import WorkerError
 
 pytestmark = [pytest.mark.libero, pytest.mark.slow]
 
@@ -327,8 +327,8 @@ def test_a_lost_worker_is_replaced_and_its_episode_redone(env, accident):
 
 def test_never_terminates_without_the_oracle(env):
     """Success is only reported when told to ignore it; else it ends the row at its sub-step."""
-    from worldenv.envs.libero.env import _Row
-    from worldenv.envs.libero.server import Chunk
+    from worldenv.envs.server import Chunk
+    from worldenv.envs.workers import _Row
 
     dones = np.array([False, False, True, False])
     view = {"image": np.zeros((2, 4, 4, 3), np.uint8), "proprio": np.zeros(8, np.float32)}

@@ -116,8 +116,10 @@ class Reader:
             images = np.stack([_picture(self.path, content) for content in pictures])
             return Own(facts, np.array(state, np.float32).reshape(-1), images)
 
-    def tasks(self) -> dict[int, tuple[str, int]]:
-        """Suite and task of every episode that is kept, by its number."""
+    def tasks(self, benchmark: str) -> dict[int, tuple[str, int]]:
+        """Suite and task of every episode that is kept, by its number; the suite of one of another
+        benchmark begins with that one's name.
+        """
         if not self.there:
             return {}
         with parquet(self.path):
@@ -126,7 +128,13 @@ class Reader:
                 number: checked_facts(str(texts[row]), f"{self.path}: episode {number}")
                 for number, row in self._row.items()
             }
-        return {number: (found["suite"], found["task"]) for number, found in facts.items()}
+        return {
+            number: (
+                f["suite"] if f["benchmark"] == benchmark else f"{f['benchmark']} {f['suite']}",
+                f["task"],
+            )
+            for number, f in facts.items()
+        }
 
     def joined(
         self, images: np.ndarray, proprio: np.ndarray, kept: Own, number: int

@@ -18,6 +18,7 @@ from worldenv.data.lerobot.layout import DataSet
 from worldenv.data.lerobot.rows import Rows
 from worldenv.data.lerobot.statistics import Stated
 from worldenv.data.lerobot.tables import numbers, vectors
+from worldenv.data.libero_hdf5 import LIBERO
 from worldenv.data.libero_tasks import locate_instruction
 from worldenv.runtime.errors import UserError
 from worldenv.sources import DataConfig
@@ -144,14 +145,16 @@ class Reader:
         self, k: int, kept: own.Own | None, success: bool, given: dict[str, Any]
     ) -> dict[str, Any]:
         """Suite, task and all else that is no array."""
-        names = ("suite", "task", "instruction", "start", "seed", "source", "success", "meta")
+        names = ("suite", "task", "instruction", "start", "seed", "source", "success", "meta",
+                 "benchmark")  # fmt: skip
         text = self.dataset.texts[self.dataset.text[k]]
         if kept is not None:
             facts = {name: kept.facts[name] for name in names}
         else:
             suite, task = locate_instruction(text) or (self.dataset.folder.name, -1)
             facts = {"suite": suite, "task": task, "instruction": text, "start": None, "seed": 0,
-                     "source": "demonstration", "success": success, "meta": {}}  # fmt: skip
+                     "source": "demonstration", "success": success, "meta": {},
+                     "benchmark": LIBERO}  # fmt: skip
         return {**facts, **given}
 
     def _check_units(self, actions: np.ndarray, proprio: np.ndarray, place: str) -> None:

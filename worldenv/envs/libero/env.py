@@ -1,53 +1,30 @@
-"""The real benchmark as a gymnasium vector environment: rows of LIBERO episodes in workers.
+"""LIBERO as a gymnasium vector environment: `envs.workers` on its simulator, with its init states.
 
-One step executes one action chunk [C, 7] in each row and looks once, at its end. A finished row
-freezes: its observation and flags stay, further actions for it are ignored, until `reset` with its
-bit of `reset_mask` set. Rows of a worker run in turn, workers in parallel. A worker that
-dies or hangs is replaced and its rows are redone from their starts and actions: the same bits.
-
-Liberties: `reset` takes starts and a mask through `options`, gymnasium's place for such things; a
-call without starts draws init states at random and keeps each row's task. `info` is a plain dict of
-arrays, without gymnasium's `_key` masks: every row reports every time.
+Actions are [C, 7], an OSC_POSE delta and a gripper command (-1 open, +1 close).
 """
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
-from worldenv.data.embodiment import Embodiment
-from worldenv.data.episode import Episode
 from worldenv.data.libero_tasks import SUITES, instruction_of
-from worldenv.envs.actions import check_actions
 from worldenv.envs.libero.assets import resolve_assets
-from worldenv.envs.libero.pool import Command, WorkerPool
-from worldenv.envs.libero.robot import ACTION_DIMS, CAMERAS, PROPRIO_DIMS, RENDER_SIZES, embodiment
-from worldenv.envs.libero.server import Chunk, Demonstration
+from worldenv.envs.libero.robot import CAMERAS, RENDER_SIZES, embodiment
 from worldenv.envs.libero.worker import read_init_state
 from worldenv.envs.start import Start
+from worldenv.envs.workers import WorkerVectorEnv
 from worldenv.runtime.errors import UserError, unknown
-from worldenv.runtime.seeds import derive
 
 INIT_STATES = 50
-_LETTERS = "abcdefghijklmnopqrstuvwxyz "
 
 
-class LiberoVectorEnv(VectorEnv):
-    """B rows of a LIBERO suite, any task in any row. See the module's text for its conduct.
+class LiberoVectorEnv(WorkerVectorEnv):
+    """B rows of a LIBERO suite, any task in any row; observations and conduct: `WorkerVectorEnv`.
 
-    Observation: image [B, V=2, H, W, 3] uint8 upright, proprio [B, 8] float32, instruction (B str).
-    Action: [B, C, 7] float, OSC_POSE delta and gripper (-1 open, +1 close), clipped to [-1, 1].
-    Reward: 1 in the step in which success first holds. `info`: success [B] (ever), steps [B],
-    success_step [B] (1-based, -1 for none), and frames if recording.
+    Image [B, V=2, H, W, 3], proprio [B, 8], action [B, C, 7].
     """
-
-    metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}  # noqa: RUF012
 
     def __init__(
         self,
@@ -66,307 +43,46 @@ class LiberoVectorEnv(VectorEnv):
     ) -> None:
         """Starts nothing yet: processes and simulators come with the first reset.
 
-        workers: processes, default one per row up to the number of cores. views: of the cameras,
-        how many are observed. terminate: "never" runs every row to `max_steps` and only reports
-        success. record_every: also render every k-th step, with all cameras, into
-        `info["frames"]`. timeout_s: a worker silent for longer is replaced.
-        Raises UserError for values that cannot work and for assets the suite lacks.
+        views: of the cameras, how many are observed; all are recorded. The others: as of
+        `WorkerVectorEnv`. Raises UserError for values that cannot work and for assets the suite
+        lacks.
         """
         if suite not in SUITES:
             raise unknown("LIBERO suite", suite, SUITES)
-        cores = len(os.sched_getaffinity(0))
-        workers = min(num_envs, cores) if workers is None else workers
-        for name, value in {
-            "num_envs": num_envs,
-            "workers": workers,
-            "image_size": image_size,
-            "chunk": chunk,
-            "views": views,
-            "max_steps": max_steps,
-            "record_every": 1 if record_every is None else record_every,
-            "timeout_s": timeout_s,
-        }.items():
+        for name, value in {"image_size": image_size, "chunk": chunk, "views": views}.items():
             if value <= 0:
                 raise UserError(f"{name} must be positive, got {value}.")
         if image_size > RENDER_SIZES[-1]:
             raise UserError(f"image_size must be at most {RENDER_SIZES[-1]}, got {image_size}.")
-        if terminate not in ("success", "never"):
-            raise unknown("termination", terminate, ("success", "never"))
-        self.suite, self.num_envs, self.chunk = suite, num_envs, chunk
-        self.max_steps, self.terminate, self.record_every = max_steps, terminate, record_every
         self.assets = resolve_assets(assets, suite, None)
-        self.metadata = {**self.metadata, "assets": str(self.assets)}
-        self.embodiment = embodiment(image_size, chunk, views=views)
-        self.single_observation_space, self.single_action_space = _spaces(self.embodiment)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self._workers = min(workers, num_envs)
-        settings = {
-            "suite": suite,
-            "assets": str(self.assets.path),
-            "image_size": image_size,
-            "render_size": self.embodiment.render_size,
-        }
-        self._pool = WorkerPool(
-            self._workers, settings, timeout_s=timeout_s, recover=self._recovery
+        robot = embodiment(image_size, chunk, views=views)
+        super().__init__(
+            "worldenv.envs.libero.worker:built",
+            robot,
+            num_envs,
+            benchmark="libero",
+            suite=suite,
+            instructions=[instruction_of(name) for name in SUITES[suite]],
+            states=INIT_STATES,
+            arguments={
+                "suite": suite,
+                "assets": str(self.assets.path),
+                "image_size": image_size,
+                "render_size": robot.render_size,
+            },
+            cameras=len(CAMERAS),
+            renders=True,
+            workers=workers,
+            max_steps=max_steps,
+            terminate=terminate,
+            record_every=record_every,
+            timeout_s=timeout_s,
         )
-        self._rows = [_Row() for _ in range(num_envs)]
-        self._generators = _row_generators(None, num_envs)
-        shape = (num_envs, len(CAMERAS), image_size, image_size, 3)
-        self._image = np.zeros(shape, np.uint8)
-        self._proprio = np.zeros(self.observation_space["proprio"].shape, np.float32)
+        self.metadata = {**self.metadata, "assets": str(self.assets)}
 
-    def reset(
-        self, *, seed: int | Sequence[int | None] | None = None, options: dict | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begins new episodes in the rows of options["reset_mask"] [B] (default all).
-
-        options["starts"]: B entries, a `Start` for each row to reset; None there draws one from
-        `seed`'s generator: the row's last task (first: 0), a random init state, a random seed.
-        """
-        if self.closed:
-            raise gymnasium.error.ClosedEnvironmentError("reset of a closed LiberoVectorEnv")
-        options = options or {}
-        surplus = set(options) - {"reset_mask", "starts"}
-        if surplus:
-            raise unknown("reset option", min(surplus), ("reset_mask", "starts"))
-        if seed is not None:
-            super().reset(seed=seed if isinstance(seed, int) else None)
-            self._generators = _row_generators(seed, self.num_envs)
-        mask = self._mask(options.get("reset_mask"))
-        starts = options.get("starts") or [None] * self.num_envs
-        if len(starts) != self.num_envs:
-            raise UserError(
-                f"starts must hold one entry for each of {self.num_envs} rows, got {len(starts)}."
-            )
-        chosen = {i: starts[i] or self._draw_start(i) for i in np.flatnonzero(mask).tolist()}
-        self._check_starts(chosen)
-        requests = {}
-        for i, start in chosen.items():
-            state = read_init_state(self.suite, start)
-            requests[i] = (start, state, np.zeros((0, ACTION_DIMS)), True)
-        for i in chosen:
-            self._rows[i] = _Row(task=chosen[i].task)  # not to be redone if this is interrupted
-        for i, view in self._ask("reset", requests).items():
-            self._rows[i] = _Row(chosen[i], chosen[i].task)
-            self._rows[i].objects[0] = view["objects"]
-            self._image[i], self._proprio[i] = view["image"], view["proprio"]
-        return self._observation(), self._info()
-
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Executes actions [B, C, 7]: observation, reward, terminated, truncated [B] and info.
-
-        Raises UserError for a wrong shape, a dtype that is not floating, or NaN in a live row.
-        """
-        if self.closed:
-            raise gymnasium.error.ClosedEnvironmentError("step of a closed LiberoVectorEnv")
-        waiting = [i for i, row in enumerate(self._rows) if row.start is None]
-        if waiting:
-            raise gymnasium.error.ResetNeeded(f"Rows {waiting} have no episode: reset them first.")
-        actions = np.asarray(actions)
-        live = [i for i, row in enumerate(self._rows) if not row.finished]
-        check_actions(actions, self.action_space.shape, live)
-        requests = {}
-        for i in live:
-            row = self._rows[i]
-            planned = actions[i, : self.max_steps - row.steps].astype(np.float64)
-            requests[i] = (planned, self.terminate == "success", self._looks(row, len(planned)))
-        chunks = self._ask("step", requests)
-        reward = np.zeros(self.num_envs)
-        frames = [_no_frames(self._image) for _ in self._rows]
-        for i, chunk in chunks.items():
-            row = self._rows[i]
-            if self.record_every is not None:
-                frames[i] = row.frames(chunk)
-            reward[i] = row.advance(requests[i][0], chunk, self.max_steps, self.terminate)
-            view = chunk.views[-1][1]
-            self._image[i], self._proprio[i] = view["image"], view["proprio"]
-        terminated = np.array([row.terminated for row in self._rows])
-        truncated = np.array([row.truncated for row in self._rows])
-        info = self._info()
-        if self.record_every is not None:
-            info["frames"] = frames
-        return self._observation(), reward, terminated, truncated, info
-
-    def demonstrate(
-        self,
-        starts: Sequence[Start],
-        *,
-        noise: float,
-        seed: int,
-        record_every: int = 1,
-        attempts: int = 1,
-    ) -> list[Episode]:
-        """Scripted episodes from `starts`, in their order, run in the workers.
-
-        Frames before every `record_every`-th action and after the last. An episode depends on its
-        start, `noise` and `seed` alone. Ends the rows' episodes: reset before stepping.
-        """
-        self._check_starts(dict(enumerate(starts)))
-        self._rows = [_Row(task=row.task) for row in self._rows]
-        queue = list(range(len(starts)))
-        running: dict[int, int] = {}
-        episodes: dict[int, Episode] = {}
-
-        def give(worker: int) -> None:
-            held = self._rows[worker].task  # of the simulator that this worker demonstrates with
-            k = next((k for k in queue if starts[k].task == held), queue[0])
-            queue.remove(k)
-            running[worker] = k
-            self._rows[worker] = _Row(task=starts[k].task)
-            start = starts[k]
-            request = Demonstration(
-                row=worker,
-                start=start,
-                init_state=read_init_state(self.suite, start),
-                noise=noise,
-                seed=derive(seed, start.task, str(start.index), start.seed),
-                record_every=record_every,
-                max_steps=self.max_steps,
-                attempts=attempts,
-            )
-            self._pool.submit(worker, ("demonstrate", request))
-
-        for worker in range(min(self._workers, len(queue))):
-            give(worker)
-        failure: Exception | None = None
-        while running:
-            worker, answer = self._pool.next()
-            k = running.pop(worker)
-            if isinstance(answer, Exception):
-                failure = failure or answer
-            else:
-                episodes[k] = answer
-            if queue and failure is None:
-                give(worker)
-        if failure is not None:
-            raise failure
-        return [episodes[k] for k in range(len(starts))]
-
-    def objects(self, row: int) -> dict[int, dict[str, np.ndarray]]:
-        """Where the goal's things were in a row's episode, [3] in m by name, after each number of
-        steps at which it was looked at. For measuring only: no observation holds it."""
-        return self._rows[row].objects
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Ends the worker processes."""
-        pool = getattr(self, "_pool", None)  # absent if the constructor refused its arguments
-        if pool is not None:
-            pool.close()
-
-    def _ask(self, kind: str, requests: dict[int, tuple]) -> dict[int, Any]:
-        """Sends each row's request to its worker, all at once, and gathers the answers by row."""
-        shares: dict[int, list[int]] = {}
-        for i in requests:
-            shares.setdefault(i % self._workers, []).append(i)
-        commands = {w: (kind, [(i, *requests[i]) for i in rows]) for w, rows in shares.items()}
-        answers = self._pool.exchange(commands)
-        return {
-            i: answer
-            for w, rows in shares.items()
-            for i, answer in zip(rows, answers[w], strict=True)
-        }
-
-    def _recovery(self, worker: int) -> list[Command]:
-        """The command that brings a fresh worker's live rows to where they stand."""
-        rows = [
-            (i, row.start, read_init_state(self.suite, row.start), row.past(), False)
-            for i, row in enumerate(self._rows)
-            if i % self._workers == worker and row.start is not None and not row.finished
-        ]
-        return [("reset", rows)] if rows else []
-
-    def _looks(self, row: "_Row", count: int) -> frozenset[int]:
-        """Steps 1..count of the coming chunk after which a frame is due."""
-        if self.record_every is None:
-            return frozenset()
-        return frozenset(k for k in range(1, count + 1) if (row.steps + k) % self.record_every == 0)
-
-    def _mask(self, mask: Any) -> np.ndarray:
-        if mask is None:
-            return np.ones(self.num_envs, dtype=bool)
-        mask = np.asarray(mask)
-        if mask.shape != (self.num_envs,) or mask.dtype != bool:
-            raise UserError(
-                f"reset_mask must be bool [{self.num_envs}], got {mask.dtype} {list(mask.shape)}."
-            )
-        return mask
-
-    def _draw_start(self, i: int) -> Start:
-        draw = self._generators[i]
-        index, seed = int(draw.integers(INIT_STATES)), int(draw.integers(2**31))
-        return Start(self._rows[i].task, index, seed)
-
-    def _check_starts(self, starts: dict[int, Start]) -> None:
-        count = len(SUITES[self.suite])
-        for i, start in starts.items():
-            if not 0 <= start.task < count:
-                raise UserError(
-                    f"Start {i} names task {start.task}; {self.suite} has tasks 0 to {count - 1}."
-                )
-
-    def _observation(self) -> dict[str, Any]:
-        names = SUITES[self.suite]
-        return {
-            "image": self._image[:, : self.embodiment.V].copy(),
-            "proprio": self._proprio.copy(),
-            "instruction": tuple(instruction_of(names[row.task]) for row in self._rows),
-        }
-
-    def _info(self) -> dict[str, Any]:
-        return {
-            "success": np.array([row.success_step > 0 for row in self._rows]),
-            "steps": np.array([row.steps for row in self._rows]),
-            "success_step": np.array([row.success_step for row in self._rows]),
-        }
-
-
-class _Row:
-    """One row's episode as the parent knows it; enough to redo it."""
-
-    def __init__(self, start: Start | None = None, task: int = 0) -> None:
-        self.start, self.task = start, task
-        self.actions: list[np.ndarray] = []
-        self.objects: dict[int, dict[str, np.ndarray]] = {}
-        self.steps = 0
-        self.success_step = -1
-        self.terminated = self.truncated = False
-
-    @property
-    def finished(self) -> bool:
-        """True once terminated or truncated."""
-        return self.terminated or self.truncated
-
-    def past(self) -> np.ndarray:
-        """The actions executed so far [steps, 7]."""
-        return np.concatenate([np.zeros((0, ACTION_DIMS)), *self.actions])
-
-    def frames(self, chunk: Chunk) -> dict[str, np.ndarray]:
-        """The frames of a chunk about to be counted; `success`: it has held by then."""
-        steps = np.array([step for step, _ in chunk.views])
-        held = np.cumsum(chunk.dones) > 0
-        return {
-            "steps": self.steps + steps,
-            "image": np.stack([view["image"] for _, view in chunk.views]),
-            "proprio": np.stack([view["proprio"] for _, view in chunk.views]),
-            "success": held[steps - 1] | (self.success_step > 0),
-            "dones": chunk.dones,
-        }
-
-    def advance(self, actions: np.ndarray, chunk: Chunk, max_steps: int, terminate: str) -> float:
-        """Counts an executed chunk; the reward."""
-        executed = len(chunk.dones)
-        self.objects |= {self.steps + step: view["objects"] for step, view in chunk.views}
-        first = self.success_step < 0 and bool(chunk.dones.any())
-        if first:
-            self.success_step = self.steps + int(np.argmax(chunk.dones)) + 1
-        self.actions.append(actions[:executed])
-        self.steps += executed
-        self.terminated = terminate == "success" and self.success_step > 0
-        self.truncated = not self.terminated and self.steps >= max_steps
-        return float(first)
+    def given(self, start: Start) -> np.ndarray | None:
+        """Its init state: reading it imports torch, which no worker needs."""
+        return read_init_state(self.suite, start)
 
 
 class LiberoEnv(gymnasium.Env):
@@ -409,38 +125,3 @@ class LiberoEnv(gymnasium.Env):
             {name: value[0] for name, value in observation.items()},
             {name: value[0] for name, value in info.items()},
         )
-
-
-def _spaces(robot: Embodiment) -> tuple[spaces.Dict, spaces.Box]:
-    """One row's observation and action spaces."""
-    shape = (robot.V, robot.image_size, robot.image_size, 3)
-    observation = spaces.Dict(
-        {
-            "image": spaces.Box(0, 255, shape, np.uint8),
-            "proprio": spaces.Box(-np.inf, np.inf, (robot.P,), np.float32),
-            "instruction": spaces.Text(max_length=200, charset=_LETTERS),
-        }
-    )
-    return observation, spaces.Box(-1.0, 1.0, (robot.chunk, robot.A), np.float32)
-
-
-def _row_generators(
-    seed: int | Sequence[int | None] | None, count: int
-) -> list[np.random.Generator]:
-    """One generator per row: seed + row for an int (gymnasium's habit), else the row's own."""
-    if seed is None or isinstance(seed, int | np.integer):
-        seed = [None if seed is None else int(seed) + i for i in range(count)]
-    if len(seed) != count:
-        raise UserError(f"seed must be one int or {count} of them, got {len(seed)}.")
-    return [np.random.default_rng(value) for value in seed]
-
-
-def _no_frames(image: np.ndarray) -> dict[str, np.ndarray]:
-    """The frames of a row that did not move."""
-    return {
-        "steps": np.zeros(0, dtype=np.int64),
-        "image": np.zeros((0, *image.shape[1:]), np.uint8),
-        "proprio": np.zeros((0, PROPRIO_DIMS), np.float32),
-        "success": np.zeros(0, dtype=bool),
-        "dones": np.zeros(0, dtype=bool),
-    }

@@ -12,13 +12,14 @@ and meshes count as their boxes, and the search for a path is one safe travellin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from worldenv.envs.expert import ExpertResult, Record, demonstrate
 from worldenv.envs.libero.grasps import PALM, TIP, choose_grasp, hand_rotation
+from worldenv.envs.libero.robot import ACTION
 from worldenv.runtime.errors import UserError
 
 if TYPE_CHECKING:  # the simulator imports MuJoCo and robosuite
@@ -32,23 +33,6 @@ _SPACING = 0.007  # of the points that stand for an object
 _HIGH = 0.03  # clearance of a travelling hand or object above what it passes
 
 
-@dataclass(frozen=True)
-class ExpertResult:
-    """One episode. actions [T, 7] float32: the clean labels; executed [T, 7]: with noise, clipped.
-
-    attempt: which grasp candidate it used, 0 = the first.
-    """
-
-    success: bool
-    steps: int
-    actions: np.ndarray
-    executed: np.ndarray
-    attempt: int = 0
-
-
-Record = Callable[[dict[str, np.ndarray], np.ndarray, np.ndarray], None]
-
-
 def run_expert(
     simulator: LiberoSimulator,
     start: Start,
@@ -59,27 +43,30 @@ def run_expert(
     attempts: int = 1,
     record: Record | None = None,
 ) -> ExpertResult:
-    """Resets `simulator` to `start` and solves it; the last attempt's episode is returned.
-
-    noise: std of the temporally correlated disturbance of executed actions, relative to the size of
-        the commanded motion (0.25 gives useful diversity); labels stay clean.
-    attempts: how many grasps to try, each from a fresh reset of the same start, until one succeeds.
-    record: called before each step with (observation, clean action [7], executed action [7]);
-        rendering makes it slow. Of several attempts, the last `steps` calls are the result's.
-    The episode ends when the goal first holds, or after max_steps. Raises UserError for a suite or
-    a goal the expert has no skill for.
+    """Resets `simulator` to `start` and solves it: `envs.expert.demonstrate`, an attempt for each
+    grasp to try. Raises UserError for a suite or a goal the expert has no skill for.
     """
-    goal = _single_goal(simulator)
-    for attempt in range(attempts):
-        simulator.reset(start)
-        plan = pick_and_place(Scene(simulator), goal, attempt)
-        result = _execute(simulator, plan, noise, rng, max_steps, attempt, record)
-        if result.success:
-            break
-    return result
+    single_goal(simulator)
+    return demonstrate(
+        simulator,
+        start,
+        partial(plan, simulator),
+        ACTION,
+        noise=noise,
+        rng=rng,
+        max_steps=max_steps,
+        attempts=attempts,
+        record=record,
+    )
 
 
-def _single_goal(simulator: LiberoSimulator) -> tuple[str, str, str]:
+def plan(simulator: LiberoSimulator, attempt: int) -> Iterator[np.ndarray]:
+    """Actions [7] that solve the task from where `simulator` was reset to, by the attempt's
+    grasp."""
+    return pick_and_place(Scene(simulator), single_goal(simulator), attempt)
+
+
+def single_goal(simulator: LiberoSimulator) -> tuple[str, str, str]:
     """The goal (relation, object, target), or a UserError naming what is supported."""
     goals = [tuple(goal) for goal in simulator.goal_state]
     known = simulator.suite in EXPERT_SUITES
@@ -90,43 +77,6 @@ def _single_goal(simulator: LiberoSimulator) -> tuple[str, str, str]:
             "or train from the benchmark's own demonstration files: worldenv-train --data PATH."
         )
     return goals[0]
-
-
-def _execute(
-    simulator: LiberoSimulator,
-    plan: Iterator[np.ndarray],
-    noise: float,
-    rng: np.random.Generator,
-    max_steps: int,
-    attempt: int,
-    record: Record | None,
-) -> ExpertResult:
-    """Runs the plan's actions through the noise until success, its end or max_steps."""
-    clean_actions, executed_actions = [], []
-    drift = np.zeros(3)
-    success = False
-    for clean in islice(plan, max_steps):
-        # Noise in proportion to the motion: constant noise would keep the hand from settling.
-        size = np.abs(clean[:3]).max()
-        drift = 0.8 * drift + 0.6 * noise * rng.standard_normal(3)
-        executed = clean.copy()
-        executed[:3] += size * drift
-        executed[3:6] += size * 0.2 * noise * rng.standard_normal(3)
-        executed = np.clip(executed, -1.0, 1.0).astype(np.float32)
-        if record is not None:
-            record(simulator.observe(), clean, executed)
-        success = simulator.step(executed)
-        clean_actions.append(clean)
-        executed_actions.append(executed)
-        if success:
-            break
-    return ExpertResult(
-        success,
-        len(clean_actions),
-        np.array(clean_actions, dtype=np.float32).reshape(-1, 7),
-        np.array(executed_actions, dtype=np.float32).reshape(-1, 7),
-        attempt,
-    )
 
 
 class Scene:

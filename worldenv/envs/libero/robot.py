@@ -11,8 +11,8 @@ _PROPRIO = (
     *(Entry(f"angle_{axis}", "rotation", 0.03) for axis in "xyz"),
     *(Entry(f"{side}_finger", "gripper", 0.001) for side in ("left", "right")),
 )
-_ACTION = ("translate",) * 3 + ("turn",) * 3 + ("grip",)
-PROPRIO_DIMS, ACTION_DIMS = len(_PROPRIO), len(_ACTION)
+ACTION = ("translate",) * 3 + ("turn",) * 3 + ("grip",)
+PROPRIO_DIMS, ACTION_DIMS = len(_PROPRIO), len(ACTION)
 
 
 def embodiment(
@@ -28,7 +28,7 @@ def embodiment(
         name="libero-panda",
         views=CAMERAS[:views],
         proprio=_PROPRIO,
-        action=_ACTION,
+        action=ACTION,
         image_size=image_size,
         render_size=render_size(image_size),
         rotation=180,  # LIBERO's cameras look at the table upside down

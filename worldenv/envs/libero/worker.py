@@ -20,6 +20,7 @@ Liberties against LIBERO's own wrapper:
 import atexit
 import threading
 import weakref
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import numpy as np
 from worldenv.data.episode import area_resize, continuous_axis_angle
 from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.envs.libero.assets import configure_libero, is_primitive, libero_root, robot_for
+from worldenv.envs.libero.expert import plan
 from worldenv.envs.libero.robot import CAMERAS
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError, unknown
@@ -163,6 +165,10 @@ class LiberoSimulator:
             for name in names
         }
 
+    def expert(self, attempt: int) -> Iterator[np.ndarray]:
+        """Clean actions [7] that solve the task from the present reset (`expert.plan`)."""
+        return plan(self, attempt)
+
     def state(self) -> np.ndarray:
         """Everything the physics goes on from (time, qpos, qvel, warm start, controls), float64."""
         import mujoco
@@ -256,6 +262,13 @@ class LiberoSimulator:
             data.qvel[:] = 0
             data.qvel[speeds], data.qpos[fixed] = slow, still
         data.qvel[:], data.time = 0, time
+
+
+def built(**arguments: Any) -> LiberoSimulator:
+    """A simulator whose scene is compiled: what a worker process makes."""
+    simulator = LiberoSimulator(**arguments)
+    _ = simulator.env
+    return simulator
 
 
 def _pristine(problem: type, samples: int) -> type:

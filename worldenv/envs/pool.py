@@ -35,9 +35,7 @@ Command = tuple[str, Any]
 BUILD_TIMEOUT_S = 600.0  # importing and compiling a scene, on a busy machine with cold caches
 CLOSE_TIMEOUT_S = 10.0
 MAX_ATTEMPTS = 3
-_PROGRAM = (
-    "import sys; from worldenv.envs.libero.server import main; main(sys.argv[1], sys.argv[2])"
-)
+_PROGRAM = "import sys; from worldenv.envs.server import main; main(sys.argv[1], sys.argv[2])"
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -71,7 +69,8 @@ class _Worker:
 
 
 class WorkerPool:
-    """`count` processes started when first needed; `settings` are LiberoSimulator's arguments.
+    """`count` processes started when first needed; `settings`: what `server.main` is told, as JSON
+    can hold it. renders: whether they draw with MuJoCo, and need a GL library.
 
     `recover(worker)` gives the commands that bring a fresh process to where that worker stands now;
     they run before its first command, whether it is new, was stopped or takes a lost one's place.
@@ -83,10 +82,11 @@ class WorkerPool:
         settings: dict[str, Any],
         *,
         timeout_s: float,
+        renders: bool,
         recover: Callable[[int], list[Command]],
     ) -> None:
         self.count, self.timeout_s = count, timeout_s
-        self._settings, self._recover = settings, recover
+        self._settings, self._renders, self._recover = settings, renders, recover
         self._workers: dict[int, _Worker] = {}
         self._finalizer = weakref.finalize(self, _stop_all, self._workers)
 
@@ -167,7 +167,9 @@ class WorkerPool:
         self.stop()
 
     def _start(self) -> _Worker:
-        chosen = graphics.environment(graphics.choose(), os.environ)
+        chosen = dict(os.environ)
+        if self._renders:
+            chosen = graphics.environment(graphics.choose(), os.environ)
         environment = places.library_environment(chosen) | dict.fromkeys(_THREADS, "1")
         ours, theirs = Pipe()
         package = str(Path(worldenv.__file__).parents[1])
@@ -225,7 +227,7 @@ class WorkerPool:
             return (UserError(content),)
         if kind == "error":
             worker.commands.clear()
-            return (WorkerError(f"A LIBERO worker failed:\n{content}"),)
+            return (WorkerError(f"A worker of the benchmark failed:\n{content}"),)
         if worker.commands:
             self._send(number)
             return None
@@ -243,11 +245,11 @@ class WorkerPool:
         detail = f" It last wrote:\n{words}" if words else ""
         if lost.attempts + 1 >= MAX_ATTEMPTS:
             raise WorkerError(
-                f"LIBERO worker {number} {reason}, {MAX_ATTEMPTS} times in a row. If memory ran "
+                f"Benchmark worker {number} {reason}, {MAX_ATTEMPTS} times in a row. If memory ran "
                 f"out, use fewer environments; if it is slow, raise timeout_s.{detail}"
             )
         warnings.warn(
-            f"LIBERO worker {number} {reason}; it is started again and its episodes are redone."
+            f"Benchmark worker {number} {reason}; it is started again and its episodes are redone."
             + detail,
             RuntimeWarning,
             stacklevel=2,
