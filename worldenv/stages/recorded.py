@@ -19,7 +19,7 @@ from worldenv.stages.reality import benchmark
 
 
 def robot_of(config: Config) -> Embodiment:
-    """The benchmark's robot; of LIBERO with both cameras: its files have them, whatever models see."""
+    """The benchmark's robot, of LIBERO with both its cameras: its files have them."""
     found, env = benchmark(config), config.env
     return found.embodiment(replace(env, views=2) if found.name == LIBERO else env)
 
