@@ -13,7 +13,7 @@ from worldenv.runtime.errors import UserError
 from worldenv.stages import store
 from worldenv.stages.run import Run
 
-SCRIPTS = ("train", "evaluate", "collect", "imagine", "play", "push")
+SCRIPTS = ("train", "evaluate", "collect", "imagine", "export", "play", "push")
 
 
 def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
@@ -33,6 +33,7 @@ def test_help_speaks_in_sentences(script):
         "evaluate": "success in the real benchmark",
         "collect": "LIBERO's HDF5 layout",
         "imagine": "in the real world and in the learned one",
+        "export": "LeRobotDataset v3.0",
         "push": "on the hub, with a card of their figures",
         "play": "Drive a run's learned world by hand",
     }

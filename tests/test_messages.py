@@ -18,14 +18,15 @@ ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 # Of pip, git, TensorBoard and huggingface-cli; a part of published files' names.
 FOREIGN = {"--no-build-isolation", "--no-deps", "--force-reinstall", "--porcelain", "--logdir"}
-FOREIGN |= {"--local-dir", "--latest_"}
+FOREIGN |= {"--local-dir", "--repo-type", "--latest_"}
 
 
 @pytest.fixture(scope="module")
 def flags() -> set[str]:
     """Of all scripts, as their help lists them."""
     found: set[str] = set()
-    scripts = (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.play, cli.doctor, cli.push)
+    scripts = (cli.train, cli.evaluate, cli.collect, cli.imagine, cli.export, cli.play)
+    scripts += (cli.doctor, cli.push)
     for script in scripts:
         with (
             pytest.MonkeyPatch.context() as patch,

@@ -44,6 +44,7 @@ from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import collect as collecting
 from worldenv.stages import evaluate as evaluating
+from worldenv.stages import export as exporting
 from worldenv.stages import imagine as imagining
 from worldenv.stages import pipeline, store
 from worldenv.stages.reality import Reality
@@ -185,6 +186,9 @@ class ImagineArguments:
     """Denoising steps per frame; default: the run's."""
     out: Path = Path("imagined")
     """Folder for the videos."""
+    lerobot: Path | None = None
+    """Besides, write the imagined episodes to this folder as a LeRobotDataset v3.0, with the
+    judge's verdicts as rewards."""
 
 
 def train() -> None:
@@ -205,6 +209,11 @@ def collect() -> None:
 def imagine() -> None:
     """worldenv-imagine"""
     _guarded(_imagine)
+
+
+def export() -> None:
+    """worldenv-export"""
+    _guarded(_export)
 
 
 def play() -> None:
@@ -381,19 +390,26 @@ def _imagine() -> None:
         task = config.env.tasks[0]
         starts = [evaluating.Start(task, index, seed) for index in arguments.starts]
         episodes = imagining.real_episodes(run, policy, starts)
-    paths = imagining.imagine(
-        run,
-        episodes,
-        simulator,
-        reflector,
-        arguments.out,
-        "imagined",
-        drive=arguments.drive,
-        policy=policy,
-        steps=arguments.steps or config.sampling_steps(last),
-    )
+    with exporting.kept(arguments.lerobot, run.embodiment) as keep:
+        paths = imagining.imagine(
+            run,
+            episodes,
+            simulator,
+            reflector,
+            arguments.out,
+            "imagined",
+            drive=arguments.drive,
+            policy=policy,
+            steps=arguments.steps or config.sampling_steps(last),
+            keep=keep,
+        )
     print("\n".join(str(path) for path in paths))
     run.close()
+
+
+def _export() -> None:
+    arguments = parse(exporting.ExportArguments)
+    print(exporting.export(arguments))
 
 
 def _play() -> None:

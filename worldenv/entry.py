@@ -23,6 +23,11 @@ def imagine() -> None:
     _start("imagine")
 
 
+def export() -> None:
+    """worldenv-export"""
+    _start("export")
+
+
 def play() -> None:
     """worldenv-play"""
     _start("play")

@@ -72,11 +72,11 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Demonstration files in LIBERO's HDF5 layout, in place of scripted demonstrations."""
+    """Recorded demonstrations, in place of scripted ones: LIBERO's HDF5 layout, LeRobotDatasets."""
 
     paths: Annotated[tuple[Path, ...], Items(least=0), arg(name="")] = ()
     """Files, folders or repositories of the hub (user/name@revision): LIBERO's demonstrations,
-    openvla's regenerated ones, our own."""
+    openvla's regenerated ones, our own, LeRobotDatasets (v2.1, v3.0), in any mixture."""
     episodes: Episodes | None = None
     """Demonstrations per task at most; unset: all."""
     no_ops: Literal["keep", "drop"] = "keep"
@@ -86,3 +86,18 @@ class DataConfig:
     images: Literal["detect", "raw", "upright", "flipped", "mirrored"] = "detect"
     """How images lie: raw (upside down and mirrored, as LIBERO's and openvla's files have them),
     upright, or with rows (mirrored) or columns (flipped) the wrong way round."""
+    cameras: Annotated[tuple[str, ...], Items(least=0)] = ()
+    """LeRobot: keys of the cameras, the third person's first, then the hand's; unset: by name."""
+    state: str | None = None
+    """LeRobot: key of the robot's state; unset: observation.state, else state."""
+    action: str | None = None
+    """LeRobot: key of the actions; unset: action, else actions."""
+    gripper: Literal["detect", "one-closes", "one-opens"] = "detect"
+    """LeRobot: what a gripper command of 1 does (-1, or 0 where none is below, does the other)."""
+    rotation: Literal["detect", "axis-angle", "euler", "quaternion-xyzw", "quaternion-wxyz"] = (
+        "detect"
+    )
+    """LeRobot: how the state says which way the hand is turned."""
+    rate: Literal["detect", "steps", "label"] = "detect"
+    """LeRobot: whether each row is one command of the robot, whatever frame rate its label claims
+    (steps: LIBERO's sets say 10 and are commanded at 20 Hz), or the label must be the robot's."""

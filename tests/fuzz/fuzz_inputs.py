@@ -3,8 +3,8 @@
     python tests/fuzz/fuzz_inputs.py 50000 [first mutation] [kind]
 
 A mutation is determined by its number, so a failure is repeated by naming it. Kinds: config,
-checkpoint, hdf5, log, record, outcomes, "wan config", "wan weights". pytest runs two thousand
-(test_fuzz.py).
+checkpoint, hdf5, log, record, outcomes, "wan config", "wan weights", "lerobot info", "lerobot
+list", "lerobot table", "lerobot own", "lerobot video". pytest runs two thousand (test_fuzz.py).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import random
+import shutil
 import struct
 import sys
 import tempfile
@@ -25,12 +26,20 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lerobot_files import CAMERAS, write_lerobot
+
 from worldenv.config import Config, EnvConfig, PolicyConfig, load
 from worldenv.data.episodes import Episode, EpisodeWriter, read_episodes
+from worldenv.data.lerobot import own
+from worldenv.data.lerobot.layout import open_dataset
+from worldenv.data.lerobot.reader import Reader
+from worldenv.envs.libero.robot import embodiment
 from worldenv.fields import to_dict
 from worldenv.layouts import wan as published
 from worldenv.models import wan_folder
@@ -229,24 +238,27 @@ def own_episodes(path: Path) -> None:
     """Two episodes as worldenv writes them, one of sparse frames."""
     with EpisodeWriter(path) as writer:
         for every in (1, 4):
-            steps = np.array([*range(0, 8, every), 8])
-            rng = np.random.default_rng(every)
-            writer.append(
-                Episode(
-                    suite="libero_spatial",
-                    task=8,
-                    instruction="pick up the bowl",
-                    start=3,
-                    seed=every,
-                    source="policy",
-                    actions=rng.uniform(-1, 1, (8, 7)).astype(np.float32),
-                    dones=np.eye(8, dtype=bool)[-1],
-                    frame_steps=steps,
-                    images=rng.integers(0, 256, (len(steps), 2, 16, 16, 3), dtype=np.uint8),
-                    proprio=poses(rng, len(steps)),
-                    success=True,
-                )
-            )
+            writer.append(recorded(8, every, 16))
+
+
+def recorded(count: int, every: int, size: int) -> Episode:
+    """An episode of `count` actions, with a frame before every so many and one at the end."""
+    steps = np.array([*range(0, count, every), count])
+    rng = np.random.default_rng(every)
+    return Episode(
+        suite="libero_spatial",
+        task=8,
+        instruction="pick up the bowl",
+        start=3,
+        seed=every,
+        source="policy",
+        actions=rng.uniform(-1, 1, (count, 7)).astype(np.float32),
+        dones=np.eye(count, dtype=bool)[-1],
+        frame_steps=steps,
+        images=rng.integers(0, 256, (len(steps), 2, size, size, 3), dtype=np.uint8),
+        proprio=poses(rng, len(steps)),
+        success=True,
+    )
 
 
 def official_episodes(path: Path) -> None:
@@ -332,7 +344,69 @@ def targets(folder: Path) -> list[Target]:
             (damage_bytes, damage_header, damage_header, damage_weights),
             beside(WAN[0], wan[WAN[0]]),
         ),
+        *lerobot_targets(folder / "lerobot"),
     ]
+
+
+def lerobot_targets(folder: Path) -> list[Target]:
+    """Files of LeRobotDatasets: pictures in tables where the file is no video."""
+    options = {"lengths": (12, 14), "size": 8}
+    write_lerobot(folder / "old", "v2.1", images=True, **options)
+    write_lerobot(folder / "new", "v3.0", images=True, **options)
+    write_lerobot(folder / "videos", "v3.0", **options)
+    kept = own.Writer(folder / "new")
+    for number in range(2):
+        kept.append(number, recorded(12 + 2 * number, 1, 8), "whole")
+    kept.close()
+    text, lines = (damage_bytes, damage_json, damage_json), (damage_bytes, damage_lines)
+    table = (damage_bytes, damage_table, damage_table)
+    named = {
+        "info": ("old", text), "list": ("old", lines), "table": ("new", table),
+        "own": ("new", table), "video": ("videos", (damage_bytes,)),
+    }  # fmt: skip
+    found = []
+    for name, (which, damage) in named.items():
+        file = PLACES[f"lerobot {name}"].removeprefix("set/")
+        whole = (folder / which / file).read_bytes()
+        found.append(Target(f"lerobot {name}", whole, damage, within(folder / which, file)))
+    return found
+
+
+def damage_table(rng: random.Random, path: Path) -> None:
+    """Other values, another type or another length in a column of a Parquet file."""
+    table = pq.read_table(path)
+    at = rng.randrange(table.num_columns)
+    name, rows = table.column_names[at], table.column(at).to_pylist()
+    kind = rng.randrange(5)
+    if kind == 0:
+        table = table.drop_columns([name])
+    elif kind == 1:
+        table = table.slice(rng.randrange(3), rng.randrange(30))
+    else:
+        k = rng.randrange(len(rows))
+        odd = rng.choice((None, -1, 2**40, "x", 0.5, [], [1.0] * 9, {"bytes": b"x"}, b"y", True))
+        rows = [odd if kind == 2 or j == k else row for j, row in enumerate(rows)]
+        with suppress(pa.ArrowException, ValueError, TypeError, OverflowError):
+            table = table.set_column(at, name, pa.array(rows))
+    pq.write_table(table, path)
+
+
+def within(whole: Path, file: str) -> Callable[[Path], Any]:
+    """Reads a data set whose other files are whole."""
+
+    def read(path: Path) -> Any:
+        folder = path.parents[len(Path(file).parts) - 1]
+        for other in (p for p in whole.rglob("*") if p.is_file()):
+            name = other.relative_to(whole)
+            if name != Path(file):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(other, folder / name)
+        for stray in [p for p in folder.rglob("*") if p.is_file()]:
+            if not (whole / stray.relative_to(folder)).exists():
+                stray.unlink()  # another target's
+        return list(Reader(open_dataset(folder), embodiment(8)).read())
+
+    return read
 
 
 def beside(name: str, whole: bytes) -> Callable[[Path], Any]:
@@ -352,6 +426,11 @@ PLACES = {
     "log": "metrics.jsonl",
     "record": "stages/sft.json",
     "outcomes": "evaluation/sft.json",
+    "lerobot info": "set/meta/info.json",
+    "lerobot list": "set/meta/episodes.jsonl",
+    "lerobot table": "set/data/chunk-000/file-000.parquet",
+    "lerobot own": "set/worldenv/episodes.parquet",
+    "lerobot video": f"set/videos/{CAMERAS[0]}/chunk-000/file-000.mp4",
     "wan config": f"wan/{WAN[0]}",
     "wan weights": f"wan/{WAN[1]}",
 }

@@ -13,8 +13,9 @@ Too little motion: as the layout has it (raw), which is said.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import h5py
 import numpy as np
@@ -60,39 +61,42 @@ def measure(
     """The conventions of foreign demonstrations (where they are, group) of one file; what is given
     is not measured.
     """
-    when, when_by = observations, "as given"
-    how, how_by = images, "as given"
-    if observations is None or images is None:
-        seen = [_Moving(demo, where) for where, demo in demos[:LOOK_AT]]
-        if observations is None:
-            when, when_by = _when(seen)
-        if images is None:
-            how, how_by = _how(seen)
+    known = observations is not None and images is not None
+    seen = [] if known else [_moving(demo, where) for where, demo in demos[:LOOK_AT]]
+    return judge(seen, observations, images, "raw", "as in LIBERO's layout")
+
+
+def judge(
+    seen: Sequence[Moving], observations: str | None, images: str | None, usual: str, why: str
+) -> Conventions:
+    """The conventions of what was `seen`; what is given is not measured. usual: how images lie
+    where too little moves to measure it, and `why`.
+    """
+    when, when_by = (observations, "as given") if observations else _when(seen)
+    how, how_by = (images, "as given") if images else _how(seen) or (
+        usual, f"{why}: too little motion to measure"
+    )  # fmt: skip
     return Conventions(when, how, when_by, how_by)
 
 
-class _Moving:
-    """The numbers of one demonstration that move: actions, fingers, hand, and pictures' change."""
+@dataclass(frozen=True)
+class Moving:
+    """The numbers of one demonstration that move, and its pictures.
 
-    def __init__(self, demo: h5py.Group, where: str) -> None:
-        sizes: Sizes = {}
-        self.actions = read_array(demo, "actions", where, sizes)
-        has_states = "states" in contents(demo, where)
-        self.states = read_array(demo, "states", where, sizes) if has_states else None
-        obs, where = subgroup(demo, "obs", where), f"{where}/obs"
-        names = contents(obs, where)
-        self.obs, self.where, self.sizes = obs, where, sizes
-        self.fingers = self._read("gripper_states")
-        self.joints = self._read("joint_states") if "joint_states" in names else None
-        whole = "ee_states" in names and "ee_pos" not in names
-        self.hand = self._read("ee_states" if whole else "ee_pos")[:, :3]
+    actions [T, 7], hand [F, 3] in m, fingers [F, 2] in m, frames: gives the main camera's
+    [F, H, W, 3]; states [T, S] and joints [F, 7] where there are any.
+    """
 
-    def _read(self, name: str) -> np.ndarray:
-        return read_array(self.obs, name, self.where, self.sizes, f"obs/{name}")
+    actions: np.ndarray
+    hand: np.ndarray
+    fingers: np.ndarray
+    frames: Callable[[], np.ndarray]
+    states: np.ndarray | None = None
+    joints: np.ndarray | None = None
 
     def change(self) -> tuple[np.ndarray, np.ndarray]:
         """(hand [N, 3], centre of changing pixels [N, 2] in 0..1: row, column) of moving frames."""
-        frames = self._read("agentview_rgb").astype(np.float32).mean(-1)
+        frames = self.frames().astype(np.float32).mean(-1)
         change = np.abs(np.diff(frames, axis=0))
         change[change < _CHANGED] = 0
         share = (change > 0).mean((1, 2))
@@ -105,15 +109,33 @@ class _Moving:
         return ((self.hand[1:] + self.hand[:-1]) / 2)[moving], np.stack(centre, 1)
 
 
-def _when(seen: list[_Moving]) -> tuple[str | None, str]:
-    for judge, name in ((_by_states, "measured by states"), (_by_fingers, "measured by gripper")):
-        votes = {vote for demo in seen if (vote := judge(demo)) is not None}
+def _moving(demo: h5py.Group, where: str) -> Moving:
+    sizes: Sizes = {}
+    actions = read_array(demo, "actions", where, sizes)
+    has_states = "states" in contents(demo, where)
+    states = read_array(demo, "states", where, sizes) if has_states else None
+    obs, where = subgroup(demo, "obs", where), f"{where}/obs"
+    names = contents(obs, where)
+
+    def read(name: str) -> np.ndarray:
+        return read_array(obs, name, where, sizes, f"obs/{name}")
+
+    fingers = read("gripper_states")
+    joints = read("joint_states") if "joint_states" in names else None
+    whole = "ee_states" in names and "ee_pos" not in names
+    hand = read("ee_states" if whole else "ee_pos")[:, :3]
+    return Moving(actions, hand, fingers, partial(read, "agentview_rgb"), states, joints)
+
+
+def _when(seen: Sequence[Moving]) -> tuple[str | None, str]:
+    for ask, name in ((_by_states, "measured by states"), (_by_fingers, "measured by gripper")):
+        votes = {vote for demo in seen if (vote := ask(demo)) is not None}
         if len(votes) == 1:
             return votes.pop(), name
     return None, "nothing shows it"
 
 
-def _by_states(demo: _Moving) -> str | None:
+def _by_states(demo: Moving) -> str | None:
     states, joints = demo.states, demo.joints
     if states is None or joints is None or states.shape[1] < 8 or len(joints) != len(states) > 1:
         return None
@@ -126,7 +148,7 @@ def _by_states(demo: _Moving) -> str | None:
     return "after" if ahead < same / 3 else None
 
 
-def _by_fingers(demo: _Moving) -> str | None:
+def _by_fingers(demo: Moving) -> str | None:
     """Where the command changes while the fingers rest: do they stir in that row or the next?"""
     if len(demo.fingers) != len(demo.actions):
         return None
@@ -144,8 +166,8 @@ def _by_fingers(demo: _Moving) -> str | None:
     return votes.pop() if len(votes) == 1 else None
 
 
-def _how(seen: list[_Moving]) -> tuple[str, str]:
-    if all(len(demo.hand) > 1 for demo in seen):
+def _how(seen: Sequence[Moving]) -> tuple[str, str] | None:
+    if seen and all(len(demo.hand) > 1 for demo in seen):
         pairs = [demo.change() for demo in seen]
         hand, centre = (np.concatenate(part) for part in zip(*pairs, strict=True))
         across = _correlation(hand[:, 1], centre[:, 1])
@@ -153,7 +175,7 @@ def _how(seen: list[_Moving]) -> tuple[str, str]:
         if min(abs(across), abs(down)) > 0.5:
             signs = (-int(np.sign(down)), -int(np.sign(across)))
             return next(k for k, v in IMAGES.items() if v == signs), "measured by motion"
-    return "raw", "as in LIBERO's layout: too little motion to measure"
+    return None
 
 
 def _correlation(travel: np.ndarray, centre: np.ndarray) -> float:

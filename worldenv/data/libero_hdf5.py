@@ -53,27 +53,7 @@ _FACTS = {  # what attribute `worldenv` holds, and of which type
 
 def write_demo(group: h5py.Group, episode: Episode, identity: str) -> None:
     """Write an Episode into an empty `demo_i` group; `identity` is unique to the episode."""
-    try:
-        facts = json.dumps(
-            {
-                "format": FORMAT,
-                "id": identity,
-                **({} if episode.benchmark == LIBERO else {"benchmark": episode.benchmark}),
-                "suite": episode.suite,
-                "task": int(episode.task),
-                "instruction": episode.instruction,
-                "start": None if episode.start is None else int(episode.start),
-                "seed": int(episode.seed),
-                "source": episode.source,
-                "success": bool(episode.success),
-                "meta": episode.meta,
-            }
-        )
-    except TypeError as error:
-        raise UserError(
-            f"{group.file.filename}: meta: expected values that JSON can hold, got "
-            f"{episode.meta!r} ({error}). Convert arrays with .tolist()."
-        ) from error
+    facts = facts_text(episode, identity, group.file.filename)
     steps = len(episode)
     inside = episode.frame_steps < steps
     group.attrs["observations"] = "before"
@@ -90,6 +70,31 @@ def write_demo(group: h5py.Group, episode: Episode, identity: str) -> None:
     _write_observations(group.create_group("obs"), episode, inside)
     if not inside.all():
         _write_observations(group.create_group("final_obs"), episode, ~inside)
+
+
+def facts_text(episode: Episode, identity: str, where: str) -> str:
+    """All of an episode that is no array, as JSON."""
+    try:
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "id": identity,
+                **({} if episode.benchmark == LIBERO else {"benchmark": episode.benchmark}),
+                "suite": episode.suite,
+                "task": int(episode.task),
+                "instruction": episode.instruction,
+                "start": None if episode.start is None else int(episode.start),
+                "seed": int(episode.seed),
+                "source": episode.source,
+                "success": bool(episode.success),
+                "meta": episode.meta,
+            }
+        )
+    except TypeError as error:
+        raise UserError(
+            f"{where}: meta: expected values that JSON can hold, got "
+            f"{episode.meta!r} ({error}). Convert arrays with .tolist()."
+        ) from error
 
 
 def _write_observations(group: h5py.Group, episode: Episode, rows: np.ndarray) -> None:
@@ -123,7 +128,11 @@ def own_facts(demo: h5py.Group, where: str) -> dict[str, Any] | None:
     text = read_text(demo, "worldenv", where)
     if text is None:
         return None
-    where = f"{where}: attribute `worldenv`"
+    return checked_facts(text, f"{where}: attribute `worldenv`")
+
+
+def checked_facts(text: str, where: str) -> dict[str, Any]:
+    """What `facts_text` wrote, checked."""
     facts = _json(text, where)
     if facts.get("format") != FORMAT:
         raise UserError(

@@ -1,6 +1,8 @@
-"""Demonstrations from files, in place of scripted ones: LIBERO's, openvla's regenerated, our own.
+"""Demonstrations from files, in place of scripted ones: LIBERO's, openvla's regenerated, our own,
+LeRobotDatasets.
 
-Each file belongs to one task, found by its name, else by what it says of itself. What trains is
+An HDF5 file belongs to one task, found by its name, else by what it says of itself; a data set
+may hold many, found by their text. What trains is
 copied into the run folder in our layout at the run's image size, so that a run stands by itself.
 Demonstrations that failed are left out. Instructions are the benchmark's own (task files say some
 of them in other words than the environment does).
@@ -11,10 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from worldenv.config import Config
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.data.lerobot.find import datasets_of
 from worldenv.data.reading import (
     conventions_of,
     data_files,
@@ -26,6 +30,9 @@ from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.stages.reality import benchmark
 from worldenv.stages.run import Run
+
+if TYPE_CHECKING:  # imported where a data set is met: pyarrow takes a while
+    from worldenv.stages.recorded import Part
 
 
 def require_expert(config: Config) -> None:
@@ -60,7 +67,15 @@ def identity(config: Config) -> tuple:
     files = [f for path in part.paths for f in data_files(Path(path))]
     stats = [(f.name, f.stat()) for file in files for f in (file, *parts_of(file)) if f.exists()]
     listed = [(name, s.st_size, s.st_mtime_ns) for name, s in stats]
-    return (listed, part.episodes, part.no_ops, part.observations, part.images)
+    known = (listed, part.episodes, part.no_ops, part.observations, part.images)
+    folders = [folder for path in part.paths for folder in datasets_of(path)]
+    if not folders:
+        return known
+    for folder in folders:
+        inside = [(str(p.relative_to(folder)), p.stat()) for p in sorted(folder.rglob("*.*"))]
+        listed += [(name, s.st_size, s.st_mtime_ns) for name, s in inside]
+    given = (part.cameras, part.state, part.action, part.gripper, part.rotation, part.rate)
+    return (*known, *given)
 
 
 @dataclass
@@ -73,29 +88,37 @@ class _Group:
     failed: int = 0
     actions: int = 0
     dropped: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def line(self, folder: Path, how: str, config: Config) -> str:
         """What was found and done."""
-        text = (
-            f"data: {folder}: {self.taken} demonstrations of {len(self.tasks)} task(s) from "
-            f"{self.files} file(s), {how}"
-        )
+        source = f"from {self.files} file(s), {how}" if self.files else how
+        text = f"data: {folder}: {self.taken} demonstrations of {len(self.tasks)} task(s) {source}"
         if self.failed:
             text += f"; {self.failed} failed, left out"
         if config.data.no_ops == "drop":
             text += f"; {self.dropped} of {self.actions} actions were no-ops, dropped"
-        return text
+        return "; ".join([text, *self.notes])
 
 
-def survey(config: Config) -> dict[int, list[Path]]:
-    """The files of each of the run's tasks. UserError naming tasks that have none."""
-    suite, wanted, own = config.env.suite, config.env.tasks, benchmark(config)
-    found: dict[tuple[str, int], list[Path]] = defaultdict(list)
+def _demonstrations(place: "Path | Part") -> int:
+    return look_into(place).demos if isinstance(place, Path) else len(place)
+
+
+def survey(config: Config) -> "dict[int, list[Path | Part]]":
+    """The files of each of the run's tasks, and the episodes of data sets. UserError naming tasks
+    that have none.
+    """
+    suite, wanted = config.env.suite, config.env.tasks
+    own = benchmark(config)
+    found: dict[tuple[str, int], list[Path | Part]] = defaultdict(list)
+    unknown: list[str] = []
     for path in map(Path, config.data.paths):
-        files = data_files(path)
-        if not files:
+        files, folders = data_files(path), datasets_of(path)
+        if not files and not folders:
             raise UserError(
-                f"--data {path}: expected a .hdf5 file or a folder that holds some, got "
+                f"--data {path}: expected a .hdf5 file, a LeRobotDataset (meta/info.json) or a "
+                "folder that holds some, got "
                 f"{'none in the folder' if path.is_dir() else 'no such file'}. Check the path."
             )
         for file in files:
@@ -103,6 +126,13 @@ def survey(config: Config) -> dict[int, list[Path]]:
             of = facts.suite if facts.benchmark == own.name else f"{facts.benchmark} {facts.suite}"
             if file not in found[of, facts.task]:
                 found[of, facts.task].append(file)
+        for folder in folders:
+            from worldenv.stages.recorded import parts_of_folder
+
+            parts, others = parts_of_folder(folder, config)
+            unknown += others
+            for key, part in parts.items():
+                found[key].append(part)
     missing = [task for task in wanted if (suite, task) not in found]
     if missing:
         names = ", ".join(f"{task} ({own.suites[suite][task]})" for task in missing[:3])
@@ -111,11 +141,12 @@ def survey(config: Config) -> dict[int, list[Path]]:
             f"{len(files)} of {other if task < 0 else f'{other} task {task}'}"
             for (other, task), files in sorted(found.items())
         ]
+        have += [f"episodes that say {text!r:.80}" for text in unknown]
         raise UserError(
             f"--data: expected demonstrations of every task of the run, got none of {suite} task "
             f"{names}. Found files: {', '.join(have[:12])}. Files are told by their names "
-            "(<task>_demo.hdf5), `bddl_file_name` or `problem_info`; name more files, or choose "
-            "--env.suite and --env.tasks."
+            "(<task>_demo.hdf5), `bddl_file_name` or `problem_info`, episodes of a LeRobotDataset "
+            "by their task's text; name more files, or choose --env.suite and --env.tasks."
         )
     return {task: found[suite, task] for task in wanted}
 
@@ -129,7 +160,7 @@ def from_files(run: Run, mark: str) -> dict:
     groups: dict[tuple[Path, str], _Group] = defaultdict(_Group)
     counts = Counter(episodes=0, successes=0, steps=0)
     limit = config.data.episodes
-    total = sum(min(sum(look_into(f).demos for f in own), limit or 10**9) for own in files.values())
+    total = sum(min(sum(map(_demonstrations, own)), limit or 10**9) for own in files.values())
     with DatasetWriter(folder) as writer, progress.bar(total, "demonstrations") as bar:
         for task, own in files.items():
             before = counts["episodes"]
@@ -143,7 +174,8 @@ def from_files(run: Run, mark: str) -> dict:
                 raise UserError(
                     f"--data: expected demonstrations of {config.env.suite} task {task} that "
                     f"succeed, got none in {', '.join(map(str, own[:3]))}: neither `dones` nor "
-                    "`rewards` says so. Mark the last action of each as done, or name other files."
+                    "`rewards` (next.success) says so. Mark the last action of each as done, or "
+                    "name other files."
                 )
     for (place, how), group in groups.items():
         print(group.line(place, how, config))
@@ -163,19 +195,19 @@ def _copied(folder: Path, mark: str) -> Counter[int]:
 
 
 def _of_task(
-    config: Config, task: int, files: list[Path], groups: dict[tuple[Path, str], _Group]
+    config: Config,
+    task: int,
+    places: "list[Path | Part]",
+    groups: dict[tuple[Path, str], _Group],
 ) -> Iterator[Episode]:
     """Successful demonstrations of a task at the run's size; what is said of them is in groups."""
-    part, suite, size = config.data, config.env.suite, config.env.image_size
-    given = {"observations": part.observations, "images": part.images}
-    for file in files:
-        conventions = conventions_of(file, **{k: v for k, v in given.items() if v != "detect"})
-        side = look_into(file).side
-        pixels = f"{side} px" + (f" averaged to {size}" if side != size else "")
-        group = groups[file.parent, f"{pixels}; {conventions}"]
-        group.files += 1
+    part, suite = config.data, config.env.suite
+    given = {"suite": suite, "task": task}
+    for place in places:
+        opened = _of_file if isinstance(place, Path) else _of_dataset
+        group, episodes = opened(config, place, groups, given)
         group.tasks.add(task)
-        for episode in iterate(file, conventions, size, {"suite": suite, "task": task}):
+        for episode in episodes:
             if not episode.success:
                 group.failed += 1
                 continue
@@ -187,3 +219,28 @@ def _of_task(
                 episode = short
             name = benchmark(config).suites[suite][task]
             yield replace(episode, instruction=name, source="demonstration")
+
+
+_Opened = tuple[_Group, Iterator[Episode]]
+
+
+def _of_file(config: Config, file: Path, groups: dict, given: dict) -> _Opened:
+    part, size = config.data, config.env.image_size
+    said = {"observations": part.observations, "images": part.images}
+    conventions = conventions_of(file, **{k: v for k, v in said.items() if v != "detect"})
+    group = groups[file.parent, f"{_pixels(look_into(file).side, size)}; {conventions}"]
+    group.files += 1
+    return group, iterate(file, conventions, size, given)
+
+
+def _of_dataset(config: Config, part: "Part", groups: dict, given: dict) -> _Opened:
+    reader, size = part.source.reader, config.env.image_size
+    side = reader.dataset.features[reader.reading.cameras[0]].shape[0]
+    group = groups[part.source.folder, f"{_pixels(side, size)}; {reader.how}"]
+    group.notes = reader.notes
+    given = {**given, "benchmark": benchmark(config).name}
+    return group, reader.read(size, given, part.source.places[part.key].tolist())
+
+
+def _pixels(side: int, size: int) -> str:
+    return f"{side} px" + (f" averaged to {size}" if side != size else "")

@@ -4,9 +4,11 @@ A policy (or recorded actions) acts in the real benchmark; the simulator is then
 first real frame, either by the very same actions or by the policy looking at its own imagination.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from worldenv.data.episode import Episode
@@ -55,11 +57,13 @@ def imagine(
     drive: Literal["actions", "policy"] = "actions",
     policy: Policy | None = None,
     steps: int = 1,
+    keep: Callable[[Episode, np.ndarray], None] | None = None,
 ) -> list[Path]:
     """Write one side-by-side video per episode to folder; returns their paths.
 
     drive: "actions" replays the episode's own actions, "policy" lets the policy act on what it
-    sees imagined. steps: denoising steps per frame. UserError where there is nothing to show.
+    sees imagined. steps: denoising steps per frame. keep: is given every imagined episode and the
+    judge's verdicts as rewards [T]. UserError where there is nothing to show.
     """
     if not episodes:
         raise UserError("imagine: expected at least one episode to show, got none.")
@@ -80,6 +84,8 @@ def imagine(
         notes = tuple([f"R {float(v):.2f}" for v in verdict[k]] for verdict in verdicts)
         frames = side_by_side(r.images.numpy(), i.images.numpy(), notes=notes)
         path = write_video(folder / f"{label}-{k}.mp4", frames, FPS)
+        if keep is not None:
+            keep(*_recorded(episode, i, verdicts[1][k].numpy(), float(reflector.threshold), drive))
         outcome = "success" if episode.success else "failure"
         how = "the same actions" if drive == "actions" else "the policy acting in its imagination"
         write_json(
@@ -92,6 +98,37 @@ def imagine(
         )
         paths.append(path)
     return paths
+
+
+def _recorded(
+    real: Episode, sequence: FrameSequence, verdict: np.ndarray, threshold: float, drive: str
+) -> tuple[Episode, np.ndarray]:
+    """An imagined sequence as an episode that began as `real` did, and its rewards [T]: what the
+    judge said of a frame, at the action that led there. Success is a verdict above `threshold`.
+    """
+    steps = (sequence.steps - sequence.steps[0]).numpy()
+    chunks = sequence.actions.numpy()
+    actions = [chunk[:n] for chunk, n in zip(chunks, np.diff(steps), strict=True)]
+    rewards = np.zeros(steps[-1], np.float32)
+    rewards[steps[1:] - 1] = verdict[1:]
+    dones = rewards > threshold
+    episode = Episode(
+        benchmark=real.benchmark,
+        suite=real.suite,
+        task=real.task,
+        instruction=sequence.instruction,
+        start=real.start,
+        seed=real.seed,
+        source="imagined",
+        actions=np.concatenate(actions).astype(np.float32),
+        dones=dones,
+        frame_steps=steps,
+        images=sequence.images.numpy(),
+        proprio=sequence.proprio.numpy(),
+        success=bool(dones.any()),
+        meta={"driven_by": drive, "threshold": threshold, "from_step": int(sequence.steps[0])},
+    )
+    return episode, rewards
 
 
 def _longest(sequences: list[FrameSequence]) -> FrameSequence:
@@ -117,18 +154,19 @@ def _act(
         max_chunks=run.config.max_chunks,
         sampling_steps=steps,
     )
-    images, poses = [sequence.images[0]], [sequence.proprio[0]]
+    images, poses, actions = [sequence.images[0]], [sequence.proprio[0]], []
 
     def note(rows, before, action, after, info) -> None:
         images.append(after["image"][0].cpu().clone())
         poses.append(after["proprio"][0].cpu().clone())
+        actions.append(action[0].cpu().clone())
 
     rollout(env, policy, [Start(0, 0, seed)], seeds=[0], noise=None, on_step=note, images=False)
     count = len(images)
     return FrameSequence(
         torch.stack(images),
         torch.stack(poses),
-        torch.zeros(count - 1, *sequence.actions.shape[1:]),
+        torch.stack(actions),
         torch.zeros(count, dtype=torch.bool),
         torch.arange(count) * run.config.env.chunk,
         0,

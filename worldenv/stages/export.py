@@ -1,0 +1,142 @@
+"""Recorded and imagined episodes as a LeRobotDataset v3.0, for other programs."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from worldenv.data.embodiment import Embodiment
+from worldenv.data.episode import Episode, without_noops
+from worldenv.data.lerobot.find import datasets_of
+from worldenv.data.reading import conventions_of, data_files, iterate, look_into
+from worldenv.envs.benchmark import begun, find
+from worldenv.envs.libero.robot import embodiment
+from worldenv.ranges import Episodes
+from worldenv.runtime import progress
+from worldenv.runtime.errors import UserError
+from worldenv.sources import DataConfig, EnvConfig
+from worldenv.stages import store
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """Write recorded episodes as a LeRobotDataset v3.0, successes and failures.
+
+    Takes what `worldenv-train --data` takes: a run's own (RUN/data/demonstrations,
+    RUN/data/explore-0), LIBERO's files, LeRobotDatasets of v2.1. The folder appears when it is
+    whole. Of imagined episodes: `worldenv-imagine --lerobot FOLDER`."""
+
+    to: Path = Path("lerobot")
+    """Folder to make; it must not be there yet."""
+    codec: Literal["av1", "h264"] = "av1"
+    """Of the videos: AV1, as LeRobot has it, or H.264 for what cannot play that."""
+    image_size: Episodes | None = None
+    """Side in pixels to average pictures to; unset: as recorded."""
+    data: Annotated[DataConfig, tyro.conf.arg(name="data")] = field(default_factory=DataConfig)
+
+    def rules(self) -> Iterator[tuple[bool, str, str]]:
+        """What is needed."""
+        even = self.image_size is None or self.image_size % 2 == 0
+        yield even, "image_size", "an even number of pixels"
+
+
+def export(arguments: ExportArguments) -> str:
+    """Write the folder; returns a line about it. UserError for what cannot be read."""
+    from worldenv.data.lerobot.writer import LeRobotWriter  # pyarrow takes a while
+
+    found = sources(arguments.data, arguments.image_size)
+    count: Counter[str] = Counter()
+    with ExitStack() as stack:
+        bar = stack.enter_context(progress.bar(sum(n for n, _ in found), "episodes"))
+        writer = None
+        for episode in _chosen(found, arguments.data):
+            if writer is None:
+                writer = LeRobotWriter(arguments.to, _robot(episode), arguments.codec)
+                stack.enter_context(writer)
+            writer.append(episode)
+            count.update(episodes=1, successes=episode.success, rows=len(episode))
+            bar.advance()
+    return (
+        f"{arguments.to}: LeRobotDataset v3.0 of {count['episodes']} episodes "
+        f"({count['successes']} succeeded), {count['rows']} rows"
+    )
+
+
+def _robot(episode: Episode) -> Embodiment:
+    """Of the benchmark that an episode is of, seen as it was recorded."""
+    env = begun(EnvConfig(), episode.benchmark)
+    size, views = episode.images.shape[2], episode.images.shape[1]
+    return find(episode.benchmark).embodiment(replace(env, image_size=size, views=views))
+
+
+Source = tuple[int, Iterator[Episode]]
+
+
+def _chosen(found: list[Source], part: DataConfig) -> Iterator[Episode]:
+    """So many of each task, without idle actions where those are not wanted."""
+    taken: Counter[tuple[str, int, str]] = Counter()
+    for _, episodes in found:
+        for episode in episodes:
+            key = episode.suite, episode.task, episode.instruction
+            if part.episodes is None or taken[key] < part.episodes:
+                taken[key] += 1
+                yield without_noops(episode) if part.no_ops == "drop" else episode
+
+
+def sources(part: DataConfig, image_size: int | None) -> list[Source]:
+    """HDF5 files and LeRobotDatasets in the order they are named: how many episodes each has, and
+    these. What is said of each is printed.
+    """
+    found: list[Source] = []
+    if not part.paths:
+        raise UserError("--data: expected files or folders to read, got none. Name some.")
+    for path in (store.locate("data", named) for named in part.paths):
+        files, folders = data_files(path), datasets_of(path)
+        if not files and not folders:
+            raise UserError(
+                f"--data {path}: expected a .hdf5 file, a LeRobotDataset (meta/info.json) or a "
+                "folder that holds some, got "
+                f"{'none in the folder' if path.is_dir() else 'no such file'}. Check the path."
+            )
+        found += [_of_file(file, part, image_size) for file in files]
+        found += [_of_dataset(folder, part, image_size) for folder in folders]
+    return found
+
+
+def _of_file(file: Path, part: DataConfig, image_size: int | None) -> Source:
+    said = {"observations": part.observations, "images": part.images}
+    conventions = conventions_of(file, **{k: v for k, v in said.items() if v != "detect"})
+    print(f"data: {file}: {conventions}")
+    return look_into(file).demos, iterate(file, conventions, image_size)
+
+
+def _of_dataset(folder: Path, part: DataConfig, image_size: int | None) -> Source:
+    from worldenv.data.lerobot.layout import open_dataset
+    from worldenv.data.lerobot.reader import Reader
+
+    dataset = open_dataset(folder)
+    side = next((dataset.features[key].shape[0] for key in dataset.cameras), 1)
+    reader = Reader(dataset, embodiment(image_size or side), part)
+    print(f"data: {folder}: {'; '.join([reader.how, *reader.notes])}")
+    return len(dataset), reader.read(image_size)
+
+
+@contextmanager
+def kept(
+    folder: Path | None, robot: Embodiment
+) -> Iterator[Callable[[Episode, np.ndarray], None] | None]:
+    """Something to give episodes and their rewards to, which makes `folder` of them; nothing
+    without a folder.
+    """
+    if folder is None:
+        yield None
+        return
+    from worldenv.data.lerobot.writer import LeRobotWriter
+
+    with LeRobotWriter(folder, robot) as writer:
+        yield writer.append
