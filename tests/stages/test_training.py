@@ -107,6 +107,7 @@ MISFITS = {
 def test_training_begins_anew_where_nothing_can_be_gone_on_from(run, damage):
     whole = model()
     fit(run, whole)
+    training.finish(run, "toy")
     path = run.path("checkpoints", "toy.partial.safetensors")
     with pytest.raises(KeyboardInterrupt):
         fit(run, model(), stop_at=23)

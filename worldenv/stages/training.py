@@ -127,12 +127,12 @@ def train(
                 bar.update(done, **numbers)
             elif done % 5 == 0:
                 bar.update(done)
-            if stopping or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            late = time.monotonic() - saved > CHECKPOINT_SECONDS
+            if stopping or late or done == steps:  # what comes after the last may fail
                 save()
                 saved = time.monotonic()
             if stopping:
                 raise signals.Stopped(stopping[0])
-    save()  # what comes after may fail
     if ema:
         module.load_state_dict(average)
     module.eval()

@@ -30,7 +30,9 @@ def test_what_it_lacks_is_named_with_the_command(monkeypatch):
 
 @pytest.fixture(scope="module")
 def env():
-    pytest.importorskip("metaworld", reason="metaworld is not installed (pip install --no-deps)")
+    pytest.importorskip(
+        "metaworld.env_dict", reason="metaworld is not installed (pip install --no-deps)"
+    )
     env = reality.make_env(CONFIG)
     env.record_every = 4
     yield env
