@@ -62,6 +62,10 @@ class Benchmark(ABC):
         """The robot in images of `env.image_size`, commanded `env.chunk` actions at a time, seen by
         the first `env.views` of its cameras."""
 
+    def recorded(self, env: EnvConfig) -> Embodiment:
+        """The robot with all cameras that episodes are recorded by, however many models see."""
+        return self.embodiment(env)
+
     def arguments(self, env: EnvConfig) -> dict[str, Any]:
         """Of the simulator beside its task: what JSON can hold."""
         return {}

@@ -15,7 +15,6 @@ from worldenv.data.episode import Episode, without_noops
 from worldenv.data.lerobot.find import datasets_of
 from worldenv.data.reading import conventions_of, data_files, iterate, look_into
 from worldenv.envs.benchmark import begun, find
-from worldenv.envs.libero.robot import embodiment
 from worldenv.ranges import Episodes
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
@@ -121,7 +120,8 @@ def _of_dataset(folder: Path, part: DataConfig, image_size: int | None) -> Sourc
 
     dataset = open_dataset(folder)
     side = next((dataset.features[key].shape[0] for key in dataset.cameras), 1)
-    reader = Reader(dataset, embodiment(image_size or side), part)
+    env = EnvConfig(image_size=image_size or side)
+    reader = Reader(dataset, find(env.benchmark).recorded(env), part)
     print(f"data: {folder}: {'; '.join([reader.how, *reader.notes])}")
     return len(dataset), reader.read(image_size)
 

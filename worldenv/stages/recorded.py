@@ -1,14 +1,13 @@
 """Demonstrations from LeRobotDatasets: which of a data set's episodes are of a run's tasks."""
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from worldenv.config import Config
-from worldenv.data.embodiment import Embodiment
 from worldenv.data.lerobot import own
 from worldenv.data.lerobot.detect import keys
 from worldenv.data.lerobot.layout import open_dataset
@@ -16,12 +15,6 @@ from worldenv.data.lerobot.reader import Reader
 from worldenv.data.libero_hdf5 import LIBERO
 from worldenv.data.libero_tasks import locate_instruction
 from worldenv.stages.reality import benchmark
-
-
-def robot_of(config: Config) -> Embodiment:
-    """The benchmark's robot, of LIBERO with both its cameras: its files have them."""
-    found, env = benchmark(config), config.env
-    return found.embodiment(replace(env, views=2) if found.name == LIBERO else env)
 
 
 class Recorded:
@@ -32,10 +25,11 @@ class Recorded:
     """
 
     def __init__(self, folder: Path, config: Config) -> None:
-        self.folder, self.config, self.robot = folder, config, robot_of(config)
+        self.folder, self.config = folder, config
+        found_by, suite = benchmark(config), config.env.suite
+        self.robot = found_by.recorded(config.env)
         self.dataset = open_dataset(folder)
         self.others: list[str] = []  # of no task that is known
-        found_by, suite = benchmark(config), config.env.suite
         suits = {text.lower(): task for task, text in enumerate(found_by.suites[suite])}
         known = own.Reader(self.dataset).tasks(found_by.name)
         by_text: list[tuple[str, int] | None] = []

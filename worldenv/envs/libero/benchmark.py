@@ -1,5 +1,7 @@
 """LIBERO as a benchmark that a run can name."""
 
+from dataclasses import replace
+
 from worldenv.data.embodiment import Embodiment
 from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.envs.benchmark import Benchmark
@@ -25,6 +27,10 @@ class Libero(Benchmark):
         """A Panda arm."""
         cameras = of_tasks(env.suite, env.tasks)
         return robot.embodiment(env.image_size, env.chunk, cameras, env.views)
+
+    def recorded(self, env: EnvConfig) -> Embodiment:
+        """With both cameras, as its files are."""
+        return self.embodiment(replace(env, views=len(robot.CAMERAS)))
 
     def make(self, env: EnvConfig, rows: int) -> LiberoVectorEnv:
         """B rows, a worker for each."""
