@@ -11,14 +11,12 @@ imitation, noise of the last steps is amplified by acting, and an average takes 
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
 from bench.__main__ import origin
 from bench.stopping import counted
-from worldenv.config import Config, SFTConfig
+from worldenv.config import Config
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
 from worldenv.models.policy import Policy
@@ -38,26 +36,13 @@ def constant(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
     return peak * min(1.0, (step + 1) / (warmup * steps))
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a policy is trained."""
-
-    schedule: Callable[[int, int, float], float] = training.learning_rate
-    part: SFTConfig = field(default_factory=SFTConfig)
-
-
-WAYS = {
-    "cosine": Way(),
-    "constant": Way(constant),
-    "half rate": Way(part=SFTConfig(lr=5e-4)),
-    "2000 steps": Way(part=SFTConfig(steps=2000)),
-}
+WAYS = {"cosine": training.learning_rate, "constant": constant}
+"""Learning rates that a policy is trained by."""
 
 
 def opened(seed: int, way: str, work: Path) -> Run:
     """The folder of a seed and a way, with its demonstrations."""
-    folder = work / f"seed-{seed}" / way.replace(" ", "-")
-    run = Run(Config(seed=seed, run_dir=folder, threads=1, sft=WAYS[way].part))
+    run = Run(Config(seed=seed, run_dir=work / f"seed-{seed}" / way, threads=1))
     pipeline.run_stage(run, "demonstrations")
     return run
 
@@ -70,7 +55,7 @@ def train(seed: int, way: str, work: Path) -> None:
     try:
         if (read_record(record) or {}).get("mark") == mark:
             return
-        policy, figures = sft.imitate(run, mark, ema=True, schedule=WAYS[way].schedule)
+        policy, figures = sft.imitate(run, mark, ema=True, schedule=WAYS[way])
         store.save("policy", policy, run.path("checkpoints", "average.safetensors"))
         partial = run.path("checkpoints", "sft.partial.safetensors")
         tensors, _ = checkpoint.load(partial)
