@@ -155,7 +155,7 @@ class _Server:
         return views
 
     def _step(self, rows: list[tuple[int, np.ndarray, bool, frozenset[int]]]) -> list[Chunk]:
-        """For each (row, actions [n, 7], stop at success, steps 1..n after which to look)."""
+        """For each (row, actions [n, A], stop at success, steps 1..n after which to look)."""
         chunks = []
         for row, actions, stop, looks in rows:
             simulator = self._simulators[row]

@@ -17,6 +17,7 @@ from worldenv.config import Config
 from worldenv.data.embodiment import check_fits
 from worldenv.data.episode import Episode
 from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.data.libero_hdf5 import LIBERO
 from worldenv.data.windows import NormalizationStats
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
@@ -34,7 +35,7 @@ def world(config: Config) -> tuple:
     """What of the real benchmark results depend on: not where the assets come from, nor how many
     workers serve them."""
     env, name = config.env, benchmark(config).name
-    of = () if name == "libero" else (name,)  # what was made before there were others stays valid
+    of = () if name == LIBERO else (name,)  # what was made before there were others stays valid
     return (*of, env.suite, list(env.tasks), env.image_size, env.chunk, env.max_steps, env.views)
 
 

@@ -1,11 +1,10 @@
 """Demonstrations from files, in place of scripted ones: LIBERO's, openvla's regenerated, our own,
 LeRobotDatasets.
 
-An HDF5 file belongs to one task, found by its name, else by what it says of itself; a data set
-may hold many, found by their text. What trains is
-copied into the run folder in our layout at the run's image size, so that a run stands by itself.
-Demonstrations that failed are left out. Instructions are the benchmark's own (task files say some
-of them in other words than the environment does).
+An HDF5 file belongs to one task, found by its name, else by what it says of itself; a data set may
+hold many, found by their text. What trains is copied into the run folder in our layout at the run's
+image size, so that a run stands by itself. Demonstrations that failed are left out. Instructions
+are the benchmark's own (task files say some of them in other words than the environment does).
 """
 
 from collections import Counter, defaultdict
@@ -16,18 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from worldenv.config import Config
+from worldenv.data.conventions import Conventions
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.lerobot.find import datasets_of
-from worldenv.data.reading import (
-    conventions_of,
-    data_files,
-    iterate,
-    look_into,
-    parts_of,
-)
+from worldenv.data.reading import conventions_of, data_files, iterate, look_into, parts_of
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
+from worldenv.sources import DataConfig
 from worldenv.stages.reality import benchmark
 from worldenv.stages.run import Run
 
@@ -105,6 +100,24 @@ def _demonstrations(place: "Path | Part") -> int:
     return look_into(place).demos if isinstance(place, Path) else len(place)
 
 
+def lying_in(path: Path) -> tuple[list[Path], list[Path]]:
+    """HDF5 files and LeRobotDatasets that `path` is or holds. UserError where there is neither."""
+    files, folders = data_files(path), datasets_of(path)
+    if not files and not folders:
+        raise UserError(
+            f"--data {path}: expected a .hdf5 file, a LeRobotDataset (meta/info.json) or a folder "
+            f"that holds some, got {'none in the folder' if path.is_dir() else 'no such file'}. "
+            "Check the path."
+        )
+    return files, folders
+
+
+def conventions(file: Path, part: DataConfig) -> Conventions:
+    """How a file is to be read: as given, or detected."""
+    said = {"observations": part.observations, "images": part.images}
+    return conventions_of(file, **{k: v for k, v in said.items() if v != "detect"})
+
+
 def survey(config: Config) -> "dict[int, list[Path | Part]]":
     """The files of each of the run's tasks, and the episodes of data sets. UserError naming tasks
     that have none.
@@ -114,13 +127,7 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
     found: dict[tuple[str, int], list[Path | Part]] = defaultdict(list)
     unknown: list[str] = []
     for path in map(Path, config.data.paths):
-        files, folders = data_files(path), datasets_of(path)
-        if not files and not folders:
-            raise UserError(
-                f"--data {path}: expected a .hdf5 file, a LeRobotDataset (meta/info.json) or a "
-                "folder that holds some, got "
-                f"{'none in the folder' if path.is_dir() else 'no such file'}. Check the path."
-            )
+        files, folders = lying_in(path)
         for file in files:
             facts = look_into(file)
             of = facts.suite if facts.benchmark == own.name else f"{facts.benchmark} {facts.suite}"
@@ -225,12 +232,10 @@ _Opened = tuple[_Group, Iterator[Episode]]
 
 
 def _of_file(config: Config, file: Path, groups: dict, given: dict) -> _Opened:
-    part, size = config.data, config.env.image_size
-    said = {"observations": part.observations, "images": part.images}
-    conventions = conventions_of(file, **{k: v for k, v in said.items() if v != "detect"})
-    group = groups[file.parent, f"{_pixels(look_into(file).side, size)}; {conventions}"]
+    how, size = conventions(file, config.data), config.env.image_size
+    group = groups[file.parent, f"{_pixels(look_into(file).side, size)}; {how}"]
     group.files += 1
-    return group, iterate(file, conventions, size, given)
+    return group, iterate(file, how, size, given)
 
 
 def _of_dataset(config: Config, part: "Part", groups: dict, given: dict) -> _Opened:

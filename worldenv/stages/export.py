@@ -12,14 +12,13 @@ import tyro
 
 from worldenv.data.embodiment import Embodiment
 from worldenv.data.episode import Episode, without_noops
-from worldenv.data.lerobot.find import datasets_of
-from worldenv.data.reading import conventions_of, data_files, iterate, look_into
+from worldenv.data.reading import iterate, look_into
 from worldenv.envs.benchmark import begun, find
 from worldenv.ranges import Episodes
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.sources import DataConfig, EnvConfig
-from worldenv.stages import store
+from worldenv.stages import demonstrations, store
 
 
 @dataclass(frozen=True)
@@ -95,23 +94,16 @@ def sources(part: DataConfig, image_size: int | None) -> list[Source]:
     if not part.paths:
         raise UserError("--data: expected files or folders to read, got none. Name some.")
     for path in (store.locate("data", named) for named in part.paths):
-        files, folders = data_files(path), datasets_of(path)
-        if not files and not folders:
-            raise UserError(
-                f"--data {path}: expected a .hdf5 file, a LeRobotDataset (meta/info.json) or a "
-                "folder that holds some, got "
-                f"{'none in the folder' if path.is_dir() else 'no such file'}. Check the path."
-            )
+        files, folders = demonstrations.lying_in(path)
         found += [_of_file(file, part, image_size) for file in files]
         found += [_of_dataset(folder, part, image_size) for folder in folders]
     return found
 
 
 def _of_file(file: Path, part: DataConfig, image_size: int | None) -> Source:
-    said = {"observations": part.observations, "images": part.images}
-    conventions = conventions_of(file, **{k: v for k, v in said.items() if v != "detect"})
-    print(f"data: {file}: {conventions}")
-    return look_into(file).demos, iterate(file, conventions, image_size)
+    how = demonstrations.conventions(file, part)
+    print(f"data: {file}: {how}")
+    return look_into(file).demos, iterate(file, how, image_size)
 
 
 def _of_dataset(folder: Path, part: DataConfig, image_size: int | None) -> Source:

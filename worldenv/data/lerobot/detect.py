@@ -142,7 +142,7 @@ def detect(dataset: DataSet, robot: Embodiment, part: DataConfig, episodes: np.n
             )
             for k, (actions, _), proprio in zip(looked, raw, states, strict=True)
         ]
-        return replace(reading, conventions=_conventions(seen if _libero(robot) else [], part))
+        return replace(reading, conventions=_conventions(seen if is_libero(robot) else [], part))
 
 
 def ours(dataset: DataSet, robot: Embodiment, part: DataConfig, episodes: np.ndarray) -> Reading:
@@ -153,7 +153,7 @@ def ours(dataset: DataSet, robot: Embodiment, part: DataConfig, episodes: np.nda
     return Reading(cameras, state, action, closes, False, "axis-angle", _SAID, rate, by)
 
 
-def _libero(robot: Embodiment) -> bool:
+def is_libero(robot: Embodiment) -> bool:
     """Whether what `conventions` knows of LIBERO's camera and fingers holds."""
     return robot.name.startswith("libero")
 
@@ -296,7 +296,7 @@ def _rate(dataset: DataSet, robot: Embodiment, part: DataConfig) -> str:
     fps, hz = dataset.fps, robot.control_hz
     if abs(fps - hz) < 1e-6:
         return f"{fps:g} frames a second, the robot's"
-    usual = part.rate == "detect" and _libero(robot) and fps == 10
+    usual = part.rate == "detect" and is_libero(robot) and fps == 10
     if part.rate != "steps" and not usual:
         raise UserError(
             f"{dataset.folder}/meta/info.json: fps: expected {hz:g}, at which {robot.name} is "

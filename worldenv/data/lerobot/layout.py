@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,13 @@ class DataSet:
         """The video of a camera in which the episode in place `episode` lies."""
         return self._file(camera, episode)
 
-    def rows_before(self, episode: int) -> int:
-        """Rows of the episode's Parquet file that belong to episodes before it."""
-        place = self._places[""]
-        here = (place == place[episode]).all(1)
-        return int(self.first[episode] - self.first[here].min())
+    @cached_property
+    def rows_before(self) -> np.ndarray:
+        """[N] rows of each episode's Parquet file that belong to episodes before it."""
+        files, of = np.unique(self._places[""], axis=0, return_inverse=True)
+        begin = np.full(len(files), self.first.max(initial=0))
+        np.minimum.at(begin, of.reshape(-1), self.first)
+        return self.first - begin[of.reshape(-1)]
 
     def _file(self, camera: str, episode: int) -> Path:
         chunk, file = self._places[camera][episode].tolist()

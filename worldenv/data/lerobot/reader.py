@@ -12,7 +12,7 @@ from worldenv.data.conventions import IMAGES, check_units
 from worldenv.data.embodiment import Embodiment, check_fits
 from worldenv.data.episode import Episode, area_resize, check_episode
 from worldenv.data.lerobot import own
-from worldenv.data.lerobot.detect import detect, ours
+from worldenv.data.lerobot.detect import detect, is_libero, ours
 from worldenv.data.lerobot.frames import Cameras
 from worldenv.data.lerobot.layout import DataSet
 from worldenv.data.lerobot.rows import Rows
@@ -165,5 +165,5 @@ class Reader:
                 f"{place}: expected commands within -1..1 of {self.robot.name}, got "
                 f"{low:g}..{high:g}. Convert them, or name another column (--data.action KEY)."
             )
-        if self.robot.name.startswith("libero"):
+        if is_libero(self.robot):
             check_units(actions, proprio[:, self.robot.entries("position")], place)

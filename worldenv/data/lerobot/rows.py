@@ -30,7 +30,7 @@ class Rows:
     def of(self, episode: int) -> pa.Table:
         """The rows [T] of the episode in place `episode`, in order and checked."""
         data = self.dataset
-        path, first = data.data_file(episode), data.rows_before(episode)
+        path, first = data.data_file(episode), int(data.rows_before[episode])
         last = first + int(data.length[episode])
         with parquet(path):
             self._open(path)
