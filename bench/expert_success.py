@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from worldenv.data.libero_tasks import SUITES
+from worldenv.envs.expert import demonstrate
 from worldenv.envs.libero.assets import resolve_assets
-from worldenv.envs.libero.expert import EXPERT_SUITES, run_expert
+from worldenv.envs.libero.expert import EXPERT_SUITES
+from worldenv.envs.libero.robot import ACTION
 from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
 from worldenv.runtime.graphics import adopt
@@ -34,9 +36,11 @@ def measure_task(simulator: LiberoSimulator, task: int, arguments: argparse.Name
     for index in range(arguments.starts):
         start = Start(task, index, seed=index)
         results.append(
-            run_expert(
+            demonstrate(
                 simulator,
                 start,
+                simulator.expert,
+                ACTION,
                 noise=arguments.noise,
                 rng=np.random.default_rng([task, index]),
                 max_steps=arguments.max_steps,

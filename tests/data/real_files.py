@@ -4,8 +4,9 @@ import h5py
 import numpy as np
 
 from worldenv.data.libero_tasks import SUITES
+from worldenv.envs.expert import demonstrate
 from worldenv.envs.libero.assets import libero_root, resolve_assets, robot_for
-from worldenv.envs.libero.expert import run_expert
+from worldenv.envs.libero.robot import ACTION
 from worldenv.envs.libero.worker import LiberoSimulator, read_init_state
 from worldenv.envs.start import Start
 
@@ -23,7 +24,8 @@ def record(suite: str, task: int) -> dict:
     """actions [T, 7], states [T, S] before them, and observations [T + 1, ...] (NAMES' keys)."""
     assets, start = resolve_assets(None, suite).path, Start(task, 0, 5)
     simulator = LiberoSimulator(suite, task, assets=assets)
-    actions = run_expert(simulator, start, noise=0.25, rng=np.random.default_rng(0)).executed
+    rng = np.random.default_rng(0)
+    actions = demonstrate(simulator, start, simulator.expert, ACTION, noise=0.25, rng=rng).executed
     simulator.close()
     import robosuite.utils.transform_utils as transforms
     from libero.libero.envs.env_wrapper import ControlEnv

@@ -5,9 +5,11 @@ primitive pack. Success rates over whole suites are in bench/expert_success.py.
 import numpy as np
 import pytest
 
+from worldenv.envs.expert import demonstrate
 from worldenv.envs.libero.assets import resolve_assets
-from worldenv.envs.libero.expert import run_expert
+from worldenv.envs.libero.expert import single_goal
 from worldenv.envs.libero.grasps import choose_grasp
+from worldenv.envs.libero.robot import ACTION
 from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
 from worldenv.runtime.errors import UserError
@@ -75,7 +77,7 @@ class _Foreign:
 
 def test_unsupported_goal_names_the_suites() -> None:
     with pytest.raises(UserError, match="libero_spatial and libero_object"):
-        run_expert(_Foreign(), Start(0, 0, 0), rng=np.random.default_rng(0))
+        single_goal(_Foreign())
 
 
 @pytest.mark.libero
@@ -88,9 +90,11 @@ def test_solves_the_primitive_pack(
     source = resolve_assets(None, "libero_spatial")
     simulator = LiberoSimulator("libero_spatial", task, assets=source.path)
     recorded = []
-    result = run_expert(
+    result = demonstrate(
         simulator,
         Start(task, 0, seed=0),
+        simulator.expert,
+        ACTION,
         noise=noise,
         rng=np.random.default_rng(0),
         record=(lambda *row: recorded.append(row)) if noise else None,

@@ -76,7 +76,8 @@ def test_init_states_settle_where_the_benchmark_puts_them(pack, task):
 
 
 def test_default_task_can_be_seen_and_solved(pack):
-    from worldenv.envs.libero.expert import run_expert
+    from worldenv.envs.expert import demonstrate
+    from worldenv.envs.libero.robot import ACTION
 
     simulator = _simulator(pack, 3)
     simulator.reset(Start(3, 0, seed=0))
@@ -93,7 +94,8 @@ def test_default_task_can_be_seen_and_solved(pack):
         if mesh >= 0 and group == 1
     ]
     assert sum(drawn) < 10_000
-    result = run_expert(simulator, Start(3, 1, seed=1), rng=np.random.default_rng(0))
+    start, rng = Start(3, 1, seed=1), np.random.default_rng(0)
+    result = demonstrate(simulator, start, simulator.expert, ACTION, rng=rng)
     assert result.success
     simulator.close()
 

@@ -12,52 +12,21 @@ and meshes count as their boxes, and the search for a path is one safe travellin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from worldenv.envs.expert import ExpertResult, Record, demonstrate
 from worldenv.envs.libero.grasps import PALM, TIP, choose_grasp, hand_rotation
-from worldenv.envs.libero.robot import ACTION
 from worldenv.runtime.errors import UserError
 
 if TYPE_CHECKING:  # the simulator imports MuJoCo and robosuite
     from worldenv.envs.libero.worker import LiberoSimulator
-    from worldenv.envs.start import Start
 
 EXPERT_SUITES = ("libero_spatial", "libero_object")
 OPEN, CLOSE = -1.0, 1.0
 
 _SPACING = 0.007  # of the points that stand for an object
 _HIGH = 0.03  # clearance of a travelling hand or object above what it passes
-
-
-def run_expert(
-    simulator: LiberoSimulator,
-    start: Start,
-    *,
-    noise: float = 0.0,
-    rng: np.random.Generator,
-    max_steps: int = 220,
-    attempts: int = 1,
-    record: Record | None = None,
-) -> ExpertResult:
-    """Resets `simulator` to `start` and solves it: `envs.expert.demonstrate`, an attempt for each
-    grasp to try. Raises UserError for a suite or a goal the expert has no skill for.
-    """
-    single_goal(simulator)
-    return demonstrate(
-        simulator,
-        start,
-        partial(plan, simulator),
-        ACTION,
-        noise=noise,
-        rng=rng,
-        max_steps=max_steps,
-        attempts=attempts,
-        record=record,
-    )
 
 
 def plan(simulator: LiberoSimulator, attempt: int) -> Iterator[np.ndarray]:
