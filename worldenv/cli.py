@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from worldenv import doctor as doctor_module
+from worldenv import export as export_module
 from worldenv import push as push_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
@@ -213,7 +214,7 @@ def imagine() -> None:
 
 def export() -> None:
     """worldenv-export"""
-    _guarded(_export)
+    _guarded(export_module.main)
 
 
 def play() -> None:
@@ -405,11 +406,6 @@ def _imagine() -> None:
         )
     print("\n".join(str(path) for path in paths))
     run.close()
-
-
-def _export() -> None:
-    arguments = parse(exporting.ExportArguments)
-    print(exporting.export(arguments))
 
 
 def _play() -> None:

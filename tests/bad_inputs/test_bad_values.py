@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from table import Row, as_arguments, bad_values, ends_in_a_named_error, fields_of, nested
 
-from worldenv import cli, push
+from worldenv import cli, export, push
 from worldenv.config import Config, load
 from worldenv.fields import Range, bare, hints
 from worldenv.play.command import PlayArguments
@@ -20,6 +20,7 @@ SCRIPTS = {
     "eval": cli.EvalArguments,
     "collect": cli.CollectArguments,
     "imagine": cli.ImagineArguments,
+    "export": export.ExportArguments,
     "push": push.PushArguments,
     "play": PlayArguments,
 }

@@ -16,7 +16,7 @@ from worldenv.envs.libero.robot import embodiment
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.stages import demonstrations, pipeline
-from worldenv.stages.export import ExportArguments, export
+from worldenv.stages.export import export
 from worldenv.stages.run import Run
 
 
@@ -102,9 +102,9 @@ def test_what_is_exported_trains_as_its_source_does(mixture, tmp_path):
     out = tmp_path / "out"
     data = DataConfig(paths=(mixture / "files",))
     with pytest.raises(UserError, match="--image-size"):
-        export(ExportArguments(to=out, data=data))
+        export(data, out)
     assert not out.exists()
-    said = export(ExportArguments(to=out, image_size=64, data=data))
+    said = export(data, out, image_size=64)
     assert "LeRobotDataset v3.0 of 5 episodes (5 succeeded), 200 rows" in said
     found = list(Reader(open_dataset(out), embodiment(64)).read())
     assert sorted(e.task for e in found) == [-1, 1, 7, 7, 7]
@@ -117,4 +117,4 @@ def test_what_is_exported_trains_as_its_source_does(mixture, tmp_path):
         assert np.array_equal(a.proprio, b.proprio)
         assert np.abs(a.images.astype(int) - b.images).mean() < 2.0
     with pytest.raises(UserError, match="--data: expected files or folders"):
-        export(ExportArguments(to=tmp_path / "none"))
+        export(DataConfig(), tmp_path / "none")

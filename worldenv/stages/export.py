@@ -3,64 +3,43 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
 from worldenv.data.embodiment import Embodiment
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.reading import iterate, look_into
 from worldenv.envs.benchmark import begun, find
-from worldenv.ranges import Episodes
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.sources import DataConfig, EnvConfig
 from worldenv.stages import demonstrations, store
 
 
-@dataclass(frozen=True)
-class ExportArguments:
-    """Write recorded episodes as a LeRobotDataset v3.0, successes and failures.
+def export(part: DataConfig, to: Path, codec: str = "av1", image_size: int | None = None) -> str:
+    """Write what `part` names to the folder `to`; returns a line about it. UserError for what
+    cannot be read.
 
-    Takes what `worldenv-train --data` takes: a run's own (RUN/data/demonstrations,
-    RUN/data/explore-0), LIBERO's files, LeRobotDatasets of v2.1. The folder appears when it is
-    whole. Of imagined episodes: `worldenv-imagine --lerobot FOLDER`."""
-
-    to: Path = Path("lerobot")
-    """Folder to make; it must not be there yet."""
-    codec: Literal["av1", "h264"] = "av1"
-    """Of the videos: AV1, as LeRobot has it, or H.264 for what cannot play that."""
-    image_size: Episodes | None = None
-    """Side in pixels to average pictures to; unset: as recorded."""
-    data: Annotated[DataConfig, tyro.conf.arg(name="data")] = field(default_factory=DataConfig)
-
-    def rules(self) -> Iterator[tuple[bool, str, str]]:
-        """What is needed."""
-        even = self.image_size is None or self.image_size % 2 == 0
-        yield even, "image_size", "an even number of pixels"
-
-
-def export(arguments: ExportArguments) -> str:
-    """Write the folder; returns a line about it. UserError for what cannot be read."""
+    codec: of `data.lerobot.writer.CODECS`. image_size: average pictures to this many pixels.
+    """
     from worldenv.data.lerobot.writer import LeRobotWriter  # pyarrow takes a while
 
-    found = sources(arguments.data, arguments.image_size)
+    found = sources(part, image_size)
     count: Counter[str] = Counter()
     with ExitStack() as stack:
         bar = stack.enter_context(progress.bar(sum(n for n, _ in found), "episodes"))
         writer = None
-        for episode in _chosen(found, arguments.data):
+        for episode in _chosen(found, part):
             if writer is None:
-                writer = LeRobotWriter(arguments.to, _robot(episode), arguments.codec)
+                writer = LeRobotWriter(to, _robot(episode), codec)
                 stack.enter_context(writer)
             writer.append(episode)
             count.update(episodes=1, successes=episode.success, rows=len(episode))
             bar.advance()
     return (
-        f"{arguments.to}: LeRobotDataset v3.0 of {count['episodes']} episodes "
+        f"{to}: LeRobotDataset v3.0 of {count['episodes']} episodes "
         f"({count['successes']} succeeded), {count['rows']} rows"
     )
 
