@@ -1,6 +1,6 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop about 20 minutes, `libero-spatial-small` two hours for ten tasks;
+`default` takes a two-core laptop half an hour, `libero-spatial-small` two hours for ten tasks;
 `smoke` shows in two minutes that every part works, `published-tiny` with published models in
 miniature; the other `libero-*` presets run all ten tasks of a suite with the official assets on a
 GPU, `openvla-oft-*` with published models as downloaded.
