@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from worldenv.report.charts import COLOURS, PALETTE, drawing
 from worldenv.report.parts import embedded, text, tiles
-from worldenv.runtime.checkpoint import write_error
+from worldenv.runtime.errors import write_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
