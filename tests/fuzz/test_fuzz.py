@@ -1,4 +1,4 @@
-"""Nine hundred mutations of all that is read from disk, with WORLDENV_SLOW=1 two and a half
+"""A thousand mutations of all that is read from disk, with WORLDENV_SLOW=1 two and a half
 thousand; fuzz_inputs.py runs as many as named."""
 
 import os
