@@ -46,7 +46,8 @@ from worldenv.stages.run import Run, open_run, write_json
 OUT = Path(__file__).parents[1] / "results" / "lerobot" / "plugins.json"
 SEED = 1000  # lerobot-eval's own
 SIDE = 128  # of LIBERO's pictures, as worldenv renders them
-PACKAGES = ("lerobot", "torch", "numpy", "gymnasium", "mujoco", "robosuite", "hf-libero")
+PACKAGES = ("lerobot", "torch", "numpy", "gymnasium")
+LIBERO = ("mujoco", "robosuite", "hf-libero")
 
 
 def arguments_of(run: Run, env: list[str], episodes: int, out: Path) -> list[str]:
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--without-libero", action="store_true")
     given = parser.parse_args()
+    packages = PACKAGES if given.without_libero else (*PACKAGES, *LIBERO)
     with closing(open_run(given.run, device="cpu")) as run, tempfile.TemporaryDirectory() as name:
         last = run.config.posttrain.rounds - 1
         policy, reflector = (
@@ -286,7 +288,7 @@ def main() -> None:
             "command": f"python -m bench.lerobot_plugins RUN --episodes {given.episodes}",
             "run": {k: getattr(run.config, k) for k in ("preset", "seed")} | {"rounds": last + 1},
             "commit": commit(),
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": {name: version(name) for name in packages},
             "machine": devices.describe(),
             "policy": compare_policy(run, policy, recorded),
             "reward": compare_reward(run, reflector, recorded),
