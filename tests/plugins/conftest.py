@@ -10,7 +10,7 @@ import stand_in_lerobot as stand_in
 REAL = importlib.util.find_spec("lerobot") is not None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def plugin():
     """Its package, imported as LeRobot would."""
     with pytest.MonkeyPatch.context() as patch:

@@ -228,6 +228,7 @@ _MODULES = {
     "lerobot.policies.pretrained": (PreTrainedPolicy,),
     "lerobot.processor": (make_policy_processor_pipelines,),
     "lerobot.rewards": (make_reward_model,),
+    "lerobot.rewards.factory": (),
     "lerobot.rewards.pretrained": (PreTrainedRewardModel,),
     "lerobot.scripts": (),
     "lerobot.scripts.lerobot_eval": (rollout,),
@@ -241,6 +242,7 @@ def modules() -> dict[str, ModuleType]:
         made[name] = ModuleType(name)
         for thing in things:
             setattr(made[name], thing.__name__, thing)
+    made["lerobot.rewards.factory"].make_reward_pre_post_processors = make_pre_post_processors
     return made
 
 

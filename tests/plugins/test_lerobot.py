@@ -238,11 +238,12 @@ def test_lerobots_loop_runs_the_policy_in_the_world(made, worlds):
 
 def test_reflector_judges_as_without_lerobot(made):
     model = judge(made)
+    before, _ = lerobot("rewards.factory.make_reward_pre_post_processors")(model.config)
     own = made.world.reflector.onlooker(2)
     every = torch.ones(2, dtype=torch.bool)
     frames = [batch(seed=k) for k in range(3)]
     for given, seen in frames:
-        reward = model.compute_reward(given)
+        reward = model.compute_reward(before(dict(given)))
         expected = own.watch(seen["image"], seen["proprio"], seen["instruction"], every)
         assert torch.equal(reward, expected)
         assert (reward.shape, reward.dtype) == ((2,), torch.float32)
