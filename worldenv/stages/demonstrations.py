@@ -17,9 +17,16 @@ from typing import TYPE_CHECKING
 from worldenv.config import Config
 from worldenv.data.conventions import Conventions
 from worldenv.data.episode import Episode, without_noops
-from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.data.episodes import DatasetWriter
 from worldenv.data.lerobot.find import datasets_of
-from worldenv.data.reading import conventions_of, data_files, iterate, look_into, parts_of
+from worldenv.data.reading import (
+    conventions_of,
+    data_files,
+    each_episode,
+    iterate,
+    look_into,
+    parts_of,
+)
 from worldenv.runtime import progress
 from worldenv.runtime.errors import UserError
 from worldenv.sources import DataConfig
@@ -191,14 +198,16 @@ def from_files(run: Run, mark: str) -> dict:
 
 def _copied(folder: Path, mark: str) -> Counter[int]:
     """How many episodes of each task an interrupted copy has left. UserError for other episodes."""
-    have = read_episodes(folder) if any(folder.rglob("*.hdf5")) else []
-    foreign = sum(e.meta.get("mark") != mark for e in have)
+    have, foreign = Counter(), 0
+    for e in each_episode(folder):
+        have[e.task] += 1
+        foreign += e.meta.get("mark") != mark
     if foreign:
         raise UserError(
             f"{folder} holds {foreign} episodes of another configuration. Move them elsewhere, or "
             "choose another run_dir."
         )
-    return Counter(e.task for e in have)
+    return have
 
 
 def _of_task(

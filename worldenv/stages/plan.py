@@ -16,11 +16,11 @@ from torch import nn
 from worldenv.config import Config
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
+from worldenv.runtime.device import GIB
 from worldenv.stages.plan_advice import Change, advise
 from worldenv.stages.plan_costs import Costs
 from worldenv.stages.plan_moments import Machine, Moment, highest, iteration_flops, moments
 
-GIB = 1 << 30
 CONTEXT = 600 << 20  # bytes that CUDA takes for itself, about
 
 
