@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,12 +34,14 @@ class FramesFile:
     """
 
     def __init__(self, path: Path, turned: bool = False, file: BinaryIO | None = None) -> None:
+        """file: a nameless one, which is still written to."""
         self.path, self.turned = path, turned
-        self._file = file or open(path, "rb", buffering=0)  # noqa: SIM115 - as long as its frames
+        self._file = os.dup(file.fileno()) if file else os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
         self._facts = None if file else self._look()
 
     def _look(self) -> tuple[int, int]:
-        facts = os.fstat(self._file.fileno())
+        facts = os.fstat(self._file)
         return facts.st_size, facts.st_mtime_ns
 
     def read(self, places: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
@@ -50,7 +53,7 @@ class FramesFile:
             raise self._changed(f"{now[0]}, changed since")
         for place, row in zip(places.tolist(), rows.tolist(), strict=True):
             try:
-                got = os.preadv(self._file.fileno(), [out[row]], place)
+                got = os.preadv(self._file, [out[row]], place)
             except OSError as error:
                 raise UserError(
                     f"{self.path}: expected frames that can be read, got {error}. Check the disk, "
@@ -228,7 +231,7 @@ class Table:
                 self._files.append(file)
             self._side = side
             places.add(torch.from_numpy(np.insert(at, 0, number[id(file)], axis=1)))
-        _flush(own)
+        _finish(own)
         self._places = places.whole().numpy()  # [N, 1 + V]: file, places in it
 
     def read(self, index: Tensor) -> Tensor:
@@ -260,9 +263,10 @@ def _write(file: BinaryIO, values: np.ndarray) -> int:
     return place
 
 
-def _flush(file: BinaryIO) -> None:
+def _finish(file: BinaryIO) -> None:
+    """Let go of a file that somebody else has open."""
     try:
-        file.flush()
+        file.close()
     except OSError as error:
         raise _full(error) from error
 
@@ -275,11 +279,16 @@ def _full(error: OSError) -> UserError:
 
 
 def _mapped(file: BinaryIO) -> np.ndarray:
-    """All bytes of a nameless file."""
-    _flush(file)
+    """All bytes of a nameless file, which is written to no more."""
     size = file.tell()
+    try:
+        file.flush()
+    except OSError as error:
+        raise _full(error) from error
     # Writable, so that torch does not warn; nobody writes.
-    return np.memmap(file, np.uint8, "r+", shape=(size,)) if size else np.empty(0, np.uint8)
+    flat = np.memmap(file, np.uint8, "r+", shape=(size,)) if size else np.empty(0, np.uint8)
+    _finish(file)
+    return flat
 
 
 def kept(episodes: Iterable[Episode], beside: Path) -> list[Episode]:

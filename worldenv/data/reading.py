@@ -180,6 +180,18 @@ def look_into(file: Path) -> FileFacts:
     return FileFacts(benchmark, facts["suite"], facts["task"], count, shape[-2])
 
 
+def lengths(file: Path) -> list[int]:
+    """How many actions each demonstration of a file and its parts has; nothing else is read."""
+    found = []
+    for place in places_of(file):
+        with open_file(place) as handle:
+            data = handle["data"]
+            for name in demo_names(data):
+                where = f"{place}: {name}"
+                found.append(array_shape(subgroup(data, name, str(place)), "actions", where)[0])
+    return found
+
+
 def open_file(file: Path) -> h5py.File:
     """The file opened for reading, sure to hold a group `data` with demonstrations."""
     try:
