@@ -190,6 +190,13 @@ def taken(table: Tensor | Table, index: Tensor) -> Tensor:
     return found.view(*index.shape, *table.shape[1:])
 
 
+def _sent(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on a device; on its way to a GPU the host does not wait for it."""
+    if device.type == "cuda":
+        batch = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
 class _Places:
     """Rows of sequences that lie one after the other, from each one's row `least` on: which is the
     n-th, and whose is a row."""
@@ -275,13 +282,18 @@ class FrameWindows:
         """Give batches on a device, and move there what is in memory; indices are still drawn on
         the CPU. Returns self."""
         self.device = torch.device(device)
-        if not isinstance(self.images, Table):
+        if not self.on_disk:
             for name in ("images", "proprio", "actions", "success", "steps"):
                 setattr(self, name, getattr(self, name).to(device))
         return self
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether frames are read as they are drawn."""
+        return isinstance(self.images, Table)
+
     def _sent(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in batch.items()}
+        return _sent(batch, self.device)
 
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """A batch of B windows drawn with replacement by a CPU generator; see `batch` for its
@@ -397,10 +409,15 @@ class ActionWindows:
         """Give batches on a device, and move there what is in memory; indices are still drawn on
         the CPU. Returns self."""
         self.device = torch.device(device)
-        if not isinstance(self.images, Table):
+        if not self.on_disk:
             for name in ("images", "proprio", "actions"):
                 setattr(self, name, getattr(self, name).to(device))
         return self
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether frames are read as they are drawn."""
+        return isinstance(self.images, Table)
 
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """A batch of B samples drawn with replacement by a CPU generator; see `batch`."""
@@ -417,7 +434,7 @@ class ActionWindows:
             "action": self.actions[index],
             "task": self._task[self._places.owner(samples)],
         }
-        return {name: value.to(self.device) for name, value in batch.items()}
+        return _sent(batch, self.device)
 
 
 def _rows(images: np.ndarray | Frames, rows: np.ndarray) -> Tensor | Rows:
