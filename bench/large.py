@@ -5,11 +5,12 @@ episodes, and the plan of 100,000. Writes results/bench/large-<machine>.json.
 
 Three samplers of the same windows take turns, and give the same batches: all frames in one tensor
 that is indexed (as it was before frames could be on the disk), in one tensor whose rows are copied,
-and on the disk. Memory is that of a process of its own which opens episodes, cuts windows for
-imitation and for the simulator and draws from both: anonymous bytes (RssAnon: without the pages of
-files, which are the system's to drop), when it has done so, and at most. Its episodes are files of
-1,000 written once and linked under ten names. The planned data set is metadata alone: its videos
-and tables are there and empty, for a plan opens none.
+and on the disk; by processor time, so that neighbours do not count. Memory is that of a process of
+its own which opens episodes, cuts windows for imitation and for the simulator and draws from both:
+anonymous bytes (RssAnon: without the pages of files, which are the system's to drop), when it has
+done so, and at most. Its episodes are files of 1,000, one of them linked under ten names. The
+planned data set is metadata alone: its videos and tables are there and empty, for a plan opens
+none.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ from worldenv.data.windows import ActionWindows, FrameWindows, chunk_sequences
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
 from worldenv.stages.run import open_run
+from worldenv.stages.training import Batches
 
+DEVICE_MS = 10
 BATCHES, EPISODES, STEPS, SIZE, FILE = 60, (100, 1000, 10_000), 80, 64, 1000
 
 
@@ -86,18 +89,36 @@ def sampled(run: Path) -> dict[str, object]:
             for way, s in seconds.items()
         }
         found[name] = {"windows": len(memory), "batch": batch, **rates, **ratios}
+        found[name] |= {"device_ms": DEVICE_MS, **ahead(disk, batch)}
     return found
 
 
 def timed(seconds: list[float], windows: object, way: str, k: int, batch: int) -> dict:
     """A batch; how long it took joins seconds."""
-    indexed = {"taken": lambda table, index: table[index]} if way == "indexed" else {}
-    with mock.patch.multiple(cut, **indexed):
+    taken = (lambda table, index: table[index]) if way == "indexed" else cut.taken
+    with mock.patch.object(cut, "taken", taken):
         g = generator("batch", k)
         began = time.thread_time()
         drawn = windows.sample(g, batch)
         seconds.append(time.thread_time() - began)
     return drawn
+
+
+def ahead(windows: FrameWindows | ActionWindows, batch: int) -> dict[str, float]:
+    """Milliseconds a step whose device is at work for DEVICE_MS while this thread waits for it:
+    with a reader that is a step ahead, and if a batch is drawn when the device is done."""
+    steps = 20
+    found: dict[str, list[float]] = {"step_ahead_ms": [], "drawn_in_turn_ms": []}
+    for k in range(6):
+        batches = Batches(windows, batch, steps, "ahead", k)
+        batches(0, 0)
+        for name, draw in (("step_ahead_ms", batches), ("drawn_in_turn_ms", batches._draw)):
+            for step in range(1, steps):
+                began = time.perf_counter()
+                draw(step, 0)
+                time.sleep(DEVICE_MS / 1000)
+                found[name].append(1000 * (time.perf_counter() - began))
+    return {name: round(statistics.median(own), 2) for name, own in found.items()}
 
 
 # ---------------------------------------------------------------- memory

@@ -44,23 +44,24 @@ class FramesFile:
         facts = os.fstat(self._file)
         return facts.st_size, facts.st_mtime_ns
 
-    def read(self, places: np.ndarray, out: np.ndarray, rows: np.ndarray) -> None:
-        """Fill `rows` [N] of out [M, bytes] uint8 from places [N] in the file. UserError if it is
-        not what it was."""
+    def check(self) -> None:
+        """UserError if the file is not what it was."""
         now = self._look()
         self._facts = self._facts or now
         if now != self._facts:
             raise self._changed(f"{now[0]}, changed since")
-        for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-            try:
-                got = os.preadv(self._file, [out[row]], place)
-            except OSError as error:
-                raise UserError(
-                    f"{self.path}: expected frames that can be read, got {error}. Check the disk, "
-                    "and that the folder is still there."
-                ) from error
-            if got != out.shape[1]:
-                raise self._changed(f"an end at {place + got}")
+
+    def read(self, place: int, out: np.ndarray) -> None:
+        """Fill out [bytes] uint8 from a place in the file. UserError if it cannot be read."""
+        try:
+            got = os.preadv(self._file, (out,), place)
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: expected frames that can be read, got {error}. Check the disk, and "
+                "that the folder is still there."
+            ) from error
+        if got != len(out):
+            raise self._changed(f"an end at {place + got}")
 
     def _changed(self, got: str) -> UserError:
         return UserError(
@@ -161,21 +162,26 @@ def gather(
     files: Sequence[FramesFile], of: np.ndarray | None, places: np.ndarray, side: int
 ) -> np.ndarray:
     """Frames [N, V, H, W, 3] uint8 from places [N, V] in files[of[N]], or in the only one."""
-    count, views = places.shape
-    found = np.empty((count * views, 3 * side * side), np.uint8)
-    each = np.zeros(count, np.int64) if of is None else of
-    for number in np.unique(each).tolist():
-        rows = np.flatnonzero(np.repeat(each == number, views))
-        files[number].read(places.reshape(-1)[rows], found, rows)
-        if files[number].turned:  # half a turn: the pixels from the last to the first
-            some = len(rows) < len(found)
-            pixels = torch.from_numpy(found[rows] if some else found).view(len(rows), -1, 3)
-            turned = pixels.flip(1).flatten(1).numpy()
-            if some:
-                found[rows] = turned
-            else:
-                found = turned
-    return found.reshape(count, views, side, side, 3)
+    flat = places.reshape(-1).tolist()
+    found = np.empty((len(flat), 3 * side * side), np.uint8)
+    numbers = [0] * len(flat) if of is None else np.repeat(of, places.shape[1]).tolist()
+    own = [files[number] for number in numbers]
+    for file in set(own):
+        file.check()
+    for file, place, row in zip(own, flat, found, strict=True):
+        file.read(place, row)
+    turned = [file.turned for file in own]
+    if all(turned):
+        found = _half_turn(found)
+    elif any(turned):
+        rows = np.flatnonzero(turned)
+        found[rows] = _half_turn(found[rows])
+    return found.reshape(*places.shape, side, side, 3)
+
+
+def _half_turn(pictures: np.ndarray) -> np.ndarray:
+    """Pictures [N, bytes] with their pixels from the last to the first."""
+    return torch.from_numpy(pictures).view(len(pictures), -1, 3).flip(1).flatten(1).numpy()
 
 
 class Column:

@@ -185,16 +185,17 @@ def taken(table: Tensor | Table, index: Tensor) -> Tensor:
     """Rows `[..., *]` of a table by index `[...]`, on its device."""
     if isinstance(table, Table):
         return table.read(index)
-    # By whole rows: indexing goes number by number, thirty times as long for pictures on a CPU.
+    # By whole rows: on a CPU indexing goes number by number, which takes longer.
     found = table.flatten(1).index_select(0, index.reshape(-1)) if table.ndim > 1 else table[index]
     return found.view(*index.shape, *table.shape[1:])
 
 
 def _sent(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """A batch on a device; on its way to a GPU the host does not wait for it."""
-    if device.type == "cuda":
-        batch = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.items()}
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    if device.type == "cpu":
+        return batch
+    pinned = {k: v if v.is_cuda else v.pin_memory() for k, v in batch.items()}
+    return {name: value.to(device, non_blocking=True) for name, value in pinned.items()}
 
 
 class _Places:
@@ -260,7 +261,7 @@ class FrameWindows:
         self.proprio, self.actions, self.success, self.steps = (
             column.whole() for column in columns.values()
         )
-        self.device = self.images.device
+        self.on_disk, self.device = beside is not None, self.images.device
         lengths, self._task, self._episode = torch.tensor(facts).T.contiguous()
         self._places = _Places(lengths)
         self._least = min(frames - 1, 1) if padded else frames - 1
@@ -287,14 +288,6 @@ class FrameWindows:
                 setattr(self, name, getattr(self, name).to(device))
         return self
 
-    @property
-    def on_disk(self) -> bool:
-        """Whether frames are read as they are drawn."""
-        return isinstance(self.images, Table)
-
-    def _sent(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _sent(batch, self.device)
-
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """A batch of B windows drawn with replacement by a CPU generator; see `batch` for its
         content. Besides, reference [B, V, H, W, 3] uint8: the first frame of the sequence or,
@@ -306,8 +299,7 @@ class FrameWindows:
         begin = torch.maximum(ends - self.frames + 1, first)
         any_of_them, place = torch.rand(2, batch, generator=generator)
         offset = (any_of_them < 0.5) * place * (begin - first + 1)
-        rows = (first + offset.long()).to(self.images.device)
-        return {**self.batch(windows), **self._sent({"reference": taken(self.images, rows)})}
+        return self._batch(windows, first + offset.long())
 
     def transitions(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """B steps between consecutive frames without their pictures, drawn uniformly.
@@ -318,13 +310,14 @@ class FrameWindows:
         drawn = draw(generator, batch, int(self._reached[-1]), None)
         after = self._places.rows(drawn, self._reached, 1)
         reached = after.to(self.images.device)
-        return self._sent(
+        return _sent(
             {
                 "proprio": self.proprio[reached - 1],
                 "action": self.actions[reached],
                 "next_proprio": self.proprio[reached],
                 **self._before(after - 1),
-            }
+            },
+            self.device,
         )
 
     def _before(self, rows: Tensor) -> dict[str, Tensor]:
@@ -345,6 +338,10 @@ class FrameWindows:
         there is none the first frame's own and zeros), valid [B, F] bool, success [B, F] bool,
         steps [B, F] int64, task [B] int64, episode [B] int64.
         """
+        return self._batch(windows, None)
+
+    def _batch(self, windows: Tensor, reference: Tensor | None) -> dict[str, Tensor]:
+        """A batch, with frames `reference` [B] besides."""
         ends = self._places.rows(windows, self._until, self._least)
         rows = ends[:, None] + torch.arange(1 - self.frames, 1)
         owner = self._places.owner(ends)
@@ -355,9 +352,14 @@ class FrameWindows:
         index, inside = rows.to(device), valid.to(device)
         led = inside.clone()
         led[:, 0] = False
-        return self._sent(
+        flat = rows.flatten() if reference is None else torch.cat([rows.flatten(), reference])
+        frames = taken(self.images, flat.to(device))  # at once
+        pictures = {"image": frames[: rows.numel()].unflatten(0, rows.shape)}
+        if reference is not None:
+            pictures["reference"] = frames[rows.numel() :]
+        return _sent(
             {
-                "image": taken(self.images, index),
+                **pictures,
                 "proprio": self.proprio[index],
                 "action": self.actions[index] * led[..., None, None],
                 **self._before(rows[:, 0]),
@@ -366,7 +368,8 @@ class FrameWindows:
                 "steps": self.steps[index],
                 "task": self._task[owner],
                 "episode": self._episode[owner],
-            }
+            },
+            self.device,
         )
 
 
@@ -395,7 +398,7 @@ class ActionWindows:
         self.proprio, self.actions = proprio.whole(), actions.whole()
         images = (_rows(e.images, r) for e, r in zip(episodes, rows, strict=True))
         self.images = Table(images, beside) if beside else torch.cat(list(images))
-        self.device = self.images.device
+        self.on_disk, self.device = beside is not None, self.images.device
         owned = torch.tensor([len(r) for r in rows])
         self._places = _Places(owned)
         self._task = torch.tensor([e.task for e in episodes])
@@ -413,11 +416,6 @@ class ActionWindows:
             for name in ("images", "proprio", "actions"):
                 setattr(self, name, getattr(self, name).to(device))
         return self
-
-    @property
-    def on_disk(self) -> bool:
-        """Whether frames are read as they are drawn."""
-        return isinstance(self.images, Table)
 
     def sample(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """A batch of B samples drawn with replacement by a CPU generator; see `batch`."""
