@@ -33,6 +33,7 @@ from worldenv.envs.libero.robot import embodiment
 
 SIZE, ROWS, ROUNDS, MANY = 256, 200, 5, 100_000
 ROBOT = embodiment(SIZE)
+SAID = tuple(f"task {k}" for k in range(40))
 
 
 def episode(number: int) -> Episode:
@@ -121,8 +122,9 @@ def speeds(folder: Path, codec: str, episodes: int) -> dict[str, float]:
     }
 
 
-def many(folder: Path, version: str) -> None:
-    """The metadata alone of MANY episodes of 150 rows, statistics as LeRobot keeps them."""
+def many(folder: Path, version: str, said: tuple[str, ...] = SAID) -> None:
+    """The metadata alone of MANY episodes of 150 rows, statistics as LeRobot keeps them; said: what
+    there is to do in them, in turn."""
     length, features = 150, {c: {"dtype": "video", "shape": [SIZE, SIZE, 3]} for c in cameras()}
     for name, count in (("observation.state", 8), ("action", 7)):
         features[name] = {"dtype": "float32", "shape": [count]}
@@ -130,11 +132,11 @@ def many(folder: Path, version: str) -> None:
             "total_episodes": MANY, "total_frames": MANY * length,
             "data_path": DATA_PATH, "video_path": VIDEO_PATH}  # fmt: skip
     (folder / "meta/episodes/chunk-000").mkdir(parents=True)
-    text = [f"task {k % 40}" for k in range(MANY)]
+    text = [said[k % len(said)] for k in range(MANY)]
     if version == "v2.1":
         rows = ({"episode_index": k, "tasks": [text[k]], "length": length} for k in range(MANY))
         (folder / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        tasks = ({"task_index": k, "task": f"task {k}"} for k in range(40))
+        tasks = ({"task_index": k, "task": text} for k, text in enumerate(said))
         (folder / "meta/tasks.jsonl").write_text("\n".join(map(json.dumps, tasks)))
         info["data_path"] = "data/{episode_index}.parquet"
         info["video_path"] = "videos/{video_key}/{episode_index}.mp4"
@@ -156,7 +158,7 @@ def many(folder: Path, version: str) -> None:
                 columns[f"stats/{name}/{kind}"] = pa.FixedSizeListArray.from_arrays(flat, wide)
         table = pa.table(columns)
         pq.write_table(table, folder / "meta/episodes/chunk-000/file-000.parquet")
-        tasks = pa.table({"task_index": np.arange(40), "task": [f"task {k}" for k in range(40)]})
+        tasks = pa.table({"task_index": np.arange(len(said)), "task": said})
         pq.write_table(tasks, folder / "meta/tasks.parquet")
     (folder / "meta/info.json").write_text(json.dumps(info))
 

@@ -79,6 +79,10 @@ class DataConfig:
     openvla's regenerated ones, our own, LeRobotDatasets (v2.1, v3.0), in any mixture."""
     episodes: Episodes | None = None
     """Demonstrations per task at most; unset: all."""
+    memory: Annotated[float, Range(0, 10**6)] = 2.0
+    """GiB of recorded frames that each folder of the run may hold in memory (explored ones too, and
+    copies of them count besides); more are read from the disk as they are drawn. Results do not
+    depend on it."""
     no_ops: Literal["keep", "drop"] = "keep"
     """What to do with actions that ask for nothing (openvla-oft's rule)."""
     observations: Literal["detect", "before", "after"] = "detect"

@@ -7,7 +7,6 @@ import torch
 from worldenv.data.windows import (
     ActionWindows,
     FrameWindows,
-    NormalizationStats,
     chunk_sequences,
     from_first_step,
     padded_chunks,
@@ -211,21 +210,3 @@ def test_padded_chunks_beyond_the_end():
     chunk = padded_chunks(actions, np.array([1]), 3)[0]
     assert np.array_equal(chunk[0], actions[1])
     assert np.array_equal(chunk[1:], [[0, 0, 0, 0, 0, 0, 13]] * 2)
-
-
-def test_normalization(make_episode):
-    episodes = [make_episode(200, 1, seed=i, size=2) for i in range(3)]
-    for episode in episodes:
-        episode.proprio[:, 4] = 2.5
-    stats = NormalizationStats.from_episodes(episodes)
-    proprio = np.concatenate([e.proprio for e in episodes])
-    actions = np.concatenate([e.actions for e in episodes])
-    assert np.allclose(stats.proprio_mean, proprio.mean(0), atol=1e-5)
-    assert stats.proprio_std[4] == pytest.approx(1e-3)
-    assert np.allclose(stats.action_low, np.quantile(actions, 0.01, axis=0), atol=1e-5)
-    tensors = {"weight": torch.zeros(1), **stats.to_tensors()}
-    back = NormalizationStats.from_tensors(tensors)
-    assert all(torch.equal(getattr(stats, k), getattr(back, k)) for k in stats.to_tensors(""))
-    del tensors["normalization.action_std"]
-    with pytest.raises(UserError, match=r"normalization\.action_std"):
-        NormalizationStats.from_tensors(tensors)

@@ -6,6 +6,7 @@ observation after the last action belongs to the episode when it was recorded.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,10 +22,10 @@ class Episode:
 
     Shapes: actions [T, A] float32, dones [T] bool (success holds after action t), frame_steps [F]
     int64 (frame f is the observation *before* action `frame_steps[f]`; the value T is the
-    observation after the last action), images [F, V, H, W, 3] uint8 upright, proprio [F, P]
-    float32; what A, V and P are, an `Embodiment` says (in LIBERO's files 7, 2 and 8: see
-    `libero_layout`). `start` is the benchmark's numbered start, None for a freshly sampled one;
-    `benchmark`: its name.
+    observation after the last action), images [F, V, H, W, 3] uint8 upright (an array, or
+    `data.disk.Frames`: read when they are indexed), proprio [F, P] float32; what A, V and P are, an
+    `Embodiment` says (in LIBERO's files 7, 2 and 8: see `libero_layout`). `start` is the
+    benchmark's numbered start, None for a freshly sampled one; `benchmark`: its name.
     `extras` holds further low-dimensional observations [F, ...] under LIBERO's names, such as
     `joint_states` [F, 7].
     """
@@ -211,3 +212,26 @@ def without_noops(episode: Episode, threshold: float = NOOP_THRESHOLD) -> Episod
         proprio=episode.proprio[rows],
         extras={name: values[rows] for name, values in episode.extras.items()},
     )
+
+
+def proprio_statistics(episodes: Sequence[Episode]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation [P] float32 of the proprio over all frames; no picture is read.
+
+    Summed up frame by frame, as numpy does with all of them at once, to the same bits. Standard
+    deviations have a floor of 1e-3, so that a coordinate that never moved stays finite.
+    """
+    if not episodes:
+        raise UserError(
+            "expected at least one episode to normalise by, got none. Collect data first."
+        )
+
+    def summed(values: Iterable[np.ndarray]) -> np.ndarray:
+        total = np.zeros(episodes[0].proprio.shape[1])
+        for rows in values:
+            total = np.concatenate([total[None], rows]).sum(0)
+        return total
+
+    count = sum(len(e.proprio) for e in episodes)
+    mean = summed(e.proprio.astype(np.float64) for e in episodes) / count
+    std = np.sqrt(summed((e.proprio - mean) ** 2 for e in episodes) / count)
+    return mean.astype(np.float32), np.maximum(std, 1e-3).astype(np.float32)

@@ -20,11 +20,13 @@ import numpy as np
 import scipy
 
 from worldenv.data.conventions import CONVENTIONS, IMAGES, Conventions, check_units
+from worldenv.data.disk import Frames, FramesFile
 from worldenv.data.episode import Episode, area_resize, check_episode, continuous_axis_angle
 from worldenv.data.libero_layout import (
     CAMERAS,
     LAYOUT,
     Sizes,
+    array_place,
     contents,
     member,
     read_array,
@@ -169,12 +171,14 @@ def read_demo(
     conventions: Conventions,
     image_size: int | None,
     defaults: dict[str, Any],
+    frames: FramesFile | None = None,
 ) -> Episode:
     """One `demo_i` group as an Episode.
 
     `conventions` holds for demonstrations that do not state their own. `defaults` gives suite,
     task, instruction and source for files that do not hold them. In an "after" file nobody saw the
-    state before the first action, so that action is left out.
+    state before the first action, so that action is left out. frames: the file, where pictures are
+    to stay there (of our own demonstrations, at the size they have).
     """
     facts = own_facts(demo, where)
     stated = read_text(demo, "observations", where)
@@ -199,8 +203,8 @@ def read_demo(
 
     def observations_in(group: str, sizes: Sizes) -> tuple:
         if other:
-            return _others_observations(demo, group, where, sizes, image_size)
-        return _observations(demo, group, where, sizes, image_size, way, foreign)
+            return _others_observations(demo, group, where, sizes, image_size, frames)
+        return _observations(demo, group, where, sizes, image_size, way, foreign, frames)
 
     images, proprio, extras = observations_in("obs", sizes)
     if facts is None:
@@ -208,7 +212,7 @@ def read_demo(
     final = "final_obs" in names
     if final:
         last = observations_in("final_obs", {k: sizes[k] for k in ("H", "V", "P") if k in sizes})
-        images = np.concatenate([images, last[0]])
+        images = images.then(last[0]) if frames else np.concatenate([images, last[0]])
         proprio = np.concatenate([proprio, last[1]])
         extras = _extended(extras, last[2])
     if "frame_steps" in names:
@@ -259,7 +263,8 @@ def _observations(
     image_size: int | None,
     way: tuple[int, int],
     ranged: bool,
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    frames: FramesFile | None,
+) -> tuple[np.ndarray | Frames, np.ndarray, dict[str, np.ndarray]]:
     """Images [F, V, H, W, 3] uint8 upright, proprio [F, 8] float32 and further low-dimensional
     rows. way: steps along rows and columns that make images upright; ranged: as in
     `read_array`.
@@ -270,9 +275,15 @@ def _observations(
     def read(array: str) -> np.ndarray:
         return read_array(group, array, where, sizes, f"obs/{array}", ranged)
 
-    views = [read(camera) for camera in CAMERAS]
-    if image_size is not None:
-        views = [area_resize(v, image_size, f"{where}/{CAMERAS[0]}") for v in views]
+    images: np.ndarray | Frames
+    if frames is not None:
+        lie = [array_place(group, c, where, sizes, f"obs/{c}") for c in CAMERAS]
+        images = _unread(frames, lie[0][0], [place for _, place in lie], 1, image_size, where)
+    else:
+        views = [read(camera) for camera in CAMERAS]
+        if image_size is not None:
+            views = [area_resize(v, image_size, f"{where}/{CAMERAS[0]}") for v in views]
+        images = np.stack([view[:, :: way[0], :: way[1]] for view in views], axis=1)
     if "ee_pos" not in names and "ee_states" in names:
         pose = read("ee_states")
     else:
@@ -281,21 +292,50 @@ def _observations(
     proprio = np.concatenate([pose[:, :3], rotation, read("gripper_states")], axis=1)
     extras = {"joint_states": read("joint_states")} if "joint_states" in names else {}
     extras |= _further(group, sorted(set(names) - _KNOWN), where, sizes)
-    images = np.stack([view[:, :: way[0], :: way[1]] for view in views], axis=1)
     return images, proprio.astype(np.float32), extras
 
 
 def _others_observations(
-    demo: h5py.Group, name: str, where: str, sizes: Sizes, image_size: int | None
-) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    demo: h5py.Group,
+    name: str,
+    where: str,
+    sizes: Sizes,
+    image_size: int | None,
+    frames: FramesFile | None,
+) -> tuple[np.ndarray | Frames, np.ndarray, dict[str, np.ndarray]]:
     """What `_observations` returns, of another benchmark's episode."""
     group, where = subgroup(demo, name, where), f"{where}/{name}"
-    images = read_array(group, "images", where, sizes, "other/images")
+    images: np.ndarray | Frames
+    if frames is not None:
+        shape, place = array_place(group, "images", where, sizes, "other/images")
+        views = [place + v * shape[2] * shape[3] * 3 for v in range(shape[1])]
+        images = _unread(frames, shape, views, shape[1], image_size, where)
+    else:
+        images = read_array(group, "images", where, sizes, "other/images")
+        if image_size is not None:
+            images = area_resize(images, image_size, f"{where}/images")
     proprio = read_array(group, "proprio", where, sizes, "other/proprio")
-    if image_size is not None:
-        images = area_resize(images, image_size, f"{where}/images")
     more = sorted({*contents(group, where)} - {"images", "proprio"})
     return images, proprio.astype(np.float32), _further(group, more, where, sizes)
+
+
+def _unread(
+    file: FramesFile,
+    shape: tuple[int, ...],
+    views: list[int],
+    between: int,
+    image_size: int | None,
+    where: str,
+) -> Frames:
+    """Pictures of shape [F, ..., H, W, 3] that stay where they lie: views' first pictures, and from
+    one frame of a view to the next as much as `between` pictures."""
+    side = shape[-2]
+    if image_size not in (None, side):
+        raise UserError(
+            f"{where}: expected pictures of {image_size} px, got {side}. Those on the disk are "
+            "read as they are: hold them in memory (--data.memory GIB), or record them again."
+        )
+    return Frames(file, side, ((shape[0], tuple(views), between * side * side * 3),))
 
 
 def _further(

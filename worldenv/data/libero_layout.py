@@ -145,6 +145,22 @@ def read_array(
     return values
 
 
+def array_place(
+    group: h5py.Group, name: str, where: str, sizes: Sizes, declared: str
+) -> tuple[tuple[int, ...], int]:
+    """The shape of an array, checked as `read_array` does, and where its bytes lie in the file."""
+    shape, place = array_shape(group, name, where, declared), f"{where}/{name}"
+    _check_shape(place, name, shape, LAYOUT[declared], sizes)
+    with readable(place):
+        offset = group[name].id.get_offset()
+    if offset is None:
+        raise UserError(
+            f"{place}: expected pictures in one uncompressed piece, as worldenv writes them, got "
+            "chunks. Hold frames in memory (--data.memory GIB), or record the episodes again."
+        )
+    return shape, offset
+
+
 def array_shape(
     group: h5py.Group, name: str, where: str, declared: str | None = None
 ) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 
 from worldenv.data.conventions import CONVENTIONS, IMAGES, OURS, Conventions, measure
+from worldenv.data.disk import FramesFile, kept
 from worldenv.data.episode import Episode, without_noops
 from worldenv.data.libero_hdf5 import LIBERO, file_defaults, own_facts, read_demo
 from worldenv.data.libero_layout import CAMERAS, array_shape, contents, readable, subgroup
@@ -64,6 +65,30 @@ def read_episodes(
     return [without_noops(e) for e in episodes] if drop_noops else episodes
 
 
+def each_episode(path: Path) -> Iterator[Episode]:
+    """Our episodes in a folder that may not be there, one after the other."""
+    for file in data_files(path):
+        yield from iterate(file, conventions_of(file))
+
+
+def on_disk(path: Path, image_size: int) -> list[Episode]:
+    """Our episodes in a folder, whose frames stay where they lie and are read when they are indexed
+    (`data.disk`). UserError if any are not ours, or of another size."""
+    found = (e for file in data_files(path) for e in iterate(file, OURS, image_size, on_disk=True))
+    return kept(found, path)
+
+
+def turned_in(demo: h5py.Group, where: str) -> bool:
+    """Whether a demonstration's pictures lie as LIBERO's do. UserError for one that is not ours."""
+    facts = own_facts(demo, where)
+    if facts is None:
+        raise UserError(
+            f"{where}: expected an episode of ours, got a foreign one. Its frames cannot stay on "
+            "the disk: copy it with worldenv-train --data, or hold them in memory (--data.memory)."
+        )
+    return facts["benchmark"] == LIBERO
+
+
 def conventions_of(
     file: Path, observations: str | None = None, images: str | None = None
 ) -> Conventions:
@@ -90,10 +115,13 @@ def iterate(
     conventions: Conventions,
     image_size: int | None = None,
     given: dict[str, Any] | None = None,
+    on_disk: bool = False,
 ) -> Iterator[Episode]:
-    """Episodes of one file and its parts, in order; given: facts that replace the file's own."""
+    """Episodes of one file and its parts, in order; given: facts that replace the file's own.
+    on_disk: of ours, leave the pictures where they lie."""
     seen: set[str] = set()
-    for part in ([file] if file.exists() else []) + parts_of(file):
+    for part in places_of(file):
+        frames: FramesFile | None = None
         with open_file(part) as handle:
             data = handle["data"]
             facts = {**defaults_of(data, file), **(given or {})}
@@ -104,8 +132,15 @@ def iterate(
                 if known is not None and known in seen:
                     continue
                 seen.add(known or "")
+                if on_disk and frames is None:
+                    frames = FramesFile(part, turned_in(demo, where))
                 yield read_demo(
-                    demo, where, conventions=conventions, image_size=image_size, defaults=facts
+                    demo,
+                    where,
+                    conventions=conventions,
+                    image_size=image_size,
+                    defaults=facts,
+                    frames=frames,
                 )
 
 
@@ -128,7 +163,7 @@ class FileFacts:
 
 def look_into(file: Path) -> FileFacts:
     """The task of a file (by its first demonstration, if ours) and how much it holds."""
-    places = ([file] if file.exists() else []) + parts_of(file)
+    places = places_of(file)
     with open_file(places[0]) as handle:
         data = handle["data"]
         names = demo_names(data)
@@ -143,6 +178,18 @@ def look_into(file: Path) -> FileFacts:
             shape = array_shape(obs, "images", f"{where}/obs", "other/images")
     count = len(names) + len(places) - 1
     return FileFacts(benchmark, facts["suite"], facts["task"], count, shape[-2])
+
+
+def lengths(file: Path) -> list[int]:
+    """How many actions each demonstration of a file and its parts has; nothing else is read."""
+    found = []
+    for place in places_of(file):
+        with open_file(place) as handle:
+            data = handle["data"]
+            for name in demo_names(data):
+                where = f"{place}: {name}"
+                found.append(array_shape(subgroup(data, name, str(place)), "actions", where)[0])
+    return found
 
 
 def open_file(file: Path) -> h5py.File:
@@ -196,6 +243,16 @@ def parts_folder(path: Path) -> Path:
 def parts_of(path: Path) -> list[Path]:
     """Finished parts in the order they were written."""
     return sorted(parts_folder(path).glob("episode-*-*.hdf5"))
+
+
+def places_of(file: Path) -> list[Path]:
+    """A file, if it is there, and its parts."""
+    return ([file] if file.exists() else []) + parts_of(file)
+
+
+def bytes_of(path: Path) -> int:
+    """What the episodes under a folder take on the disk: ours hold frames uncompressed."""
+    return sum(f.stat().st_size for file in data_files(path) for f in places_of(file))
 
 
 def data_files(path: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from worldenv.data.disk import Unread
 from worldenv.data.windows import FrameSequence, from_first_step
 from worldenv.envs.start import Start
 from worldenv.runtime import parallel
@@ -81,7 +82,7 @@ class RewardModel(Protocol):
 class Context:
     """Where an imagined episode begins: K real frames and the chunks between them."""
 
-    image: Tensor  # [K, V, H, W, 3] uint8
+    image: Tensor = Unread()  # noqa: RUF009 - a descriptor; [K, V, H, W, 3] uint8
     proprio: Tensor  # [K, P]
     action: Tensor  # [K, C, A]; action[f] led to frame f, zeros for the first
     task: int
@@ -110,7 +111,7 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
     action = torch.zeros(frames, *sequence.actions.shape[1:])
     action[1:] = sequence.actions[t - frames + 1 : t]
     return Context(
-        sequence.images[rows],
+        sequence.unread[rows],
         sequence.proprio[rows],
         action,
         sequence.task,

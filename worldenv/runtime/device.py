@@ -14,6 +14,7 @@ import torch
 
 from worldenv.runtime.errors import UserError
 
+GIB = 1 << 30
 BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 
 

@@ -7,6 +7,7 @@ are both kept. Episodes already on disk are not collected again.
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +15,18 @@ import torch
 from torch import Tensor
 
 from worldenv.config import Config
+from worldenv.data.disk import Frames
 from worldenv.data.embodiment import check_fits
-from worldenv.data.episode import Episode
+from worldenv.data.episode import Episode, proprio_statistics
 from worldenv.data.episodes import DatasetWriter, read_episodes
 from worldenv.data.libero_hdf5 import LIBERO
-from worldenv.data.windows import NormalizationStats
+from worldenv.data.reading import bytes_of, each_episode, on_disk
 from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
 from worldenv.models.policy import Policy
 from worldenv.rl.noise import Noise, exploration
 from worldenv.runtime import progress
+from worldenv.runtime.device import GIB
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import demonstrations, store
@@ -188,12 +191,13 @@ def recording(config: Config) -> tuple:
 
 
 def _counts(folder: Path, mark: str) -> dict:
-    episodes = [e for e in read_episodes(folder) if e.meta.get("mark") == mark]
-    return {
-        "episodes": len(episodes),
-        "successes": sum(e.success for e in episodes),
-        "steps": sum(len(e) for e in episodes),
-    }
+    counts = {"episodes": 0, "successes": 0, "steps": 0}
+    for e in each_episode(folder):
+        if e.meta.get("mark") == mark:
+            counts["episodes"] += 1
+            counts["successes"] += e.success
+            counts["steps"] += len(e)
+    return counts
 
 
 class EpisodeRecorder(Watcher):
@@ -264,14 +268,17 @@ def left_to_record(folder: Path, mark: str, starts: list[Start], alone: bool) ->
     alone: whether it may hold no others (what a run trains on). UserError if it does: what another
     configuration recorded there has been moved aside, so nobody knows whose they are.
     """
-    have = read_episodes(folder) if any(folder.rglob("*.hdf5")) else []
-    own = [e for e in have if e.meta.get("mark") == mark]
-    if alone and len(own) < len(have):
+    done, others = set(), 0
+    for e in each_episode(folder):
+        if e.meta.get("mark") == mark:
+            done.add((e.task, e.start, e.seed))
+        else:
+            others += 1
+    if alone and others:
         raise UserError(
-            f"{folder} holds {len(have) - len(own)} episodes that no run recorded. Move them "
+            f"{folder} holds {others} episodes that no run recorded. Move them "
             "elsewhere, or choose another run_dir."
         )
-    done = {(e.task, e.start, e.seed) for e in own}
     return [s for s in starts if (s.task, s.index, s.seed) not in done]
 
 
@@ -300,8 +307,13 @@ def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], lis
 
 def recorded(run: Run, name: str) -> list[Episode]:
     """Episodes in `data/<name>` of a run. UserError if they are of another benchmark or robot."""
-    folder = run.dir / "data" / name
-    episodes = read_episodes(folder, run.embodiment.image_size)
+    folder, most = run.dir / "data" / name, run.config.data.memory
+    size = bytes_of(folder) / GIB
+    if size > most:
+        _say(f"{name}: {size:.3g} GiB, more than --data.memory {most:g}: read as they are drawn")
+        episodes = on_disk(folder, run.embodiment.image_size)
+    else:
+        episodes = read_episodes(folder, run.embodiment.image_size)
     for number, episode in enumerate(episodes):
         of, own = (episode.benchmark, episode.suite), (run.benchmark.name, run.config.env.suite)
         if of != own:
@@ -309,12 +321,19 @@ def recorded(run: Run, name: str) -> list[Episode]:
                 f"{folder}: episode {number}: expected one of {' '.join(own)}, got one of "
                 f"{' '.join(of)}. Move it elsewhere, or choose another run_dir."
             )
-        episode.images = episode.images[:, : run.embodiment.V]  # others may be recorded beside them
+        images, views = episode.images, run.embodiment.V  # others may be recorded beside them
+        episode.images = images.views(views) if isinstance(images, Frames) else images[:, :views]
         check_fits(episode, run.embodiment, f"{folder}: episode {number}")
     return episodes
 
 
+@cache
+def _say(line: str) -> None:
+    """Once, though every stage reads them."""
+    print(line, flush=True)
+
+
 def statistics(episodes: list[Episode]) -> tuple[Tensor, Tensor]:
     """Proprio mean and standard deviation over frames."""
-    stats = NormalizationStats.from_episodes(episodes)
-    return torch.as_tensor(stats.proprio_mean), torch.as_tensor(stats.proprio_std)
+    mean, std = proprio_statistics(episodes)
+    return torch.from_numpy(mean), torch.from_numpy(std)

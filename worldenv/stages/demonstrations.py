@@ -7,6 +7,7 @@ image size, so that a run stands by itself. Demonstrations that failed are left 
 are the benchmark's own (task files say some of them in other words than the environment does).
 """
 
+import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,20 @@ from typing import TYPE_CHECKING
 from worldenv.config import Config
 from worldenv.data.conventions import Conventions
 from worldenv.data.episode import Episode, without_noops
-from worldenv.data.episodes import DatasetWriter, read_episodes
+from worldenv.data.episodes import DatasetWriter
 from worldenv.data.lerobot.find import datasets_of
-from worldenv.data.reading import conventions_of, data_files, iterate, look_into, parts_of
+from worldenv.data.reading import (
+    bytes_of,
+    conventions_of,
+    data_files,
+    each_episode,
+    iterate,
+    lengths,
+    look_into,
+    parts_of,
+)
 from worldenv.runtime import progress
+from worldenv.runtime.device import GIB
 from worldenv.runtime.errors import UserError
 from worldenv.sources import DataConfig
 from worldenv.stages.reality import benchmark
@@ -158,11 +169,57 @@ def survey(config: Config) -> "dict[int, list[Path | Part]]":
     return {task: found[suite, task] for task in wanted}
 
 
+def extent(config: Config, found: "dict[int, list[Path | Part]]") -> dict[int, tuple[int, int]]:
+    """Episodes and frames of each task that `survey` found, failures among them, and with --data
+    .episodes the first ones'; by metadata alone."""
+    sizes = {}
+    for task, places in found.items():
+        each = [n for place in places for n in _lengths(place)][: config.data.episodes]
+        sizes[task] = len(each), sum(each) + len(each)
+    return sizes
+
+
+def _lengths(place: "Path | Part") -> list[int]:
+    if isinstance(place, Path):
+        return lengths(place)
+    return place.source.dataset.length[place.source.places[place.key]].tolist()
+
+
+def frame_bytes(config: Config) -> int:
+    """What a recorded frame takes, of all cameras that are recorded."""
+    robot = benchmark(config).recorded(config.env)
+    return robot.V * config.env.image_size**2 * 3
+
+
+def room(folder: Path, sizes: list[int]) -> tuple[int, int]:
+    """Bytes that files of these sizes need in a folder, what it holds of them being there already
+    (one that is put together is there twice), and those that are free."""
+    needed = sum(sizes) + max(sizes, default=0) - (bytes_of(folder) if folder.exists() else 0)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return max(needed, 0), shutil.disk_usage(there).free
+
+
+def _check_room(config: Config, folder: Path, found: "dict[int, list[Path | Part]]") -> None:
+    """UserError where the disk has no room for copies of what was found."""
+    sizes = extent(config, found)
+    each = frame_bytes(config)
+    needed, free = room(folder, [frames * each for _, frames in sizes.values()])
+    if needed > free:
+        raise UserError(
+            f"{folder}: expected {needed / GIB:.1f} GiB of room for "
+            f"{sum(n for n, _ in sizes.values())} demonstrations (frames lie there uncompressed, "
+            f"and a task's file twice while it is put together), got {free / GIB:.1f}. Free some, "
+            "choose a run_dir on a larger disk, fewer demonstrations (--data.episodes) or smaller "
+            "pictures (--env.image-size)."
+        )
+
+
 def from_files(run: Run, mark: str) -> dict:
     """Stage `demonstrations` with --data: copies them into data/demonstrations."""
     config = run.config
     folder = run.path("data", "demonstrations")
     files = survey(config)
+    _check_room(config, folder, files)
     done = _copied(folder, mark)
     groups: dict[tuple[Path, str], _Group] = defaultdict(_Group)
     counts = Counter(episodes=0, successes=0, steps=0)
@@ -191,14 +248,16 @@ def from_files(run: Run, mark: str) -> dict:
 
 def _copied(folder: Path, mark: str) -> Counter[int]:
     """How many episodes of each task an interrupted copy has left. UserError for other episodes."""
-    have = read_episodes(folder) if any(folder.rglob("*.hdf5")) else []
-    foreign = sum(e.meta.get("mark") != mark for e in have)
+    have, foreign = Counter(), 0
+    for e in each_episode(folder):
+        have[e.task] += 1
+        foreign += e.meta.get("mark") != mark
     if foreign:
         raise UserError(
             f"{folder} holds {foreign} episodes of another configuration. Move them elsewhere, or "
             "choose another run_dir."
         )
-    return Counter(e.task for e in have)
+    return have
 
 
 def _of_task(

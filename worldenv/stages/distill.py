@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.distillation import distillation_loss
-from worldenv.runtime.seeds import derive, generator
+from worldenv.runtime.seeds import derive
 from worldenv.stages import fidelity, store, training
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, Stage, data_up_to
@@ -41,9 +41,11 @@ def run(run: Run, mark: str, number: int) -> dict:
         distillation_loss, student, teacher, steps=steps, refine=part.teacher_steps // steps
     )
 
-    def loss_at(name: str, step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(config.seed, name, step, shard)
-        return distilled(windows.sample(g, size), g, own=name.startswith("self-forcing"))
+    def loss_at(
+        batches: training.Batches, own: bool, step: int, shard: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        g, batch = batches(step, shard)
+        return distilled(batch, g, own=own)
 
     tails = {}
     phases = {"warm_up": part.steps, "self_forcing": part.self_forcing_steps}
@@ -51,7 +53,8 @@ def run(run: Run, mark: str, number: int) -> dict:
     for phase, count in phases.items():
         if count:
             name = names[phase]
-            loss = partial(loss_at, name)
+            batches = training.Batches(windows, size, count, config.seed, name)
+            loss = partial(loss_at, batches, phase == "self_forcing")
             tails[phase] = training.train(
                 run, name, mark, student, loss, steps=count, lr=part.lr, ema=True
             )

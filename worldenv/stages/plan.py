@@ -16,11 +16,12 @@ from torch import nn
 from worldenv.config import Config
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
+from worldenv.runtime.device import GIB
 from worldenv.stages.plan_advice import Change, advise
 from worldenv.stages.plan_costs import Costs
+from worldenv.stages.plan_data import Data, disk, recorded
 from worldenv.stages.plan_moments import Machine, Moment, highest, iteration_flops, moments
 
-GIB = 1 << 30
 CONTEXT = 600 << 20  # bytes that CUDA takes for itself, about
 
 
@@ -33,11 +34,14 @@ class Plan:
     stages: dict[str, Moment]
     changes: list[Change]  # that make it fit, where it does not; empty if nothing does
     seconds: dict[str, float]  # per iteration, an estimate
+    data: Data
+    disk: tuple[int, int]  # bytes that episodes take at most at once, and those that are free
 
     @property
     def fits(self) -> bool:
-        """Whether every stage does."""
-        return all(m.bytes <= self.machine.memory for m in self.stages.values())
+        """Whether every stage does, and the episodes."""
+        needed, free = self.disk
+        return needed <= free and all(m.bytes <= self.machine.memory for m in self.stages.values())
 
 
 def plan(config: Config, memory: float | None = None) -> Plan:
@@ -56,7 +60,7 @@ def plan(config: Config, memory: float | None = None) -> Plan:
         for kind in parts.keys() - rates.keys():
             rates[kind] = rate(here.device, getattr(torch, kind))
         seconds[name] = sum(flops / rates[kind] for kind, flops in parts.items())
-    return Plan(here, costs, stages, changes, seconds)
+    return Plan(here, costs, stages, changes, seconds, recorded(config), disk(config))
 
 
 def machine(config: Config, memory: float | None) -> Machine:
@@ -165,9 +169,10 @@ def _says(found: Plan) -> list[str]:
             f"Times are estimates: FLOPs over the rate at which {where} multiplies matrices; small "
             "models reach a fraction of it. Imagined episodes are taken to run their full length."
         )
+    said += _disk(found)
     worst = max(found.stages, key=lambda name: found.stages[name].bytes)
     most = found.stages[worst].bytes
-    if found.fits:
+    if most <= here.memory:
         said.append(f"It fits: {_size(most)} of {_size(here.memory)} ({worst}).")
         return said
     said.append(f"It does not fit: {worst} needs {_size(most)}, there is {_size(here.memory)}.")
@@ -178,6 +183,27 @@ def _says(found: Plan) -> list[str]:
         said.append(
             "No smaller batch makes it fit: choose smaller models, name a finished checkpoint "
             "(--simulator FILE), or a machine with more memory."
+        )
+    return said
+
+
+def _disk(found: Plan) -> list[str]:
+    """Where episodes lie, and whether there is room."""
+    needed, free = found.disk
+    shown, *rest = found.data.folders
+    lie = ""
+    if found.data.on_disk:
+        names = ("demonstrations", *(f"explore-{n}" for n in range(len(rest))))
+        there = [name for name, f in zip(names, found.data.folders, strict=True) if f.on_disk]
+        lie = f"; read from there as they are drawn (--data.memory): {', '.join(there)}"
+    count = f"{shown.episodes} demonstrations of {shown.frames} frames"
+    if rest:
+        count += f", {sum(f.episodes for f in rest)} explored episodes"
+    said = [f"Disk: {_size(needed)} at most for {count}, {_size(free)} free{lie}."]
+    if needed > free:
+        said.append(
+            "They have no room: choose a run_dir on a larger disk, fewer (--data.episodes) or "
+            "smaller pictures (--env.image-size)."
         )
     return said
 

@@ -14,8 +14,8 @@ from worldenv.runtime import parallel
 from worldenv.stages import reality
 from worldenv.stages.estimate import IMAGINED, LENGTH
 from worldenv.stages.plan_costs import Costs, Line, Model
+from worldenv.stages.plan_data import recorded
 
-INIT_STATES = 50  # episodes of a task in a file, where nothing says how many there are
 REPLAYED = 16  # sequences that are replayed side by side
 KEPT = 0.1  # of what a step holds on a CPU: freed between steps, and not in one piece any more
 
@@ -94,13 +94,14 @@ def _imitation(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     sft, policy = config.sft, costs.policy
     pieces = max(here.shards, sft.batch // sft.micro_batch if sft.micro_batch else 0)
     line = costs.imitate(sft.batch // pieces)
-    frames = _demonstrated(config)
+    data = recorded(config)
     yield Moment(
         "a step",
         _held(here, policy=policy)
         | _step(here, line, sft.batch // pieces, pieces, policy.trained_bytes)
         # On a CPU beside the episodes that they are a copy of.
-        | {"recorded frames": frames * _frame(config, costs) * (2 if here.cpu else 1)},
+        | {"recorded frames": data.held(True) * _frame(config, costs) * (2 if here.cpu else 1)}
+        | data.index(True),
     )
 
 
@@ -145,18 +146,19 @@ def _reflector(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     part, model, judge = config.reflector, costs.reflector, costs.judge(config.posttrain.rows)
     size = part.batch // here.shards
     line = costs.learn(size)
-    explored = _explored(config)
-    frames = _demonstrated(config) + explored
+    known = recorded(config)
+    explored, frames = known.explored, known.held()
     # On a CPU episodes and sequences are copies.
     data = {"recorded frames": 2 * frames * _frame(config, costs)} if here.cpu else {}
+    data |= known.index()
     if line is None:
         yield Moment("taken as it is", _held(here, reflector=model) | data)
     else:
         # With the padded batch as a third; replays come on top.
         imagined = explored * config.collect.record_every // config.env.chunk
-        padded = int((frames + imagined) / LENGTH)
-        count = padded + (2 * frames + imagined if here.cpu else 0)
-        shown = {"recorded frames": count * _frame(config, costs)}
+        padded = int((known.demonstrated + explored + imagined) / LENGTH)
+        count = padded * (not known.on_disk) + (2 * frames + imagined if here.cpu else 0)
+        shown = {"recorded frames": count * _frame(config, costs)} | known.index()
         worlds = _worlds(config, costs, here, min(REPLAYED, config.posttrain.rows))
         yield Moment("replays", _held(here, simulator=costs.simulator) | worlds | shown)
         if judge.feature:
@@ -186,8 +188,8 @@ def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
         critic = sum(p.nbytes for p in costs.critic.parameters())
         held["critic"] = 4 * critic  # weights, the last gradient, two moments
     if here.cpu and world:  # contexts are parts of sequences
-        frames = _demonstrated(config) + _explored(config)
-        held["recorded frames"] = frames * _frame(config, costs)
+        held["recorded frames"] = recorded(config).held() * _frame(config, costs)
+        held |= recorded(config).index()
     decisions = rl.contexts * rl.group * config.max_chunks
     draws = 1 if rl.critic else rl.draws
     draw = decisions * costs.decision_bytes
@@ -272,29 +274,14 @@ def _imagine(config: Config, costs: Costs, here: Machine, held: dict[str, int]) 
 
 def _windows(config: Config, costs: Costs, here: Machine) -> dict[str, int]:
     """All frames so far as windows; on a CPU episodes and sequences are two copies more."""
-    frames = _demonstrated(config) + _explored(config)
-    return {"recorded frames": frames * _frame(config, costs) * (3 if here.cpu else 1)}
+    data = recorded(config)
+    size = data.held() * _frame(config, costs) * (3 if here.cpu else 1)
+    return {"recorded frames": size} | data.index()
 
 
 def _frame(config: Config, costs: Costs) -> int:
     """Bytes of a recorded frame."""
     return costs.robot.V * config.env.image_size**2 * 3
-
-
-def _demonstrated(config: Config) -> int:
-    """Frames of demonstrations, recorded at every step."""
-    each = config.collect.demonstrations
-    if config.data.paths:
-        each = config.data.episodes or INIT_STATES
-    return int(len(config.env.tasks) * each * LENGTH * config.env.max_steps)
-
-
-def _explored(config: Config) -> int:
-    """Frames of the policy's own episodes, all rounds."""
-    collect = config.collect
-    each = collect.episodes + (config.posttrain.rounds - 1) * collect.refresh_episodes
-    steps = LENGTH * config.env.max_steps / collect.record_every
-    return int(len(config.env.tasks) * each * steps)
 
 
 def iteration_flops(config: Config, costs: Costs) -> dict[str, dict[str, float]]:

@@ -165,7 +165,7 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     demonstrations, explored, _ = load_round(run, number)
     own = chunk_sequences(explored, config.env.chunk)
     shown = chunk_sequences(demonstrations, config.env.chunk)
-    firsts: list[Context] = first_frames([*shown, *own])
+    firsts: list[Context] = [*first_frames(shown), *first_frames(own)]
     middles = [
         c
         for c in middle_frames(own, config.env.chunk)

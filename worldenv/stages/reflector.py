@@ -166,9 +166,10 @@ class _BalancedFrames:
 
 
 def _by_task(tasks: Tensor) -> Tensor:
-    """Weights `[N]` by which every one of tasks `[N]` is drawn as often as the others."""
+    """Running sum of the weights `[N]` by which each of tasks `[N]` is drawn as often as the
+    others."""
     _, own, count = tasks.cpu().unique(return_inverse=True, return_counts=True)
-    return 1 / count.double()[own]
+    return (1 / count.double()[own]).cumsum(0)
 
 
 class _Pictures:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from worldenv.data.windows import FrameSequence
+from worldenv.data.disk import Table
+from worldenv.data.windows import FrameSequence, folder_of
 from worldenv.models.simulator import Simulator
 from worldenv.runtime import parallel, progress
 from worldenv.runtime.seeds import derive
@@ -74,22 +76,42 @@ def _replay(
     ]
 
 
-def padded(sequences: list[FrameSequence], device: torch.device) -> dict:
+class Pictures:
+    """Frames of N sequences on the disk, in place of images `[N, F, V, H, W, 3]`: indexed by
+    sequence and frame."""
+
+    def __init__(self, table: Table, lengths: list[int], device: torch.device) -> None:
+        self._table, self._device = table, device
+        ends = torch.tensor(lengths).cumsum(0)
+        self._first = ends - torch.tensor(lengths)
+
+    def __getitem__(self, key: tuple[Tensor, Tensor]) -> Tensor:
+        rows, frames = (index.cpu() for index in key)
+        return self._table.read(self._first[rows] + frames).to(self._device)
+
+
+def padded(sequences: Sequence[FrameSequence], device: torch.device) -> dict:
     """Sequences as one batch: images `[N, F, ...]`, proprio, success, valid `[N, F]`, padded at
-    the end.
+    the end. Where any lie on the disk, images are `Pictures`, read as they are asked for.
     """
-    count, longest = len(sequences), max(len(s) for s in sequences)
-    first = sequences[0]
-    images = torch.zeros(count, longest, *first.images.shape[1:], dtype=torch.uint8)
+    lengths = [len(s) for s in sequences]
+    count, longest, first = len(sequences), max(lengths), sequences[0]
+    beside = folder_of(s.unread for s in sequences)
+    if beside is None:
+        images = torch.zeros(count, longest, *first.images.shape[1:], dtype=torch.uint8)
+    else:
+        table = Table((s.unread for s in sequences), beside)
     proprio = torch.zeros(count, longest, *first.proprio.shape[1:])
     success = torch.zeros(count, longest, dtype=torch.bool)
     valid = torch.zeros(count, longest, dtype=torch.bool)
     for i, s in enumerate(sequences):
         n = len(s)
-        images[i, :n], proprio[i, :n] = s.images, s.proprio
+        if beside is None:
+            images[i, :n] = s.images
+        proprio[i, :n] = s.proprio
         success[i, :n], valid[i, :n] = s.success, True
-    batch: dict[str, Tensor | list[str]] = {
-        "images": images.to(device),
+    batch: dict[str, Tensor | Pictures | list[str]] = {
+        "images": images.to(device) if beside is None else Pictures(table, lengths, device),
         "proprio": proprio.to(device),
         "success": success.to(device),
         "valid": valid.to(device),

@@ -12,7 +12,7 @@ from torch import Tensor
 from worldenv.data.windows import ActionWindows
 from worldenv.rl.loss import imitation_loss
 from worldenv.rl.policy import Policy, parameter_groups
-from worldenv.runtime.seeds import derive, generator
+from worldenv.runtime.seeds import derive
 from worldenv.stages import store, training
 from worldenv.stages.collect import recorded, statistics
 from worldenv.stages.run import Run, Stage
@@ -33,9 +33,10 @@ def imitate(
 
     pieces = training.pieces(run, sft.batch, sft.micro_batch)
 
+    batches = training.Batches(windows, sft.batch // pieces, sft.steps, config.seed, "sft")
+
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(config.seed, "sft", step, shard)
-        batch = windows.sample(g, sft.batch // pieces)
+        g, batch = batches(step, shard)
         batch["instruction"] = [windows.instructions[t] for t in batch["task"].tolist()]
         mu, log_scale = policy.augmented(batch, g, sft.shift, noise)
         return imitation_loss(mu, log_scale, policy.normalise(batch["action"]), sft.scale_weight)

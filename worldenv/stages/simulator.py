@@ -45,9 +45,10 @@ def run(run: Run, mark: str, number: int) -> dict:
     size = training.shard_size(run, part.batch)
     transitions = training.shard_size(run, part.dynamics_batch)
 
+    batches = training.Batches(windows, size, steps, config.seed, "simulator", number)
+
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(config.seed, "simulator", number, step, shard)
-        batch = windows.sample(g, size)
+        g, batch = batches(step, shard)
         draw = torch.rand((), generator=generator(config.seed, "own history", number, step))
         own = step >= begin_self_history and float(draw) < part.self_history
         loss, metrics = simulator.loss(batch, g, own)
@@ -110,12 +111,13 @@ def _clip_teacher(
 ) -> tuple[World, dict[str, float]]:
     """Train the simulator on whole clips first; a frozen copy of the result, and its metrics."""
     seed, size = run.config.seed, training.shard_size(run, run.config.simulator.batch)
+    steps, lr = run.config.distill.clip_steps, run.config.simulator.lr
+    batches = training.Batches(windows, size, steps, seed, "clip")
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
-        g = generator(seed, "clip", step, shard)
-        return clip_loss(simulator, windows.sample(g, size), g)
+        g, batch = batches(step, shard)
+        return clip_loss(simulator, batch, g)
 
-    steps, lr = run.config.distill.clip_steps, run.config.simulator.lr
     tail = training.train(run, "clip", mark, simulator, loss_at, steps=steps, lr=lr, ema=True)
     teacher = copy.deepcopy(simulator).requires_grad_(False)
     return teacher, {f"clip_{key}": value for key, value in tail.items()}
@@ -129,13 +131,14 @@ def _train_tokenizer(run: Run, mark: str, simulator: World, windows: FrameWindow
     tokenizer.requires_grad_(True)
 
     size = training.shard_size(run, config.simulator.batch)
+    steps = config.simulator.tokenizer_steps
+    batches = training.Batches(windows, size, steps, config.seed, "tokenizer")
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = windows.sample(generator(config.seed, "tokenizer", step, shard), size)
+        _, batch = batches(step, shard)
         loss = tokenizer.loss(batch["image"][:, -1])
         return loss, {"loss": loss.detach()}
 
-    steps = config.simulator.tokenizer_steps
     training.train(run, "tokenizer", mark, tokenizer, loss_at, steps=steps, lr=2e-3)
     training.finish(run, "tokenizer")
     tokenizer.requires_grad_(False)

@@ -9,16 +9,18 @@ either had.
 import math
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
+from worldenv.data.windows import ActionWindows, FrameWindows
 from worldenv.runtime import checkpoint, parallel, progress, signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
-from worldenv.runtime.seeds import derive
+from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import statistics
 from worldenv.stages.run import Run
@@ -44,6 +46,33 @@ def shard_size(run: Run, batch: int) -> int:
 def pieces(run: Run, batch: int, most: int = 0) -> int:
     """How many losses make up a batch: one for each shard, or more, of at most `most` samples."""
     return max(parallel.shards(run.device), batch // most if most else 0)
+
+
+class Batches:
+    """What `windows.sample` gives of a stage's steps and shards, with the generator that drew it,
+    which goes on from there. Frames on the disk are read a step ahead, on a thread of their own:
+    the device does not wait for them."""
+
+    def __init__(
+        self, windows: FrameWindows | ActionWindows, size: int, steps: int, *key: int | str
+    ) -> None:
+        """size: of a shard; key: of the stage's generators, before step and shard."""
+        self._windows, self._size, self._steps, self._key = windows, size, steps, key
+        self._reader: ThreadPoolExecutor | None = None
+        if windows.on_disk:
+            self._reader = ThreadPoolExecutor(1, "reader", torch.set_num_threads, (1,))
+        self._ahead: dict[tuple[int, int], Future] = {}
+
+    def __call__(self, step: int, shard: int) -> tuple[torch.Generator, dict[str, Tensor]]:
+        """The generator and the batch of a shard."""
+        found = self._ahead.pop((step, shard), None)
+        if self._reader and step + 1 < self._steps:
+            self._ahead[step + 1, shard] = self._reader.submit(self._draw, step + 1, shard)
+        return found.result() if found else self._draw(step, shard)
+
+    def _draw(self, step: int, shard: int) -> tuple[torch.Generator, dict[str, Tensor]]:
+        g = generator(*self._key, step, shard)
+        return g, self._windows.sample(g, self._size)
 
 
 def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Module:
