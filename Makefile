@@ -24,6 +24,7 @@ CPU_TORCH := torch==2.13.0
 GPU_TORCH := torch>=2.11,<2.14
 BUILD_TOOLS := setuptools>=77 wheel ninja pybind11 numpy
 HF_LIBERO := hf-libero==0.1.4
+METAWORLD := metaworld==3.1.1
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6
 
 # The first interpreter that runs and has a supported version (a pyenv shim may exist and not run).
@@ -106,10 +107,11 @@ define install_torch
 	else install "$$want"; fi
 endef
 
-# hf-libero without its dependencies: they reach an unpinned torchvision, and with it a CUDA torch.
+# Both without their dependencies, which the extra `libero` has: hf-libero's reach an unpinned torchvision,
+# and with it a CUDA torch, and metaworld pins mujoco 3.3.0 (its tasks and experts are tested with 3.8).
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	$(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
-	$(PIP) install -q --no-deps $(HF_LIBERO)
+	$(PIP) install -q --no-deps $(HF_LIBERO) $(METAWORLD)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(NATIVE)
