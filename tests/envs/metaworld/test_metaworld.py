@@ -37,12 +37,11 @@ def test_what_it_lacks_is_named_with_the_command(monkeypatch):
 
 def test_the_preset_takes_less_than_the_default():
     """Fewer real control steps, fewer imagined frames, no more training; whatever starts hold."""
-    config, default = preset("metaworld"), preset("default")
+    config = preset("metaworld")
     assert check(config) is find("metaworld")
-    one = replace(default, posttrain=replace(default.posttrain, rounds=1, real_check_every=0))
-    costs = estimate.Costs(sample=0.004, window=0.1, judged=0.03, frame=0.01)
-    totals = [sum(estimate.estimate(c, costs).values()) for c in (config, one)]
-    assert totals[0] < totals[1]
+    costs = estimate.Costs(sample=0.016, window=0.84, judged=0.4, frame=0.02)  # of one thread
+    totals = [sum(estimate.estimate(c, costs).values()) for c in (config, preset("default"))]
+    assert totals[0] < 0.9 * totals[1]
     assert 2 <= len(config.env.tasks) <= 3
     assert len(config.evaluate.fixture_seeds) == 1  # a start says everything of an episode
 
