@@ -20,7 +20,7 @@ from worldenv.config import (
     SFTConfig,
     SimulatorConfig,
 )
-from worldenv.envs.metaworld.benchmark import MT50
+from worldenv.envs.metaworld.tasks import MT50
 from worldenv.gate import GateConfig
 from worldenv.runtime.errors import unknown
 

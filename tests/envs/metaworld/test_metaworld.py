@@ -13,7 +13,8 @@ import pytest
 
 from worldenv import cli
 from worldenv.envs.benchmark import begun, check, find
-from worldenv.envs.metaworld.benchmark import INSTALL, MT10, MT50, TASKS
+from worldenv.envs.metaworld.benchmark import INSTALL
+from worldenv.envs.metaworld.tasks import MT10, MT50, TASKS
 from worldenv.envs.start import Start
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError

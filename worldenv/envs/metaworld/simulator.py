@@ -20,7 +20,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.policies import ENV_POLICY_MAP
 
 from worldenv.data.episode import area_resize
-from worldenv.envs.metaworld.benchmark import CAMERAS, TASKS
+from worldenv.envs.metaworld.tasks import CAMERAS, TASKS
 from worldenv.envs.start import Start
 
 _MODEL = ("body_pos", "body_quat", "site_pos", "geom_pos", "geom_quat", "geom_rgba", "site_rgba")
