@@ -24,6 +24,7 @@ CPU_TORCH := torch==2.13.0
 GPU_TORCH := torch>=2.11,<2.14
 BUILD_TOOLS := setuptools>=77 wheel ninja pybind11 numpy
 HF_LIBERO := hf-libero==0.1.4
+METAWORLD := metaworld==3.1.1
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6
 
 # The first interpreter that runs and has a supported version (a pyenv shim may exist and not run).
@@ -115,13 +116,14 @@ define install_torch
 endef
 
 # The extension needs torch alone, so it is compiled while packages are fetched; the two steps that
-# build it again find it done. hf-libero without its dependencies: they reach an unpinned torchvision,
-# and with it a CUDA torch.
+# build it again find it done. Two packages come without their dependencies, which the extra `libero`
+# has: hf-libero's reach an unpinned torchvision, and with it a CUDA torch, and metaworld pins mujoco
+# 3.3.0 (its tasks and experts are tested with 3.8).
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
 	@$(BIN)/python -c '$(REQUIREMENTS)' > $(VENV)/requirements.txt
 	$(BUILD) > $(VENV)/build.log 2>&1 & built=$$!; \
 	$(INSTALL) -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt; \
-	$(INSTALL) --no-deps $(HF_LIBERO); \
+	$(INSTALL) --no-deps $(HF_LIBERO) $(METAWORLD); \
 	wait $$built || { cat $(VENV)/build.log >&2; exit 1; }
 	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@

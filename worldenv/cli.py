@@ -75,7 +75,7 @@ class TrainArguments:
 
     Without a stage the whole pipeline runs; stages whose artifacts match the configuration are
     skipped, so the same command resumes an interrupted run. Choose a starting point with --preset
-    (default, smoke, libero-spatial-small, libero-spatial, ...) and change any field.
+    (default, smoke, metaworld, libero-spatial-small, ...) and change any field.
     """
 
     stage: tyro.conf.Positional[_Stage] = "all"
