@@ -19,11 +19,11 @@ import torch
 from worldenv.config import Config, PolicyConfig, load
 from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime import device as devices
-from worldenv.runtime import parallel
+from worldenv.runtime import parallel, ranks
 from worldenv.runtime.checkpoint import read_error, write_error
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.lock import FolderLock
-from worldenv.runtime.logging import RunLogger
+from worldenv.runtime.logging import NoLogger, RunLogger
 from worldenv.stages.reality import Reality, benchmark, embodiment
 
 
@@ -45,9 +45,14 @@ class Run:
         self.config, self.dir, self.force = config, Path(config.run_dir), force
         self.device = devices.pick(config.device)
         parallel.use_threads(config.threads)
-        self._lock = FolderLock(self.dir) if writes else None
+        self._lock: FolderLock | None = None
+        if writes:
+            ranks.together(self._hold)
         self.reality, self.embodiment = Reality(config), embodiment(config)
         self.benchmark = benchmark(config)
+
+    def _hold(self) -> None:
+        self._lock = FolderLock(self.dir)
 
     @property
     def acting(self) -> torch.device:
@@ -56,8 +61,8 @@ class Run:
 
     @cached_property
     def logger(self) -> RunLogger:
-        """The run's metrics, opened when the first stage logs."""
-        return RunLogger(self.dir)
+        """The run's metrics, opened when the first stage logs; rank 0 writes them."""
+        return RunLogger(self.dir) if ranks.lead() else NoLogger()
 
     def path(self, *parts: str) -> Path:
         """A path inside the run folder; its parent is created."""
