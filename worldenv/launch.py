@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from worldenv.config import Config
 from worldenv.fields import to_dict
@@ -18,6 +19,7 @@ from worldenv.runtime import device as devices
 from worldenv.runtime import parallel, ranks
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.revision import commit
+from worldenv.runtime.watch import Watch
 
 
 @contextmanager
@@ -29,16 +31,32 @@ def together(config: Config) -> Iterator[None]:
     """
     device = devices.pick(config.device)
     ranks.join(device)
-    try:
-        if ranks.count() > 1:
-            _agree(config)
-            _check_folder(config)
-            _check_count(device)
-            if not ranks.lead():
-                _talk_into(config)
+    if ranks.count() == 1:
         yield
+        return
+    watch = Watch(config.run_dir / "ranks")
+    try:
+        _agree(config)
+        _check_folder(config)
+        _check_count(device)
+        if not ranks.lead():
+            _talk_into(config)
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        blamed = watch.explain() if _broken(error) else None
+        if blamed is not None:
+            raise blamed from error
+        watch.say(error)
+        raise
     finally:
+        watch.close()
         ranks.leave()
+
+
+def _broken(error: BaseException) -> bool:
+    """Whether it may be another rank's fault: a connection that broke, or torchrun's word to stop,
+    which it gives to all when one ends."""
+    return isinstance(error, KeyboardInterrupt | dist.DistError) or "gloo" in str(error)
 
 
 def _agree(config: Config) -> None:
