@@ -38,7 +38,7 @@ def together(config: Config) -> Iterator[None]:
     try:
         _agree(config)
         _check_folder(config)
-        _check_count(device)
+        _check_count(config, device)
         if not ranks.lead():
             _talk_into(config)
         yield
@@ -105,12 +105,14 @@ def _check_folder(config: Config) -> None:
         )
 
 
-def _check_count(device: torch.device) -> None:
+def _check_count(config: Config, device: torch.device) -> None:
+    parallel.use_threads(config.threads, config.shards)
     most = parallel.shards(device)
     if ranks.count() > most:
         raise UserError(
             f"ranks: expected at most {most}, one for each shard of a batch, got {ranks.count()}. "
-            f"Start at most {most} processes (torchrun --nproc-per-node)."
+            f"Start {most} (torchrun --nproc-per-node), or cut batches into more (--shards "
+            f"{ranks.count()}), which changes results as another seed does."
         )
 
 

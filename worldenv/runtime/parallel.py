@@ -4,7 +4,8 @@ A piece runs on one thread from beginning to end, and every torch op in it on th
 one, two or eight cores give the same bits. Nothing waits inside a piece, so a core that is busy
 with something else costs its share and no more; threads that share each op lose everything to a
 neighbour (measured: seven times). Batches are cut into `SHARDS`, more pieces than cores, so that a
-slow core simply does fewer. On a GPU there is one piece: the device is the parallel one.
+slow core simply does fewer. On a GPU there is one piece: the device is the parallel one; or as many
+as are asked for, one after the other, so that several ranks can share them.
 
 Python threads suffice: torch holds no lock inside an op, and a backward pass runs in the thread
 that asked for it. Where several ranks make up a run, each does some of the pieces.
@@ -27,14 +28,16 @@ from worldenv.runtime.device import usable_cores
 SHARDS = 4  # of a batch on a CPU: enough for a slow core to do fewer, few enough to stay large
 T = TypeVar("T")
 
-_count = 0
+_count = _shards = 0
 _pool: ThreadPoolExecutor | None = None
 
 
-def use_threads(count: int = 0) -> None:
-    """Let `run` use `count` threads, and torch one in each. 0: OMP_NUM_THREADS, or all cores."""
-    global _count, _pool
-    count = count or _default()
+def use_threads(count: int = 0, shards: int = 0) -> None:
+    """Let `run` use `count` threads, and torch one in each. 0: OMP_NUM_THREADS, or all cores.
+
+    shards: that batches are cut into on any device (0: as many as it wants itself)."""
+    global _count, _pool, _shards
+    count, _shards = count or _default(), shards
     torch.set_num_threads(1)
     if count != _count:
         if _pool is not None:
@@ -56,7 +59,7 @@ def _default() -> int:
 
 def shards(device: torch.device) -> int:
     """Into how many pieces a batch on `device` is cut."""
-    return SHARDS if device.type == "cpu" else 1
+    return _shards or (SHARDS if device.type == "cpu" else 1)
 
 
 def shares(total: int, pieces: int) -> list[slice]:

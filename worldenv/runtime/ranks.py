@@ -43,7 +43,10 @@ def join(device: torch.device) -> None:
                 f"WORLD_SIZE={stated['WORLD_SIZE']}. Start with torchrun --nproc-per-node N "
                 "-m worldenv, or unset WORLD_SIZE for one process."
             )
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     try:
         dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError, dist.DistError) as error:

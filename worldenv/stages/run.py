@@ -44,7 +44,9 @@ class Run:
     def __init__(self, config: Config, writes: bool = True, force: bool = False) -> None:
         self.config, self.dir, self.force = config, Path(config.run_dir), force
         self.device = devices.pick(config.device)
-        parallel.use_threads(config.threads)
+        # On a GPU shards run one after the other: the device is the parallel one.
+        count = 1 if self.device.type == "cuda" else config.threads
+        parallel.use_threads(count, config.shards)
         self._lock: FolderLock | None = None
         if writes:
             ranks.together(self._hold)
@@ -148,7 +150,9 @@ class Step:
     def mark(self, config: Config, marks: dict[str, str]) -> str:
         """Its fingerprint; marks: of the steps before it."""
         before = (marks[name] for name in self.needs(config))
-        return fingerprint(config.seed, *self.stage.settings(config, self.number), *before)
+        cut = ("shards", config.shards) if config.shards else ()
+        settings = (*self.stage.settings(config, self.number), *cut)
+        return fingerprint(config.seed, *settings, *before)
 
 
 def open_run(run_dir: Path, **changes: Any) -> Run:
