@@ -1,8 +1,10 @@
 """What is built and shipped: packages, versions, portable code, and CUDA sources where nvcc is."""
 
+import ast
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tomllib
 from importlib import metadata
@@ -35,6 +37,30 @@ def test_no_dependency_reaches_torchvision():
     extras = PROJECT["project"]["optional-dependencies"]
     listed = " ".join(chain(PROJECT["project"]["dependencies"], *extras.values()))
     assert not re.search(r"torchvision|timm|lpips|hf-libero", listed)
+
+
+APART = {"hf-libero", "metaworld"}  # installed without what they declare
+FOR_OTHERS = {"tensorboard"}  # torch.utils.tensorboard
+FOR_OTHERS |= {"bddl", "easydict", "cloudpickle", "pyyaml", "tqdm", "termcolor", "future"}  # LIBERO
+
+
+def test_what_is_imported_is_named_and_what_is_named_is_imported():
+    nodes = [
+        node
+        for folder in ("worldenv", "kernels")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    tops = {module.split(".")[0] for module in modules} - sys.stdlib_module_names - {"worldenv"}
+    packages = metadata.packages_distributions()
+    imported = {packages.get(top, [top])[0].lower().replace("_", "-") for top in tops}
+    extras = PROJECT["project"]["optional-dependencies"]
+    listed = chain(PROJECT["project"]["dependencies"], *(extras[k] for k in extras if k != "dev"))
+    named = {re.match(r"[\w-]+", one)[0].replace("_", "-") for one in listed}
+    assert imported - named == APART
+    assert named - imported == FOR_OTHERS
 
 
 def test_importing_worldenv_is_cheap():

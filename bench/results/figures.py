@@ -1,11 +1,10 @@
 """The README's figures, as SVG: the same data give the same bytes, and each describes its data."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.results.runs import Trained, gain, groups, over_seeds, trained
-from worldenv.report.charts import PALETTE, drawing
+from worldenv.report.charts import PALETTE, as_svg, drawing
 from worldenv.report.statistics import Interval
 
 TITLE = "Success after post-training minus success of imitation, in points"
@@ -46,7 +45,7 @@ def differences(results: Path) -> str:
     shown = rows(results)
     height = 17 * len(shown) + 48
     style = {"svg.hashsalt": TITLE, "figure.facecolor": "white", "font.size": 9}
-    with drawing(640, height, **style) as figure, io.StringIO() as file:
+    with drawing(640, height, **style) as figure:
         axes = figure.subplots()
         for number, (_, change, colour) in enumerate(shown):
             if change is not None:
@@ -60,7 +59,4 @@ def differences(results: Path) -> str:
         axes.grid(True, axis="x")
         axes.grid(False, axis="y")
         axes.set(ylim=(0.7 - len(shown), 0.7), xlabel=TITLE)
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        about = {"Title": TITLE, "Description": described(shown)}
-        figure.savefig(file, format="svg", metadata=nothing | about)
-        return file.getvalue()
+        return as_svg(figure, Title=TITLE, Description=described(shown))

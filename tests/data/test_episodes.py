@@ -70,7 +70,11 @@ def test_layout_is_liberos(tmp_path, make_episode):
             "ee_ori": (10, 3),
             "gripper_states": (10, 2),
         }
+        turn = episode.proprio[4, 3:6].astype(float)
+        half = np.linalg.norm(turn) / 2
+        quaternion = np.array([*turn / (2 * half) * np.sin(half), np.cos(half)], np.float32)
         assert demo["robot_states"].shape == (10, 9)
+        assert np.array_equal(demo["robot_states"][4, 5:], quaternion)
         # Raw on disk: upside down and mirrored, as the renderer gives it.
         assert np.array_equal(demo["obs/agentview_rgb"][4], episode.images[4, 0, ::-1, ::-1])
         assert np.array_equal(demo["final_obs/ee_pos"][0], episode.proprio[10, :3])

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def parse(svg):
     root = ET.fromstring(svg)
     lines, dots = {}, {}
     for path in root.iter("path"):
-        colour = re.search(r"fill: none; .*stroke: var\(--(\w+)\)", path.get("style"))
+        colour = re.search(r"fill: none; .*stroke: var\(--(\w+)\)", path.get("style") or "")
         if colour and colour[1] != "rule":
             numbers = [float(v) for v in re.findall(r"-?[\d.]+", path.get("d"))]
             lines.setdefault(colour[1], np.reshape(numbers, (-1, 2)))
@@ -66,6 +67,26 @@ def test_axes_that_nearly_reach_zero_show_it():
             line_chart("t", [Series("a", [1, 2], [0.07, 0.08])], percent=True, from_zero=True)
         )[1]
     )
+
+
+def test_a_band_lies_around_its_line():
+    line, band = Series("a", range(3), [2, 3, 4]), [(1, 3), (2, 4), (3, 5)]
+    assert "opacity" not in line_chart("t", [line])
+    lines, _, _, root = parse(line_chart("t", [replace(line, band=band)]))
+    (use,) = (u for u in root.iter("use") if "opacity" in u.get("style"))
+    (shape,) = (p for p in root.iter("path") if f"#{p.get('id')}" == use.get("href"))
+    edge = np.reshape([float(v) for v in re.findall(r"-?[\d.]+", shape.get("d"))], (-1, 2))
+    for x, y in lines["accent"]:
+        ends = edge[np.abs(edge[:, 0] - x) < 0.1, 1] + float(use.get("y"))
+        unit = -np.ptp(lines["accent"][:, 1]) / 2
+        assert sorted({*np.round((ends - y) / unit, 2)}) == [-1, 1]
+
+
+def test_a_constant_is_drawn_flat():
+    noisy = -3.7329483 + 1e-7 * np.arange(5)
+    lines, labels, _, _ = parse(line_chart("t", [Series("a", range(5), noisy)]))
+    assert np.ptp(lines["accent"][:, 1]) < 0.1
+    assert max(map(len, labels)) < 6
 
 
 def test_names_are_escaped():

@@ -166,6 +166,15 @@ def test_a_distillation_is_drawn_where_there_was_one():
     assert "self forcing" in html
 
 
+def test_figures_with_intervals_are_drawn_with_bands():
+    rising = {str(h): {"value": h, "low": h - 0.5, "high": h + 0.5, "n": 9} for h in (1, 2, 8)}
+    plain = {"fidelity": {"eef_error_cm_per_horizon": {"1": 1.0, "8": 8.0}}}
+    sure = {"fidelity": {"psnr": {"moving": {"front": rising}}, "hand_error_cm": rising}}
+    assert [curves.world(r).count("fill-opacity") for r in (plain, sure)] == [0, 2]
+    assert "Bands: 95%" in curves.world(sure)
+    assert "Bands" not in curves.world(plain)
+
+
 def words(html):
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
 

@@ -147,7 +147,8 @@ def area_resize(images: np.ndarray, size: int, where: str = "images") -> np.ndar
     """Area-average square images [..., H, H, 3] uint8 to `size` pixels, any ratio.
 
     Where `size` does not divide H a pixel counts by the share of it that is covered; enlarging
-    repeats pixels and adds nothing.
+    repeats pixels and adds nothing. By hand: Pillow's `reduce` rounds blocks of 3, 5, 6 ... pixels
+    to other bits, and its BOX takes a pixel whole or not at all.
     """
     height, width = images.shape[-3:-1]
     if height != width or size < 1:

@@ -17,6 +17,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import scipy
 
 from worldenv.data.conventions import CONVENTIONS, IMAGES, Conventions, check_units
 from worldenv.data.episode import Episode, area_resize, check_episode, continuous_axis_angle
@@ -116,11 +117,9 @@ def _write_observations(group: h5py.Group, episode: Episode, rows: np.ndarray) -
 
 def _robot_states(proprio: np.ndarray) -> np.ndarray:
     """Proprio [T, 8] to LIBERO's robot state [T, 9]: gripper 2, position 3, quaternion xyzw 4."""
-    rotation = proprio[:, 3:6].astype(np.float64)
-    angle = np.linalg.norm(rotation, axis=1, keepdims=True)
-    axis = rotation / np.maximum(angle, 1e-9)
-    quaternion = np.concatenate([axis * np.sin(angle / 2), np.cos(angle / 2)], axis=1)
-    return np.concatenate([proprio[:, 6:], proprio[:, :3], quaternion], axis=1).astype(np.float32)
+    rotation = scipy.spatial.transform.Rotation.from_rotvec(proprio[:, 3:6].astype(np.float64))
+    parts = (proprio[:, 6:], proprio[:, :3], rotation.as_quat())
+    return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def own_facts(demo: h5py.Group, where: str) -> dict[str, Any] | None:

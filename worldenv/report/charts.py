@@ -24,17 +24,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# The page's variables; these values (its light ones) only pass through matplotlib.
+# The page's variables; these values (its light ones) only pass through matplotlib. Any two of
+# COLOURS are 16 or more apart in L*a*b*, for dichromats too (Machado et al., IEEE TVCG 15, 2009).
 PALETTE = {
     "ink": "#1c2128",
     "muted": "#69707c",
     "rule": "#e6e3de",
     "accent": "#0f766e",
     "second": "#c2612c",
-    "before": "#9098a4",
+    "before": "#8b93a0",
     "third": "#6d5bae",
 }
 COLOURS = ("accent", "second", "before", "third")
+MARKERS = dict(zip(COLOURS, "os^D", strict=True))  # not by colour alone
 _WIDTH, _WIDE = 300, 500  # about as wide as the page shows them, so that text keeps its size
 _STYLE = {
     "svg.fonttype": "none",
@@ -69,14 +71,15 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart; x and y of equal length, non-finite points are left out. colour: a name
-    of PALETTE."""
+    """One line of a chart; x and y of equal length, non-finite points are left out. colour: one of
+    COLOURS. band: (low, high) of each y, drawn behind it."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     colour: str | None = None
     dashed: bool = False
+    band: Sequence[tuple[float, float]] = ()
 
 
 def line_chart(
@@ -103,15 +106,19 @@ def line_chart(
 
     def paint(axes: Axes) -> None:
         for number, (line, x, y) in enumerate(drawn):
+            colour = line.colour or COLOURS[number % len(COLOURS)]
             axes.plot(
                 x,
                 np.clip(y, *y_range) if y_range else y,
                 clip_on=False,
                 label=line.name,
-                color=PALETTE[line.colour or COLOURS[number % len(COLOURS)]],
+                color=PALETTE[colour],
                 linestyle="--" if line.dashed else "-",
-                marker="o" if len(x) <= 24 and not line.dashed else "",
+                marker=MARKERS[colour] if len(x) <= 24 and not line.dashed else "",
             )
+            if line.band:
+                low, high = zip(*line.band, strict=True)
+                axes.fill_between(line.x, low, high, color=PALETTE[colour], alpha=0.18, linewidth=0)
         axes.set_xlabel(x_label)
         axes.margins(x=0.02, y=0.06)
         axes.locator_params(axis="x", nbins=5, integer=x_range is None)
@@ -121,6 +128,8 @@ def line_chart(
             axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
         else:
             axes.locator_params(axis="y", nbins=4)
+            if most - least < 1e-4 * abs(most):  # a constant's rounding is no curve
+                axes.set_ylim(least - 0.1 * abs(most), most + 0.1 * abs(most))
             # An axis that nearly reaches zero should show it.
             if least >= 0 and (from_zero or least < 0.35 * most):
                 axes.set_ylim(bottom=0)
@@ -173,11 +182,17 @@ def bar(share: float, colour: str = "accent") -> str:
 def _draw(
     title: str, description: str, size: tuple[int, int], paint: Callable[[Axes], None]
 ) -> str:
-    with drawing(*size, **{"svg.hashsalt": title}) as figure, io.StringIO() as file:
+    with drawing(*size, **{"svg.hashsalt": title}) as figure:
         paint(figure.subplots())
+        return _inline(as_svg(figure), title, description, size)
+
+
+def as_svg(figure: Figure, **about: str) -> str:
+    """The file of a figure; about: "Title" and "Description" for those who cannot see it."""
+    with io.StringIO() as file:
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(file, format="svg", metadata=nothing)
-        return _inline(file.getvalue(), title, description, size)
+        figure.savefig(file, format="svg", metadata=nothing | about)
+        return file.getvalue()
 
 
 @contextmanager

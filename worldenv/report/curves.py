@@ -127,21 +127,26 @@ def world(results: dict[str, Any]) -> str:
             ),
         )
     )
-    label = "chunks ahead"
-    figures = []
+    views = (fidelity.get("psnr") or {}).get("moving") or {}
+    moving = [_horizon(views, view, view) for view in views]
+    hand = "hand_error_cm" if "hand_error_cm" in fidelity else "eef_error_cm_per_horizon"
     psnr = [
         _horizon(fidelity, "psnr_per_horizon", "world model", _AFTER),
         _horizon(fidelity, "psnr_copy_per_horizon", "copying a frame", _BEFORE, dashed=True),
     ]
-    if any(s.x for s in psnr):
-        title = "PSNR of predicted frames, dB"
-        figures.append(figure(title, line_chart(title, [s for s in psnr if s.x], label)))
-    figures += _distilled(results)
-    error = _horizon(fidelity, "eef_error_cm_per_horizon", "end effector", _AFTER)
-    if error.x:
-        title = "End-effector error, cm"
-        figures.append(figure(title, line_chart(title, [error], label)))
-    return numbers + grid(figures) + _by_task(results)
+    figures = [
+        figure(title, line_chart(title, shown, "chunks ahead"))
+        for title, lines in (
+            ("PSNR of predicted frames, dB", psnr),
+            *_distilled(results),
+            ("PSNR of moving pixels, dB", moving),
+            ("End-effector error, cm", [_horizon(fidelity, hand, "end effector", _AFTER)]),
+        )
+        if (shown := [line for line in lines if line.x])
+    ]
+    banded = any(line.band for line in moving)
+    said = "<p>Bands: 95% intervals over the episodes.</p>" if banded else ""
+    return numbers + grid(figures) + said + _by_task(results)
 
 
 def _by_task(results: dict[str, Any]) -> str:
@@ -173,7 +178,7 @@ def _share(figure: dict[str, Any] | None) -> str:
     return f"<td>{figure['value']:.0%} <small>{around}</small></td>"
 
 
-def _distilled(results: dict[str, Any]) -> list[str]:
+def _distilled(results: dict[str, Any]) -> list[tuple[str, list[Series]]]:
     """The last round's distillation, if there was one: the teacher, and one that makes few passes a
     frame as it was and as it became."""
     rounds = _rounds(results, "distill")
@@ -185,14 +190,20 @@ def _distilled(results: dict[str, Any]) -> list[str]:
         _horizon(reached[arm], "psnr_per_horizon", arm.replace("_", " "), colour)
         for arm, colour in names
     ]
-    title = "PSNR of few passes a frame, distilled, dB"
-    return [figure(title, line_chart(title, lines, "chunks ahead"))]
+    return [("PSNR of few passes a frame, distilled, dB", lines)]
 
 
-def _horizon(values: dict, key: str, name: str, colour: str, dashed: bool = False) -> Series:
-    """A {"1": number, "4": number, ...} entry as a line over the horizon."""
-    found = sorted((int(k), v) for k, v in (values.get(key) or {}).items() if is_number(v))
-    return Series(name, [k for k, _ in found], [v for _, v in found], colour, dashed)
+def _horizon(
+    values: dict, key: str, name: str, colour: str | None = None, dashed: bool = False
+) -> Series:
+    """A {"1": number, "4": number, ...} entry as a line over the horizon, or one of measures
+    ({value, low, high}) with its band."""
+    entries = ((int(k), v) for k, v in (values.get(key) or {}).items())
+    every = sorted((k, v if isinstance(v, dict) else {"value": v}) for k, v in entries)
+    found = {k: v for k, v in every if is_number(v["value"])}
+    band = [(v["low"], v["high"]) for v in found.values() if is_number(v.get("low"))]
+    y = [v["value"] for v in found.values()]
+    return Series(name, list(found), y, colour, dashed, band if len(band) == len(y) else ())
 
 
 def _rounds(results: dict[str, Any], stage: str) -> list[dict]:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from worldenv.report.charts import COLOURS, PALETTE, drawing
+from worldenv.report.charts import COLOURS, MARKERS, PALETTE, drawing
 from worldenv.report.parts import embedded, text, tiles
+from worldenv.report.statistics import wilson
 from worldenv.runtime.checkpoint import write_error
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def _line(axes: Axes, figures: dict[str, Any], name: str, colour: str, style: st
     if style == ":":
         axes.plot(x, y, style, color=PALETTE[colour])
         return
-    marker = "o" if len(x) <= 8 else ""
+    marker = MARKERS[colour] if len(x) <= 8 else ""
     axes.plot(x, y, style, color=PALETTE[colour], marker=marker, label=name)
     sure = [(k, v["low"], v["high"]) for k, v in rows if v.get("low") is not None]
     if sure:
@@ -137,9 +138,15 @@ def _things(axes: Axes, measured: dict[str, Any]) -> None:
             label = label if len(measured["things"]) == 1 else f"{task}: {label}"
             for kind, style in (("imagined", "-"), ("on_real", ":")):
                 gone, moved = kinds[kind]["vanished"], kinds[kind]["jumped"]
-                lost = {h: {"value": gone[h]["value"] + moved[h]["value"]} for h in gone}
+                lost = {h: _either(gone[h], moved[h]) for h in gone if gone[h]["n"]}
                 _line(axes, lost, label, colour, style)
     axes.set(xlabel="chunks ahead", ylim=(0, None))
+
+
+def _either(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The share of two that exclude each other, with its interval."""
+    value, n = one["value"] + other["value"], one["n"]
+    return {"value": value, **vars(wilson(round(value * n), n))}
 
 
 def _events(axes: Axes, measured: dict[str, Any]) -> None:

@@ -21,13 +21,13 @@ PAGE = """<!doctype html>
 <style>
 :root {
   --paper: #faf9f7; --card: #ffffff; --ink: #1c2128; --muted: #69707c; --rule: #e6e3de;
-  --accent: #0f766e; --second: #c2612c; --before: #9098a4; --third: #6d5bae;
+  --accent: #0f766e; --second: #c2612c; --before: #8b93a0; --third: #6d5bae;
   color-scheme: light dark;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #14171b; --card: #1b1f25; --ink: #e8eaed; --muted: #98a0ac; --rule: #2c323a;
-    --accent: #3fb8a9; --second: #e08a57; --before: #7b8492; --third: #a596e0;
+    --accent: #3fb8a9; --second: #e08a57; --before: #6b7482; --third: #a596e0;
   }
 }
 * { box-sizing: border-box; }

@@ -7,7 +7,6 @@ import os
 import platform
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -140,12 +139,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         self._sample()

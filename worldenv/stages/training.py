@@ -29,7 +29,7 @@ CHECKPOINT_SECONDS = 60.0
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.05) -> float:
-    """Linear warm-up, then a cosine down to zero."""
+    """Linear warm-up, then a cosine down to zero; of the step alone, so no checkpoint holds it."""
     done = (step + 1) / steps
     if done < warmup:
         return peak * done / warmup
@@ -174,7 +174,7 @@ def _resume(
 
 @torch.no_grad()
 def _track_average(average: dict[str, Tensor], module: nn.Module, step: int) -> None:
-    """Moving average with a horizon that grows to 200 steps."""
+    """Moving average with a horizon that grows to 200 steps, by name as checkpoints hold it."""
     if not average:
         return
     weight = 1 - min(0.995, (step + 1) / (step + 20))

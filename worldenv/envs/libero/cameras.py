@@ -54,7 +54,8 @@ def of_tasks(suite: str, tasks: Iterable[int]) -> tuple[Camera, ...]:
 
 
 def _matrix(position: tuple[float, ...], quaternion: tuple[float, ...]) -> tuple[float, ...]:
-    """A pose, row by row, of a position and an orientation (w, x, y, z) of length 1."""
+    """A pose, row by row, of a position and an orientation (w, x, y, z) of length 1. By
+    hand: scipy would scale what LIBERO's files say to that length, and change its last digits."""
     w, x, y, z = quaternion
     turn = (
         (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),

@@ -221,7 +221,8 @@ def _highest_between(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> 
 
 
 def _axis_angle(rotation: np.ndarray) -> np.ndarray:
-    """Rotation [3, 3] (not half a turn) as axis times angle [3] (rad)."""
+    """Rotation [3, 3] (not half a turn) as axis times angle [3] (rad). By hand: scipy's last digits
+    are others, and with them every demonstration."""
     r = rotation
     vector = np.array([r[2, 1] - r[1, 2], r[0, 2] - r[2, 0], r[1, 0] - r[0, 1]]) / 2
     sine, cosine = np.linalg.norm(vector), (np.trace(r) - 1) / 2
