@@ -1,134 +1,215 @@
 """Several processes are one run: the same bits, one writer, and a lost one is named."""
 
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from worldenv.runtime import ranks, watch
-
-SCRIPT = Path(__file__).with_name("ranked.py")
-
-
-@pytest.fixture(scope="module")
-def store():
-    """A store as torchrun's agent keeps one: it outlives every rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+from worldenv.runtime import parallel, ranks, watch
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.seeds import generator
 
 
-def start(what: str, folder: Path, count: int, store=None, **more: str) -> list[subprocess.Popen]:
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = {k: v for k, v in os.environ.items() if k != "RANK"}
-    if store is not None:
-        environment |= {
-            "WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(abs(hash(folder)) % 10**6),
-        }
-    return [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, what, folder],
-            env=environment | ({"RANK": str(rank)} if store is not None else {}) | more,
-            stdout=(folder / f"rank-{rank}.log").open("w"),
+class Group:
+    """Processes that are ranks, forked so that nothing is imported again; work(folder) of each
+    is found in `<folder>/<rank>`, what it printed in `<folder>/rank-<rank>.log`."""
+
+    def __init__(self, work: Callable[[Path], dict], folder: Path, count: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # As torchrun's agent keeps it: it outlives every rank.
+        self.store = torch.distributed.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False
         )
-        for rank in range(count)
-    ]
+        self.folder = folder
+        stated = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        stated |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        fork = multiprocessing.get_context("fork")
+        self.ranks = [
+            fork.Process(target=_rank, args=(work, folder, stated | {"RANK": str(number)}))
+            for number in range(count)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def found(self) -> list[dict]:
+        """What every rank found."""
+        return [self.of(number) for number in range(len(self.ranks))]
+
+    def of(self, number: int, code: int = 0) -> dict:
+        """What a rank found, once it has ended with this code."""
+        self.ranks[number].join(120)
+        assert self.ranks[number].exitcode == code, (self.folder / f"rank-{number}.log").read_text()
+        path = self.folder / str(number)
+        return torch.load(path, weights_only=True) if path.exists() else {}
+
+    def wait_for_all(self) -> None:
+        """Until every rank has begun."""
+        while not all((self.folder / f"begun-{n}").exists() for n in range(len(self.ranks))):
+            time.sleep(0.05)
 
 
-def found(folder: Path, count: int, processes: list[subprocess.Popen]) -> list[dict]:
-    for process in processes:
-        assert process.wait(60) == 0
-    return [torch.load(folder / str(rank), weights_only=False) for rank in range(count)]
+def _rank(work: Callable[[Path], dict], folder: Path, stated: dict[str, str]) -> None:
+    os.environ.update(stated)
+    log = os.open(folder / f"rank-{stated['RANK']}.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    parallel._pool, parallel._count = None, 0  # its threads are the parent's
+    ranks.join(torch.device("cpu"))
+    torch.save(work(folder), folder / stated["RANK"])
+    sys.stdout.flush()
+    os._exit(0)
 
 
-def test_gradients_and_pieces_are_bit_for_bit_those_of_one_process(tmp_path, store):
-    (alone,) = start("trained", tmp_path, 1)
-    assert alone.wait(60) == 0
-    expected = torch.load(tmp_path / "alone", weights_only=False)
-    for count in (2, 3):
-        folder = tmp_path / f"of-{count}"
-        for own in found(folder, count, start("trained", folder, count, store)):
-            for got, want in zip(own["parameters"], expected["parameters"], strict=True):
-                assert torch.equal(got, want)
-            assert own["logged"] == expected["logged"]
-            assert torch.equal(torch.stack(own["values"]), torch.stack(expected["values"]))
+def trained(folder: Path | None = None) -> dict:
+    """Three steps of a network, with a parameter that only one piece needs and one that none does;
+    and pieces that are shared."""
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(700, 500), torch.nn.Linear(500, 3)
+    spare, never = (torch.nn.Parameter(torch.ones(5)) for _ in range(2))
+    parameters = [*first.parameters(), *second.parameters(), spare, never]
+    optimizer = torch.optim.AdamW(parameters, 1e-2, fused=True)
+    logged = []
+
+    def loss(step: int, piece: int):
+        x = torch.randn(8, 700, generator=generator("x", step, piece))
+        value = second(first(x).tanh()).square().mean()
+        if piece == 1:
+            value = value + spare.square().sum()
+        return value, {"piece": piece}
+
+    for step in range(3):
+        pieces = [lambda k=k, step=step: loss(step, k) for k in range(4)]
+        value, rest, norm = parallel.gradients(parameters, pieces, max_norm=0.5)
+        assert never.grad is None
+        optimizer.step()
+        logged.append((float(value), float(norm), [r["piece"] for r in rest]))
+    values = parallel.shared([lambda k=k: torch.full((2,), float(k)) for k in range(7)])
+    return {"parameters": [p.detach() for p in parameters], "logged": logged, "values": values}
 
 
-def test_ranks_tell_each_other_and_one_acts_for_all(tmp_path, store):
-    every = found(tmp_path, 2, start("told", tmp_path, 2, store))
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradients_and_pieces_are_bit_for_bit_those_of_one_process(count, tmp_path):
+    expected = trained()
+    for own in Group(trained, tmp_path, count).found():
+        for got, want in zip(own["parameters"], expected["parameters"], strict=True):
+            assert torch.equal(got, want)
+        assert own["logged"] == expected["logged"]
+        assert torch.equal(torch.stack(own["values"]), torch.stack(expected["values"]))
+
+
+def told(folder: Path) -> dict:
+    """What ranks tell each other, and an error of the first."""
+    once = ranks.together(lambda: (os.getpid(), ranks.count()))
+    try:
+        ranks.together(lambda: 1 / 0)
+        error = None
+    except ZeroDivisionError as raised:
+        error = str(raised)
+    mine = [*ranks.Claims(9)]
+    return {
+        "gathered": ranks.gather({"rank": ranks.number(), "x": torch.ones(2) * ranks.number()}),
+        "once": once,
+        "error": error,
+        "mine": mine,
+        "merged": ranks.merge({k: k * k for k in mine}),
+    }
+
+
+def test_ranks_tell_each_other_and_one_acts_for_all(tmp_path):
+    group = Group(told, tmp_path, 2)
+    every = group.found()
     for own in every:
         assert [part["rank"] for part in own["gathered"]] == [0, 1]
         assert own["gathered"][1]["x"].tolist() == [1, 1]
-        assert own["once"] == (every[0]["once"][0], 1)
+        assert own["once"] == (group.ranks[0].pid, 1)
         assert own["error"] == "division by zero"
         assert own["merged"] == [k * k for k in range(9)]
     assert sorted(every[0]["mine"] + every[1]["mine"]) == list(range(9))
 
 
-@pytest.mark.parametrize(
-    ("how", "number", "words"),
-    [
-        ("fail", None, "rank 1 is gone: it ended with: RuntimeError: the disk is on fire"),
-        ("die", signal.SIGKILL, "rank 1 is gone: it was killed; the last it said"),
-    ],
-)
-def test_a_lost_rank_is_named_with_its_last_words(how, number, words, tmp_path, store):
-    first, last = start("lost", tmp_path, 2, store, HOW=how)
-    if number:
-        until(lambda: (tmp_path / "pid-1").exists() and (tmp_path / "pid-0").exists())
-        last.send_signal(number)
-    assert first.wait(60) == 0
-    last.wait(10)
-    assert words in torch.load(tmp_path / "0", weights_only=False)["blamed"]
+def slow_first(folder: Path) -> dict:
+    """Rank 0 takes its time over each piece; rank 1 does what it has not begun."""
+    mine = []
+    for piece in ranks.Claims(8):
+        mine.append(piece)
+        time.sleep(0.4 if ranks.lead() else 0.0)
+    return {"mine": mine}
 
 
-def test_a_rank_that_stands_still_is_given_up(tmp_path, store):
-    """In seconds here, where it is half a minute else."""
-    code = f"import worldenv.runtime.watch as w; w.BEAT, w.SILENCE = .1, 2.; import runpy, sys; sys.argv = ['', 'lost', {str(tmp_path)!r}]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    environment = {
-        "HOW": "hang",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "77",
-    }
-    first, last = (
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ | environment | {"RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    )
-    until(lambda: (tmp_path / "pid-1").exists() and (tmp_path / "pid-0").exists())
-    last.send_signal(signal.SIGSTOP)
+def test_who_is_done_early_takes_over_what_a_slow_rank_has_not_begun(tmp_path):
+    slow, fast = Group(slow_first, tmp_path, 2).found()
+    assert slow["mine"] == list(range(len(slow["mine"])))
+    assert fast["mine"][:4] == [4, 5, 6, 7]
+    assert len(fast["mine"]) >= 6
+
+
+def lost(how: str, folder: Path) -> dict:
+    """Rank 1 fails or stands still; what rank 0 says of it."""
+    watch.BEAT, watch.SILENCE = 0.1, 2.0
+    watching = watch.Watch(folder)
+    os.write(1, f"about to {how}\n".encode())
+    (folder / f"begun-{ranks.number()}").touch()
     try:
-        _, said = first.communicate(timeout=60)
+        if ranks.number() == 1 and how == "fail":
+            raise RuntimeError("the disk is on fire")
+        while how == "hang" or (ranks.number() == 1 and how == "die"):
+            time.sleep(0.1)
+        ranks.gather(0)
+    except RuntimeError as error:
+        if ranks.number() == 1:
+            watching.say(error)
+            os._exit(1)
+        return {"blamed": str(watching.explain())}
+    return {}
+
+
+def failing(folder: Path) -> dict:
+    return lost("fail", folder)
+
+
+def dying(folder: Path) -> dict:
+    return lost("die", folder)
+
+
+def hanging(folder: Path) -> dict:
+    return lost("hang", folder)
+
+
+def test_a_rank_that_fails_is_named_with_its_last_words(tmp_path):
+    blamed = Group(failing, tmp_path, 2).of(0)["blamed"]
+    assert "rank 1 is gone: it ended with: RuntimeError: the disk is on fire" in blamed
+
+
+def test_a_rank_that_is_killed_is_named_with_the_end_of_its_log(tmp_path):
+    group = Group(dying, tmp_path, 2)
+    group.wait_for_all()
+    os.kill(group.ranks[1].pid, signal.SIGKILL)
+    blamed = group.of(0)["blamed"]
+    assert "rank 1 is gone: it was killed; the last it said" in blamed
+    assert "about to die" in blamed
+
+
+def test_a_rank_that_stands_still_is_given_up(tmp_path):
+    """In seconds here, where it is half a minute else."""
+    group = Group(hanging, tmp_path, 2)
+    group.wait_for_all()
+    os.kill(group.ranks[1].pid, signal.SIGSTOP)
+    try:
+        group.of(0, code=2)
     finally:
-        last.kill()
-        last.communicate()
-    assert first.returncode == 2
-    assert "rank 1 is gone: no sign of life for 2 s" in said
-
-
-def until(true) -> None:
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+        group.ranks[1].kill()
+    said = (tmp_path / "rank-0.log").read_text()
+    assert "rank 1 is gone: no sign of life for 2 s; the last it said" in said
+    assert watch.SILENCE >= 10 * watch.BEAT
 
 
 def test_one_process_needs_no_others(monkeypatch):
@@ -137,7 +218,7 @@ def test_one_process_needs_no_others(monkeypatch):
     assert (ranks.count(), ranks.number(), ranks.lead()) == (1, 0, True)
     assert ranks.gather(3) == [3]
     assert ranks.together(lambda: 4) == 4
-    assert list(ranks.Claims(3)) == [0, 1, 2]
+    assert [*ranks.Claims(3)] == [0, 1, 2]
     assert ranks.share(5) == slice(0, 5)
 
 
@@ -148,9 +229,5 @@ def test_an_environment_that_torchrun_did_not_set_is_refused(name, value, monkey
     stated = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for key, given in (stated | {name: value}).items():
         monkeypatch.setenv(key, given)
-    with pytest.raises(ranks.UserError, match=f"{name}: expected what torchrun sets"):
+    with pytest.raises(UserError, match=f"{name}: expected what torchrun sets"):
         ranks.join(torch.device("cpu"))
-
-
-def test_silence_is_longer_than_any_pause():
-    assert watch.SILENCE >= 10 * watch.BEAT
