@@ -60,8 +60,7 @@ class Group:
 def _rank(work: Callable[[Path], dict], folder: Path, stated: dict[str, str]) -> None:
     os.environ.update(stated)
     log = os.open(folder / f"rank-{stated['RANK']}.log", os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
     parallel._pool, parallel._count = None, 0  # its threads are the parent's
     ranks.join(torch.device("cpu"))
     torch.save(work(folder), folder / stated["RANK"])
@@ -156,7 +155,7 @@ def lost(how: str, folder: Path) -> dict:
     """Rank 1 fails or stands still; what rank 0 says of it."""
     watch.BEAT, watch.SILENCE = 0.1, 2.0
     watching = watch.Watch(folder)
-    os.write(1, f"about to {how}\n".encode())
+    print("about to", how)
     (folder / f"begun-{ranks.number()}").touch()
     try:
         if ranks.number() == 1 and how == "fail":
