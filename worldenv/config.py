@@ -198,15 +198,15 @@ class PosttrainConfig:
     """Where episodes are rolled out: in the learned world, or in the benchmark itself, by whose
     success they are rewarded (what the learned one is compared with: nothing is explored then and
     no world or judge is trained; evaluation is by the benchmark's word alone)."""
-    rounds: Annotated[int, Range(1, 1000)] = 2
+    rounds: Annotated[int, Range(1, 1000)] = 1
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""
     restart: bool = False
     """Whether each round post-trains the imitated policy anew: what was learned wrongly in a world
     too kind is forgotten. Otherwise rounds go on from each other: few iterations each allow it."""
     iterations: Count = 8
-    """Iterations in the first round. Too many exploit the learned world: imagined success rises on,
-    real success falls."""
+    """Iterations in the first round. More were no better: imagined success rises on, real success
+    does not (results/stopping)."""
     refresh_iterations: Count = 4
     """Iterations in each later round."""
     contexts: Batch = 16
@@ -268,13 +268,14 @@ class PosttrainConfig:
     max_mu_change: Rate = 0.1
     """Guard: mean absolute change of mu per iteration (of tokens: of the log-probability of one)
     beyond which the update is undone."""
-    real_check_every: FromZero = 4
-    """Iterations between checks in the real benchmark on tuning starts (0: never)."""
+    real_check_every: FromZero = 0
+    """Iterations between checks in the real benchmark on tuning starts (0: never). Each costs as
+    many real episodes as a quarter of what the world is learned from."""
     real_check_episodes: Episodes = 60
     """Episodes of such a check per task (starts 0-19, without noise)."""
     keep_best: bool = True
-    """Whether a round keeps the policy that did best in its checks, the one it began with included,
-    rather than the last one."""
+    """With checks, whether a round keeps the policy that did best in them, the one it began with
+    included, rather than the last one."""
     snapshot_every: FromZero = 0
     """Iterations between policies left in checkpoints/iterations-N (0: none), to be ranked by
     `worldenv-eval --simulator`."""

@@ -1,6 +1,6 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop about 20 minutes, `libero-spatial-small` two hours for ten tasks;
+`default` takes a two-core laptop half an hour, `libero-spatial-small` two hours for ten tasks;
 `smoke` shows in two minutes that every part works, `published-tiny` with published models in
 miniature; the other `libero-*` presets run all ten tasks of a suite with the official assets on a
 GPU, `openvla-oft-*` with published models as downloaded.
@@ -53,7 +53,6 @@ def _smoke() -> Config:
             group=4,
             rows=8,
             reward="continuous",
-            real_check_every=0,
         ),
         gate=GateConfig(on=False),  # such a world is fit for nothing but a try
         evaluate=EvaluateConfig(starts=(20, 22), fixture_seeds=(1000,)),
@@ -99,28 +98,21 @@ def _published_tiny() -> Config:
 
 
 def _libero_spatial_small() -> Config:
-    """One policy, world and judge of all ten tasks, with the small models: at most 50 explored
-    episodes a task, no check in reality. Imitation and the world get a few times the default's
-    steps, not ten: two cores do it in two hours."""
+    """One policy, world and judge of all ten tasks, with the small models: 50 explored episodes a
+    task. Imitation and the world get a few times the default's steps, not ten: two cores do it in
+    two hours."""
     base = Config()
     return replace(
         base,
         preset="libero-spatial-small",
         run_dir=Path("runs/libero-spatial-small"),
         env=replace(base.env, tasks=tuple(range(10)), max_steps=_MAX_STEPS["libero_spatial"]),
-        collect=replace(base.collect, episodes=30, refresh_episodes=20),
+        collect=replace(base.collect, episodes=50),
         sft=replace(base.sft, steps=4000),
-        simulator=replace(base.simulator, steps=3500, refresh_steps=1200),
-        reflector=replace(base.reflector, steps=1500, refresh_steps=500),
+        simulator=replace(base.simulator, steps=4000),
+        reflector=replace(base.reflector, steps=1800),
         # Four contexts of each task in an iteration.
-        posttrain=replace(
-            base.posttrain,
-            contexts=40,
-            minibatch=512,
-            iterations=6,
-            real_check_every=0,
-            keep_best=False,
-        ),
+        posttrain=replace(base.posttrain, contexts=40, minibatch=512),
         evaluate=EvaluateConfig(fixture_seeds=(1000,), sampled=True),
     )
 

@@ -46,7 +46,7 @@ class CollectConfig:
     """Scripted demonstrations per task (starts 0, 1, ...)."""
     demonstration_noise: Noise = 0.25
     """Std of the correlated action noise added while demonstrating, relative to the action."""
-    episodes: Episodes = 160
+    episodes: Episodes = 240
     """Policy episodes per task in the first round."""
     refresh_episodes: Episodes = 80
     """Policy episodes per task in each later round."""

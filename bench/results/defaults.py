@@ -24,12 +24,12 @@ from bench.results.runs import (
 from worldenv.report.statistics import wilson
 
 NOT_YET = "Not yet run."
-_WORK = {  # stages, by the beginning of their names, and what they are called in the table of times
+_WORK = {  # what stages, by the beginning of their names, are called below the table of times
     "real episodes": ("demonstrations", "explore", "evaluate"),
     "imitation": ("sft",),
     "the world's training": ("simulator", "distill"),
     "the judge's training": ("reflector",),
-    "post-training with its checks in reality": ("posttrain",),
+    "post-training": ("posttrain",),
 }
 
 
@@ -128,16 +128,22 @@ def world(results: Path) -> str:
     if not runs:
         return NOT_YET
     head = ("seed", "frames 1 / 4 / 8 chunks ahead, dB", "a still picture, dB", "hand 1 / 8, cm")
-    head += ("verdict on replays agrees", "imagined − real success", "missed, false stops")
+    head += ("verdict on replays agrees", "missed, false stops")
     stages = [named for run in runs for named in run.results["stages"].items()]
     sizes = {made["parameters"] for name, made in stages if name.startswith("simulator")}
     rows = [(_named(run, runs), *_world(run.results)) for run in runs]
+    gaps = [run.results["fidelity"].get("closed_loop_gap") for run in runs]
+    checked = any(gap is not None for gap in gaps)
+    if checked:
+        head += ("imagined − real success",)
+        told = ("not checked" if gap is None else f"{points(gap, 0)} points" for gap in gaps)
+        rows = [(*row, gap) for row, gap in zip(rows, told, strict=True)]
     said = prose(
         f"On {listed(sorted({run.results['fidelity']['episodes'] for run in runs}))} held-out",
         "episodes of each seed, by a simulator of",
         f"{listed([f'{size / 1e6:.1f}M' for size in sorted(sizes)])} parameters. Missed: real",
-        "successes that the reflector does not see; false stops: of all episodes. Imagined minus",
-        "real success: of the kept policy, in its last check.",
+        "successes that the reflector does not see; false stops: of all episodes.",
+        "Imagined minus real success: of the kept policy, in its last check." if checked else "",
     )
     return f"{table(head, rows)}\n\n{said}"
 
@@ -145,13 +151,11 @@ def world(results: Path) -> str:
 def _world(results: dict[str, Any]) -> tuple[str, ...]:
     made, judge = results["fidelity"], results["reflector"]
     decibels = (made[k] for k in ("psnr_per_horizon", "psnr_copy_per_horizon"))
-    gap = made.get("closed_loop_gap")
     agreed = round(made["outcome_agreement"] * made["episodes"])
     return (
         *(" / ".join(f"{ahead[h]:.1f}" for h in ("1", "4", "8")) for ahead in decibels),
         " / ".join(f"{made['eef_error_cm_per_horizon'][h]:.2f}" for h in ("1", "8")),
         rate(wilson(agreed, made["episodes"])),
-        "not checked" if gap is None else f"{points(gap, 0)} points",
         f"{judge['missed_success_rate']:.0%}, {judge['false_stop_rate']:.0%}",
     )
 
@@ -162,7 +166,7 @@ def _named(run: Trained, runs: Sequence[Trained]) -> str:
 
 
 def times(results: Path) -> str:
-    """How long the default's runs took, and the share of each kind of work in a profiled one."""
+    """How long the default's runs took, and the share of each kind of work."""
     runs = trained(results, "default")
     if not runs:
         return NOT_YET
@@ -178,26 +182,17 @@ def times(results: Path) -> str:
         for run in runs
     ]
     head = ("seed", "processor", "threads", "minutes", "imagined frames a second", "memory")
-    return "\n\n".join((table(head, rows), *_profiles(results), *_neighbours(results)))
+    return "\n\n".join((table(head, rows), _shares(runs), *_neighbours(results)))
 
 
-def _profiles(results: Path) -> list[str]:
-    """A sentence for each machine that a run was profiled on."""
-    said = []
-    for path in sorted((results / "profile").glob("*.json")):
-        content = read(path)
-        run, seconds = content["run"], content["stage_seconds"]
-        total = sum(seconds.values())
-        parts = {w: sum(s for n, s in seconds.items() if n.startswith(k)) for w, k in _WORK.items()}
-        largest = sorted(parts, key=lambda what: -parts[what])
-        shares = listed([f"{what} {parts[what] / total:.0%}" for what in largest])
-        said.append(
-            prose(
-                f"Seed {run['seed']} at `{run['commit'][:7]}` ({processor(content['machine'])},",
-                f"{run['machine']['threads']} threads) took {total / 60:.0f} minutes: {shares}.",
-            )
-        )
-    return said
+def _shares(runs: Sequence[Trained]) -> str:
+    """A sentence about what the time of all runs went into."""
+    took = [(name, made["seconds"]) for run in runs for name, made in run.results["stages"].items()]
+    parts = {w: sum(s for name, s in took if name.startswith(k)) for w, k in _WORK.items()}
+    total = sum(parts.values())
+    largest = sorted(parts, key=lambda what: -parts[what])
+    shares = listed([f"{what} {parts[what] / total:.0%}" for what in largest])
+    return prose(f"Of all their time: {shares}.")
 
 
 def _neighbours(results: Path) -> list[str]:

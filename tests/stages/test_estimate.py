@@ -50,8 +50,9 @@ def test_simulators_of_reality_are_one_to_a_thread():
 
 def test_checks_in_reality_are_counted_once():
     """The first check of a later round is of a policy that the round before has checked."""
-    config = Config()
-    without = replace(config, posttrain=replace(config.posttrain, real_check_every=0))
+    checked = replace(Config().posttrain, rounds=2, real_check_every=4)
+    config = Config(posttrain=checked)
+    without = replace(config, posttrain=replace(checked, real_check_every=0))
     costs = [estimate.estimate(c, COST) for c in (config, without)]
     checks = [costs[0][f"posttrain-{n}"] - costs[1][f"posttrain-{n}"] for n in range(2)]
     assert checks[0] == pytest.approx(3 * checks[1])  # at 0, 4 and 8, and at 4
