@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import NonFiniteError, UserError
+from worldenv.runtime.errors import NonFiniteError, UserError, write_error
 
 Value = int | float | str | bool | None | Tensor | list
 

@@ -19,8 +19,7 @@ from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
 from worldenv.models.folder import weight_bytes
 from worldenv.runtime import checkpoint, ranks
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError, unknown
+from worldenv.runtime.errors import UserError, unknown, write_error
 from worldenv.stages import (
     collect,
     demonstrations,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from worldenv.runtime import device as devices
 from worldenv.runtime import ranks
-from worldenv.runtime.checkpoint import read_error, write_error
+from worldenv.runtime.errors import read_error, write_error
 from worldenv.runtime.logging import read_metrics
 from worldenv.stages.run import Run, Step, read_record, write_record
 

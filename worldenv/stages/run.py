@@ -20,8 +20,7 @@ from worldenv.config import Config, PolicyConfig, load
 from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel, ranks
-from worldenv.runtime.checkpoint import read_error, write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, read_error, write_error
 from worldenv.runtime.lock import FolderLock
 from worldenv.runtime.logging import NoLogger, RunLogger
 from worldenv.stages.reality import Reality, benchmark, embodiment
