@@ -18,6 +18,7 @@ import tyro
 
 from worldenv import doctor as doctor_module
 from worldenv import export as export_module
+from worldenv import launch
 from worldenv import push as push_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
@@ -262,14 +263,11 @@ def _train() -> int | None:
         from worldenv.layouts import tiny
 
         tiny.prepare(config)
-    run = Run(config, force=arguments.force)
-    try:
+    with launch.together(config), closing(Run(config, force=arguments.force)) as run:
         if arguments.stage == "all":
             results = pipeline.run_all(run, files, arguments.round)
         else:
             results = pipeline.run_stage(run, arguments.stage, arguments.round, files)
-    finally:
-        run.close()
     if isinstance(results, Path):
         page = run.dir / "report.html"
         print(*[f"report:  {page}"] * page.exists(), f"results: {results}", sep="\n")

@@ -119,6 +119,19 @@ class RunLogger:
         return self._writers[stage]
 
 
+class NoLogger:
+    """A `RunLogger` of a rank that writes nothing."""
+
+    def log(self, stage: str, step: int, **metrics: Value) -> None:
+        """As `RunLogger.log`."""
+
+    def rewind(self, stage: str, step: int) -> None:
+        """As `RunLogger.rewind`."""
+
+    def close(self) -> None:
+        """As `RunLogger.close`."""
+
+
 def read_metrics(run_dir: Path | str, stage: str | None = None) -> list[dict[str, Any]]:
     """The rows of a run's log, in the order they were written; of one stage if named.
 
