@@ -47,7 +47,7 @@ def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
     """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task, or files."""
     config = run.config
     if config.data.paths:
-        return demonstrations.from_files(run, mark)
+        return ranks.together(lambda: demonstrations.from_files(run, mark))
     folder = run.path("data", "demonstrations")
     return record_expert(config, config.collect.demonstrations, folder, mark)
 
