@@ -18,7 +18,7 @@ from worldenv.envs.benchmark import begun
 from worldenv.presets import preset
 from worldenv.runtime import parallel, ranks
 from worldenv.runtime.errors import UserError
-from worldenv.stages import pipeline, sft, training
+from worldenv.stages import pipeline, training
 from worldenv.stages.run import Run
 
 FILE = Path(__file__).parents[2] / "examples" / "own_benchmark.py"
@@ -64,14 +64,14 @@ def whole(folder: Path) -> dict:
 
 def killed(folder: Path) -> dict:
     """As `whole`, and rank 1 is killed in imitation's fourth step."""
-    draw = sft.generator
+    draw = training.generator
 
     def drawn(seed: int, *keys: int | str):
-        if keys[1] == 3 and ranks.number() == 1:
+        if keys[:2] == ("sft", 3) and ranks.number() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return draw(seed, *keys)
 
-    sft.generator, training.CHECKPOINT_SECONDS = drawn, 0.0
+    training.generator, training.CHECKPOINT_SECONDS = drawn, 0.0
     try:
         return whole(folder)
     except UserError as error:
