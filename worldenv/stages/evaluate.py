@@ -108,9 +108,9 @@ def resumed(
     def keep(episodes: list[dict]) -> None:
         write_record(own, {"mark": mark, "episodes": [*before, *episodes]})
 
-    evaluate_policy(run, policy, left, label, reflector, keep, noise)
-    every = ranks.together(stored)
-    return sorted(every, key=lambda e: (e["task"], e["start"], e["seed"]))
+    more = evaluate_policy(run, policy, left, label, reflector, keep, noise)
+    ranks.together(stored)
+    return sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
 
 
 def held_out_starts(run: Run) -> list[Start]:
