@@ -24,6 +24,7 @@ CPU_TORCH := torch==2.13.0
 GPU_TORCH := torch>=2.11,<2.14
 BUILD_TOOLS := setuptools>=77 wheel ninja pybind11 numpy
 HF_LIBERO := hf-libero==0.1.4
+METAWORLD := metaworld==3.1.1
 GL_PACKAGES := libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6
 
 # The first interpreter that runs and has a supported version (a pyenv shim may exist and not run).
@@ -33,6 +34,12 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD := $(BIN)/python setup.py -q build_ext --inplace
+# Bytecode of all of torch, scipy and transformers takes a minute; what is imported gets its own then.
+INSTALL := $(PIP) install -q --no-compile
+REQUIREMENTS := import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	extras = filter(None, "$(EXTRAS)".split(",")); \
+	print(*p["dependencies"], *sum(map(p["optional-dependencies"].get, extras), []), sep="\n")
 
 .PHONY: help train test bench bench-check results lint install clean
 
@@ -43,10 +50,12 @@ train: install
 	$(BIN)/worldenv-train $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
-	$(BIN)/worldenv-train --preset smoke --run-dir "$$folder/run" && \
-	$(BIN)/worldenv-train --preset published-tiny --run-dir "$$folder/published"
+	train() { echo "worldenv-train --preset $$1"; \
+		$(BIN)/worldenv-train --preset $$1 --run-dir "$$folder/$$1" > "$$folder/$$1.log" 2>&1; }; \
+	train published-tiny & other=$$!; failed=0; train smoke || failed=1; wait $$other || failed=1; \
+	cat "$$folder"/*.log; exit $$failed
 
 bench: install
 	$(BIN)/python -m bench $(ARGS)
@@ -86,7 +95,7 @@ $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(install_torch)
 	@$(PIP) freeze | grep '^torch==' > $(VENV)/constraints.txt
-	$(PIP) install -q -c $(VENV)/constraints.txt $(foreach tool,$(BUILD_TOOLS),'$(tool)')
+	$(INSTALL) -c $(VENV)/constraints.txt $(foreach tool,$(BUILD_TOOLS),'$(tool)')
 	@touch $@
 
 # With an NVIDIA driver: the CUDA build. Without: on x86-64 Linux the plain name may stand for a CUDA
@@ -97,7 +106,7 @@ define install_torch
 	elif command -v nvidia-smi >/dev/null; then want='$(GPU_TORCH)'; \
 	else want='$(CPU_TORCH)'; fi; \
 	index='$(TORCH_INDEX)'; \
-	install() { echo "installing $$1"; $(PIP) install -q $${index:+--extra-index-url "$$index"} "$$1"; }; \
+	install() { echo "installing $$1"; $(INSTALL) $${index:+--extra-index-url "$$index"} "$$1"; }; \
 	if [ -z '$(TORCH)' ] && [ "$$want" = '$(CPU_TORCH)' ] && [ "$$(uname -sm)" = "Linux x86_64" ]; then \
 		install "$$want+cpu" || { echo "No configured package index has a CPU build of torch, so the" \
 			"default one is installed: several GB of CUDA libraries. To avoid them, interrupt and run" \
@@ -106,14 +115,21 @@ define install_torch
 	else install "$$want"; fi
 endef
 
-# hf-libero without its dependencies: they reach an unpinned torchvision, and with it a CUDA torch.
+# The extension needs torch alone, so it is compiled while packages are fetched; the two steps that
+# build it again find it done. Two packages come without their dependencies, which the extra `libero`
+# has: hf-libero's reach an unpinned torchvision, and with it a CUDA torch, and metaworld pins mujoco
+# 3.3.0 (its tasks and experts are tested with 3.8).
 $(VENV)/.packages: $(VENV)/.torch pyproject.toml
-	$(PIP) install -q -c $(VENV)/constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
-	$(PIP) install -q --no-deps $(HF_LIBERO)
+	@$(BIN)/python -c '$(REQUIREMENTS)' > $(VENV)/requirements.txt
+	$(BUILD) > $(VENV)/build.log 2>&1 & built=$$!; \
+	$(INSTALL) -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt; \
+	$(INSTALL) --no-deps $(HF_LIBERO) $(METAWORLD); \
+	wait $$built || { cat $(VENV)/build.log >&2; exit 1; }
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py $(NATIVE)
-	$(BIN)/python setup.py -q build_ext --inplace
+	$(BUILD)
 	@touch $@
 
 $(VENV)/.gl: $(VENV)/.packages

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -67,4 +68,13 @@ extension = (CUDAExtension if WITH_CUDA else CppExtension)(
     extra_compile_args={"cxx": cxx, "nvcc": nvcc} if WITH_CUDA else {"cxx": cxx},
 )
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})
+
+class Build(BuildExtension):
+    """In one folder also for an editable install, which has another each time: built once."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
+
+
+setup(ext_modules=[extension], cmdclass={"build_ext": Build})

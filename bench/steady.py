@@ -62,7 +62,7 @@ def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
 
     def frames() -> list[Tensor]:
         piece = partial(estimate.imagine, simulator, reflector, policy, config, rows)
-        parallel.run([piece] * parallel.SHARDS)
+        parallel.shared([piece] * parallel.SHARDS)
         return []
 
     return {

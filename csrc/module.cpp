@@ -3,6 +3,7 @@
 // Importing it also registers the tensor operations, which ops.cpp declares with torch.library; no tensor crosses
 // pybind11. CPU features are read at run time so that one wheel serves every x86-64, and arm64 builds report none.
 
+#undef TORCH_TARGET_VERSION  // no tensor here, and with it torch 2.11's copy of pybind11 refuses to be included
 #include <pybind11/pybind11.h>
 
 #include <string>

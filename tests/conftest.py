@@ -14,6 +14,7 @@ import importlib.util
 import resource
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,23 @@ from worldenv.runtime.errors import UserError
 
 torch.set_num_threads(1)
 
+# Files that take longest, in seconds of one core: they start first, so that none is left over at
+# the end for one core while others idle. Those that simulate come apart: on a fresh machine the
+# first one compiles robosuite's arithmetic for half a minute, and the second finds it compiled.
+_LONGEST = (
+    "stages/test_resume.py",
+    "bench/test_bench.py",
+    "kernels/test_triton_interpreter.py",
+    "stages/test_plan.py",
+    "envs/libero/test_env.py",
+    "bad_inputs/test_bad_values.py",
+    "test_examples.py",
+    "kernels/test_triton_compile.py",
+    "stages/test_records.py",
+    "data/test_conventions.py",
+    "runtime/test_signals.py",
+    "fuzz/test_fuzz.py",
+)
 _LIBERO_PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
 _gl_failure: str | None = None
 _gl_tried = False
@@ -38,6 +56,13 @@ def gl_failure() -> str | None:
         except UserError as error:
             _gl_failure = str(error)
     return _gl_failure
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; `--no-loadscope-reorder` has pytest-xdist keep the order."""
+    here = Path(__file__).parent
+    order = {here / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

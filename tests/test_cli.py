@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from worldenv import cli
 from worldenv.play.session import open_world
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
@@ -16,15 +17,31 @@ from worldenv.stages.run import Run
 SCRIPTS = ("train", "evaluate", "collect", "imagine", "export", "play", "push")
 
 
-def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
-    code = f"import sys; from worldenv.entry import {script}; sys.argv[0] = '{script}'; {script}()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
-    )
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Runs a console script in this process: importing torch anew for each takes seconds."""
+
+    def call(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            getattr(cli, script)()
+        return subprocess.CompletedProcess(arguments, ended.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+def test_a_script_of_its_own_process_ends_with_a_message_and_its_code():
+    code = "import sys; from worldenv.entry import train; sys.argv[0] = 'train'; train()"
+    command = [sys.executable, "-c", code, "--preset", "defualt"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "Did you mean 'default'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_speaks_in_sentences(script):
+def test_help_speaks_in_sentences(call, script):
     done = call(script, "--help")
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
@@ -40,7 +57,7 @@ def test_help_speaks_in_sentences(script):
     assert expected[script] in text
 
 
-def test_mistakes_are_named_without_a_traceback(tmp_path):
+def test_mistakes_are_named(call, tmp_path):
     for arguments, words in (
         (("--preset", "defualt"), "Did you mean 'default'"),
         (("--sft.stepz", "3"), "sft.steps"),
@@ -50,7 +67,6 @@ def test_mistakes_are_named_without_a_traceback(tmp_path):
         done = call("train", *arguments)
         assert done.returncode == 2, (arguments, done.stderr)
         assert words in done.stderr + done.stdout, (arguments, done.stderr)
-        assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     done = call("evaluate", "--run-dir", str(tmp_path / "absent"))
@@ -58,11 +74,10 @@ def test_mistakes_are_named_without_a_traceback(tmp_path):
     assert "config.json" in done.stderr
 
 
-def test_a_wrong_asset_folder_is_named(tmp_path):
+def test_a_wrong_asset_folder_is_named(call, tmp_path):
     done = call("collect", "expert", "--assets", str(tmp_path), "--out", str(tmp_path / "out"))
     assert done.returncode == 2
     assert str(tmp_path) in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
@@ -75,7 +90,7 @@ def run(tmp_path):
 
 @pytest.mark.libero
 @pytest.mark.slow
-def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
+def test_eval_runs_a_policy_and_prints_its_interval(call, run, tmp_path):
     path = run.dir / "checkpoints" / "policy-1.safetensors"
     store.save("policy", store.build("policy", run.config), path)
     out = tmp_path / "outcomes.json"
@@ -91,7 +106,7 @@ def test_eval_runs_a_policy_and_prints_its_interval(run, tmp_path):
     assert [(e["start"], e["success"]) for e in episodes] == [(0, False)]
 
 
-def test_eval_refuses_a_policy_of_another_chunk_or_image_size(run):
+def test_eval_refuses_a_policy_of_another_chunk_or_image_size(call, run):
     path = run.dir / "checkpoints" / "policy-1.safetensors"
     store.save("policy", store.build("policy", run.config), path)
     config = json.loads((run.dir / "config.json").read_text())
@@ -101,14 +116,12 @@ def test_eval_refuses_a_policy_of_another_chunk_or_image_size(run):
         done = call("evaluate", "--run-dir", str(run.dir), "--policy", str(path))
         assert done.returncode == 2, done.stderr
         assert f"this policy was trained with env.{name} {config['env'][name]}" in done.stderr
-        assert "Traceback" not in done.stderr
 
 
-def test_a_run_without_a_world_cannot_be_played_in(run):
+def test_a_run_without_a_world_cannot_be_played_in(call, run):
     done = call("play", str(run.dir), "--port", "0", "--no-browser")
     assert done.returncode == 2
     assert f"stage 'simulator-0' has not run in {run.dir}" in done.stderr
-    assert "Traceback" not in done.stderr
     with pytest.raises(UserError, match=r"round 9: expected 0\.\.1"):
         open_world(run, 9)
     rounds = replace(run.config.posttrain, world="real", rounds=1)

@@ -16,9 +16,10 @@ from worldenv.runtime.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
-# Of pip, git, TensorBoard and huggingface-cli; a part of published files' names.
+# Of pip, git, TensorBoard, huggingface-cli and torchrun; a part of published files' names.
 FOREIGN = {"--no-build-isolation", "--no-deps", "--force-reinstall", "--porcelain", "--logdir"}
 FOREIGN |= {"--local-dir", "--repo-type", "--latest_"}
+FOREIGN |= {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ import tyro
 
 from worldenv import doctor as doctor_module
 from worldenv import export as export_module
+from worldenv import launch
 from worldenv import push as push_module
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
@@ -75,7 +76,7 @@ class TrainArguments:
 
     Without a stage the whole pipeline runs; stages whose artifacts match the configuration are
     skipped, so the same command resumes an interrupted run. Choose a starting point with --preset
-    (default, smoke, libero-spatial-small, libero-spatial, ...) and change any field.
+    (default, smoke, metaworld, libero-spatial-small, ...) and change any field.
     """
 
     stage: tyro.conf.Positional[_Stage] = "all"
@@ -262,14 +263,11 @@ def _train() -> int | None:
         from worldenv.layouts import tiny
 
         tiny.prepare(config)
-    run = Run(config, force=arguments.force)
-    try:
+    with launch.together(config), closing(Run(config, force=arguments.force)) as run:
         if arguments.stage == "all":
             results = pipeline.run_all(run, files, arguments.round)
         else:
             results = pipeline.run_stage(run, arguments.stage, arguments.round, files)
-    finally:
-        run.close()
     if isinstance(results, Path):
         page = run.dir / "report.html"
         print(*[f"report:  {page}"] * page.exists(), f"results: {results}", sep="\n")

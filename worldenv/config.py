@@ -334,6 +334,9 @@ class Config:
     threads: Annotated[int, Range(0, 1024)] = 0
     """Threads to compute with (0: OMP_NUM_THREADS, or one for every usable core). Results do not
     depend on it."""
+    shards: Annotated[int, Range(0, 4096)] = 0
+    """Shards that every batch is cut into, each with random numbers of its own and computed by one
+    rank (0: 4 on a CPU, 1 on a GPU). Results depend on them; there may be as many ranks."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -366,6 +369,9 @@ class Config:
             yield not (tokens and part.push), f"{name}.push", wish
         head = "head for a policy this large: a network would be a second one in memory"
         yield not self.policy.large or self.posttrain.value == "head", "posttrain.value", head
+        for part, name in _CUT if self.shards else ():
+            whole = getattr(getattr(self, part), name) % self.shards == 0
+            yield whole, f"{part}.{name}", f"a multiple of shards {self.shards}"
         first = collect.episodes * len(env.tasks)
         rl = self.posttrain
         passes = {rl.sampling_steps, rl.refresh_sampling_steps}
@@ -386,6 +392,17 @@ class Config:
         """Denoising steps per imagined frame in round `number`."""
         rl = self.posttrain
         return rl.refresh_sampling_steps if number else rl.sampling_steps
+
+
+_CUT = (
+    ("sft", "batch"),
+    ("simulator", "batch"),
+    ("simulator", "dynamics_batch"),
+    ("distill", "batch"),
+    ("reflector", "batch"),
+    ("posttrain", "rows"),
+)
+"""Batches that are cut into shards."""
 
 
 def load(path: Path) -> Config:

@@ -13,6 +13,7 @@ Preset = Literal[
     "libero-goal",
     "libero-10",
     "libero-spatial-small",
+    "metaworld",
     "openvla-oft-wan",
     "openvla-oft-wovr",
 ]

@@ -11,6 +11,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench.results import defaults, experiments, figures, kernels
@@ -24,6 +25,7 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "earlier": defaults.earlier,
     "lost": defaults.lost,
     "suite": defaults.suite,
+    "metaworld": partial(defaults.suite, folder="metaworld"),
     "experiments": experiments.experiments,
     "full-size": experiments.full_size,
     "kernels": kernels.kernels,

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from worldenv.data.camera import Camera, Rig, hand_pose
+from worldenv.data.camera import Camera
 from worldenv.data.embodiment import Embodiment, differences
+from worldenv.data.rig import Rig, hand_pose, project
 from worldenv.envs.libero.cameras import AGENTVIEW, of_tasks
 from worldenv.envs.libero.robot import embodiment
 from worldenv.fields import from_dict, to_dict
@@ -20,7 +21,7 @@ NOWHERE = torch.eye(4)
 
 def test_a_camera_sees_right_up_and_ahead():
     points = torch.tensor([[0.0, 0, -1], [0.5, 0, -1], [0, 0.5, -1], [1, 1, -2], [0, 0, 1]])
-    pixels, depth = PLAIN.project(points, NOWHERE, 100)
+    pixels, depth = project(PLAIN, points, NOWHERE, 100)
     assert depth.tolist() == [1, 1, 1, 2, -1]  # the last is behind
     expected = torch.tensor([[50.0, 50], [75, 50], [50, 25], [75, 25]])
     torch.testing.assert_close(pixels[:4], expected)
@@ -33,14 +34,14 @@ def test_images_may_lie_mirrored_or_upside_down():
         ({"upside_down": True}, [75, 62.5]),
         ({"mirrored": True, "upside_down": True}, [25, 62.5]),
     ):
-        pixels, _ = replace(PLAIN, **changes).project(point, NOWHERE, 100)
+        pixels, _ = project(replace(PLAIN, **changes), point, NOWHERE, 100)
         torch.testing.assert_close(pixels, torch.tensor(expected))
 
 
 def test_a_place_scales_with_the_image():
     points = torch.randn(4, 5, 3) - torch.tensor([0, 0, 5.0])
-    small, _ = PLAIN.project(points, NOWHERE, 64)
-    large, _ = PLAIN.project(points, NOWHERE, 256)
+    small, _ = project(PLAIN, points, NOWHERE, 64)
+    large, _ = project(PLAIN, points, NOWHERE, 256)
     torch.testing.assert_close(4 * small, large)
 
 
@@ -50,8 +51,8 @@ def test_a_camera_in_the_hand_moves_with_it():
     hand = hand_pose(torch.randn(3, 3), turn)
     before = torch.tensor([0.3, -0.2, -1.0])
     points = (hand[:, :3, :3] @ before) + hand[:, :3, 3]
-    pixels, depth = camera.project(points, hand, 64)
-    expected, _ = PLAIN.project(before, NOWHERE, 64)
+    pixels, depth = project(camera, points, hand, 64)
+    expected, _ = project(PLAIN, before, NOWHERE, 64)
     torch.testing.assert_close(pixels, expected.expand(3, 2), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(depth, torch.ones(3))
 

@@ -4,7 +4,8 @@
 
 A mutation is determined by its number, so a failure is repeated by naming it. Kinds: config,
 checkpoint, hdf5, log, record, outcomes, "wan config", "wan weights", "lerobot info", "lerobot
-list", "lerobot table", "lerobot own", "lerobot video". pytest runs two thousand (test_fuzz.py).
+list", "lerobot table", "lerobot own", "lerobot video". pytest runs a thousand, with
+WORLDENV_SLOW=1 two and a half thousand (test_fuzz.py).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from worldenv.data.embodiment import Entry
+from worldenv.data.rig import project
 from worldenv.envs.libero.cameras import of_tasks
 from worldenv.envs.libero.robot import embodiment
 from worldenv.play.controls import controls, reaches
@@ -19,7 +20,9 @@ def test_keys_point_as_the_camera_sees(suite):
     for control in controls(robot)[:3]:
         moved = hand.clone()
         moved[control.index] += 0.01 * control.sign
-        pixels, depth = camera.project(torch.stack([hand, moved]), torch.eye(4).expand(2, 4, 4), 64)
+        pixels, depth = project(
+            camera, torch.stack([hand, moved]), torch.eye(4).expand(2, 4, 4), 64
+        )
         column, row = (pixels[1] - pixels[0]).tolist()
         seen[control.words[0]] = (column, row, float(depth[1] - depth[0]))
         assert control.name == "xyz"[control.index]

@@ -73,10 +73,11 @@ class EpisodeWriter:
     """Appends episodes of one task to one `.hdf5` file in LIBERO's layout.
 
     Use as a context manager. Leaving it normally merges; leaving it by an exception keeps the parts
-    as they are (they are read, and merged by the next writer). One writer per file at a time.
+    as they are (they are read, and merged by the next writer). One writer per file at a time; but
+    what is not `alone` only adds parts, which the one that is merges.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, alone: bool = True) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() not in SUFFIXES:
             raise UserError(
@@ -85,7 +86,7 @@ class EpisodeWriter:
             )
         self._parts = parts_folder(self.path)
         self._parts.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self._parts / "lock", self.path)
+        self._lock = _lock(self._parts / "lock", self.path) if alone else None
         self._task: tuple[str, str, int] | None = None
         self._next = 1 + max((int(p.stem.split("-")[1]) for p in parts_of(self.path)), default=-1)
         for file in (self.path, *parts_of(self.path)[-1:]):
@@ -148,17 +149,27 @@ class DatasetWriter:
     each.
     """
 
-    def __init__(self, folder: Path | str) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, alone: bool = True) -> None:
+        self.folder, self.alone = Path(folder), alone
         self._writers: dict[Path, EpisodeWriter] = {}
 
     def append(self, episode: Episode) -> None:
         """Store one finished episode durably in its task's file."""
         of = (episode.suite, episode.task, episode.instruction, episode.benchmark)
         path = episode_path(self.folder, *of)
-        if path not in self._writers:
-            self._writers[path] = EpisodeWriter(path)
+        self.open(path)
         self._writers[path].append(episode)
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that it has open."""
+        return [*self._writers]
+
+    def open(self, *paths: Path) -> None:
+        """Have files open: what others added to them is merged too, when they are closed."""
+        for path in paths:
+            if path not in self._writers:
+                self._writers[path] = EpisodeWriter(path, self.alone)
 
     def close(self, merge: bool = True) -> None:
         """Close every file."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from worldenv.config import Config
 from worldenv.layouts import openvla, vae, vlm, wan
-from worldenv.runtime.checkpoint import write_error
+from worldenv.runtime.errors import write_error
 
 
 def prepare(config: Config) -> None:

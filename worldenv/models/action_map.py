@@ -15,8 +15,8 @@ frame's cameras, in the frames of the last one's.
 import torch
 from torch import Tensor, nn
 
-from worldenv.data.camera import Rig, hand_pose
 from worldenv.data.embodiment import Embodiment
+from worldenv.data.rig import Rig, hand_pose
 from worldenv.runtime.errors import UserError
 
 # Of an image's side: radius of the disc, length and width of the lines.

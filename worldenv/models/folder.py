@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from worldenv.runtime import strict_json
-from worldenv.runtime.checkpoint import read_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, read_error
 
 AGAIN = "Download it again, whole, or name another."
 _SETTINGS, _WEIGHTS = (".json", ".jinja", ".model", ".txt"), (".safetensors", ".pt", ".pth")

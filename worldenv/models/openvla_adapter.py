@@ -17,8 +17,7 @@ from worldenv.models import vit
 from worldenv.models.folder import read_json
 from worldenv.models.openvla import HEADS, TOWERS, OpenVLA, linears
 from worldenv.models.weights import Shards, check_shapes
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, write_error
 
 FOLDER = "lora_adapter"  # beside the published shards
 HEAD = "language_model.lm_head"  # of a policy that writes tokens: trained in full, beside adapters

@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from worldenv.models.folder import AGAIN, few, listed, read_json
-from worldenv.runtime.checkpoint import read_error
-from worldenv.runtime.errors import NonFiniteError, UserError
+from worldenv.runtime.errors import NonFiniteError, UserError, read_error
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _FINITE: set[tuple] = set()

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from worldenv.report.charts import COLOURS, MARKERS, PALETTE, drawing
 from worldenv.report.parts import embedded, text, tiles
 from worldenv.report.statistics import wilson
-from worldenv.runtime.checkpoint import write_error
+from worldenv.runtime.errors import write_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

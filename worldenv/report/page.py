@@ -37,8 +37,7 @@ from worldenv.report.statistics import (
     wilson,
 )
 from worldenv.report.video import side_by_side, write_video
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, write_error
 from worldenv.runtime.logging import read_metrics
 
 __all__ = ["side_by_side", "write_report", "write_video"]

@@ -10,8 +10,7 @@ import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, write_error
 
 _INK = (27, 31, 36)
 _PAPER = (255, 255, 255)

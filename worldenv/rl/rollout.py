@@ -149,7 +149,8 @@ def rollout_shards(
         )
 
     shares = parallel.shares(len(starts), len(envs))
-    return join(parallel.run([partial(piece, *pair) for pair in zip(envs, shares, strict=False)]))
+    pieces = [partial(piece, *pair) for pair in zip(envs, shares, strict=False)]
+    return join(parallel.shared(pieces))
 
 
 def join(parts: Sequence[Trajectories]) -> Trajectories:

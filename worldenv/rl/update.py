@@ -212,7 +212,7 @@ def _critic_update(
     batches = everything.split(config.minibatch)
     with torch.no_grad():
         pieces = [partial(value_of, own) for batch in batches for own in _pieces(batch)]
-        value = torch.cat(parallel.run(pieces))
+        value = torch.cat(parallel.shared(pieces))
     group = config.group if config.advantage == "loop-gae" else 1
     advantage, target, live = gae_advantages(
         trajectories, reward, value, config.gamma, config.gae_lambda, group

@@ -8,7 +8,6 @@ draws come from `seeds`, which keep no state).
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, read_error, write_error
 
 _HEADER_KEY = "worldenv"
 _STATE = "optimizer/state/"
@@ -310,26 +309,6 @@ def check_training(
     """UserError where `load_training` would raise it."""
     check_fit(weights(module, frozen), selected("model/", tensors), source, type(module).__name__)
     _optimizer_state(optimizer, module, tensors)
-
-
-def read_error(path: Path | str, error: OSError) -> UserError:
-    """The UserError for a failed read of the file `path`."""
-    if isinstance(error, IsADirectoryError):
-        return UserError(f"{path} is a folder where a file belongs. Move it away, or rename it.")
-    return UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.")
-
-
-def write_error(path: Path | str, error: Exception) -> UserError:
-    """The UserError for a failed write to `path`: says how to mend a full disk."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    if full or f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
-        return UserError(
-            f"The disk that holds {path} is full. Nothing written before was lost: free some space "
-            "and start again; the run goes on from its last checkpoint."
-        )
-    return UserError(
-        f"Cannot write {path}: {error}. Check the folder's permissions, or choose another."
-    )
 
 
 def _numbers(group: Mapping[str, Any]) -> dict[str, Any]:

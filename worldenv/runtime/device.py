@@ -19,12 +19,16 @@ BUILD_COMMAND = "pip install --no-build-isolation --no-deps -e ."
 
 
 def pick(name: str = "auto") -> torch.device:
-    """The torch device called `name`; "auto" is the first GPU if there is one, else the CPU.
+    """The torch device called `name`; "auto" is a GPU if there is one, else the CPU. Without an
+    index, the GPU is the first, or that of this rank's number on its node.
 
     Raises UserError for a name torch does not know and for a GPU that is not there.
     """
+    local = int(os.environ.get("LOCAL_RANK") or 0)
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = "cuda"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -37,14 +41,19 @@ def pick(name: str = "auto") -> torch.device:
         raise UserError(
             f"Device {name!r} is not supported. Expected auto, cpu, cuda or cuda:<index>."
         )
-    count = torch.cuda.device_count()
-    if (device.index or 0) >= count:
+    count, index = torch.cuda.device_count(), local if device.index is None else device.index
+    if 0 < count <= index == local:
+        raise UserError(
+            f"This node's rank {local} needs a GPU of its own, but torch sees {count}. Start "
+            f"{count} processes on it (torchrun --nproc-per-node {count}), or ask for --device cpu."
+        )
+    if index >= count:
         build = "" if torch.version.cuda else " This torch is a CPU build: install a CUDA build."
         raise UserError(
             f"Device {name!r} was asked for, but torch sees {count} GPUs.{build} "
             "Ask for auto: worldenv-train --device auto, or `device` in a run folder's config.json."
         )
-    return torch.device("cuda", device.index or 0)
+    return torch.device("cuda", index)
 
 
 def cpu_features() -> dict[str, bool]:

@@ -8,7 +8,9 @@ keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -39,3 +41,23 @@ def unknown(kind: str, name: str, candidates: Iterable[str]) -> UserError:
     guess = nearest(name, pool)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return UserError(f"Unknown {kind} {name!r}.{hint} Known: {', '.join(pool)}.")
+
+
+def read_error(path: Path | str, error: OSError) -> UserError:
+    """The UserError for a failed read of the file `path`."""
+    if isinstance(error, IsADirectoryError):
+        return UserError(f"{path} is a folder where a file belongs. Move it away, or rename it.")
+    return UserError(f"Cannot read {path}: {error.strerror}. Check its permissions.")
+
+
+def write_error(path: Path | str, error: Exception) -> UserError:
+    """The UserError for a failed write to `path`: says how to mend a full disk."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if full or f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
+        return UserError(
+            f"The disk that holds {path} is full. Nothing written before was lost: free some space "
+            "and start again; the run goes on from its last checkpoint."
+        )
+    return UserError(
+        f"Cannot write {path}: {error}. Check the folder's permissions, or choose another."
+    )

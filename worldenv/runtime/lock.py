@@ -8,8 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, write_error
 
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import NonFiniteError, UserError
+from worldenv.runtime.errors import NonFiniteError, UserError, write_error
 
 Value = int | float | str | bool | None | Tensor | list
 
@@ -118,6 +117,19 @@ class RunLogger:
             folder = self.run_dir / "tensorboard" / stage
             self._writers[stage] = SummaryWriter(str(folder), purge_step=self._purge.get(stage))
         return self._writers[stage]
+
+
+class NoLogger:
+    """A `RunLogger` of a rank that writes nothing."""
+
+    def log(self, stage: str, step: int, **metrics: Value) -> None:
+        """As `RunLogger.log`."""
+
+    def rewind(self, stage: str, step: int) -> None:
+        """As `RunLogger.rewind`."""
+
+    def close(self) -> None:
+        """As `RunLogger.close`."""
 
 
 def read_metrics(run_dir: Path | str, stage: str | None = None) -> list[dict[str, Any]]:

@@ -4,10 +4,11 @@ A piece runs on one thread from beginning to end, and every torch op in it on th
 one, two or eight cores give the same bits. Nothing waits inside a piece, so a core that is busy
 with something else costs its share and no more; threads that share each op lose everything to a
 neighbour (measured: seven times). Batches are cut into `SHARDS`, more pieces than cores, so that a
-slow core simply does fewer. On a GPU there is one piece: the device is the parallel one.
+slow core simply does fewer. On a GPU there is one piece: the device is the parallel one; or as many
+as are asked for, one after the other, so that several ranks can share them.
 
 Python threads suffice: torch holds no lock inside an op, and a backward pass runs in the thread
-that asked for it.
+that asked for it. Where several ranks make up a run, each does some of the pieces.
 """
 
 import ctypes
@@ -21,19 +22,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from worldenv.runtime import ranks
 from worldenv.runtime.device import usable_cores
 
 SHARDS = 4  # of a batch on a CPU: enough for a slow core to do fewer, few enough to stay large
 T = TypeVar("T")
 
-_count = 0
+_count = _shards = 0
 _pool: ThreadPoolExecutor | None = None
 
 
-def use_threads(count: int = 0) -> None:
-    """Let `run` use `count` threads, and torch one in each. 0: OMP_NUM_THREADS, or all cores."""
-    global _count, _pool
-    count = count or _default()
+def use_threads(count: int = 0, shards: int = 0) -> None:
+    """Let `run` use `count` threads, and torch one in each. 0: OMP_NUM_THREADS, or all cores.
+
+    shards: that batches are cut into on any device (0: as many as it wants itself)."""
+    global _count, _pool, _shards
+    count, _shards = count or _default(), shards
     torch.set_num_threads(1)
     if count != _count:
         if _pool is not None:
@@ -55,7 +59,7 @@ def _default() -> int:
 
 def shards(device: torch.device) -> int:
     """Into how many pieces a batch on `device` is cut."""
-    return SHARDS if device.type == "cpu" else 1
+    return _shards or (SHARDS if device.type == "cpu" else 1)
 
 
 def shares(total: int, pieces: int) -> list[slice]:
@@ -96,10 +100,19 @@ def run(pieces: Iterable[Callable[[], T]]) -> list[T]:
         raise
 
 
+def shared(pieces: Sequence[Callable[[], T]]) -> list[T]:
+    """As `run`, of all ranks: each piece is done by one of them, and all have what it returns."""
+    if ranks.count() == 1:
+        return run(pieces)
+    mine = ranks.Claims(len(pieces))
+    lanes = run([lambda: {k: pieces[k]() for k in mine}] * min(threads(), len(pieces)))
+    return ranks.merge({k: done for lane in lanes for k, done in lane.items()})
+
+
 def spread(pieces: Sequence[Callable[[], T]], device: torch.device) -> list[T]:
-    """As `run`, with no more at a time than a batch on `device` has pieces."""
+    """As `shared`, with no more at a time than a batch on `device` has pieces."""
     stretches = shares(len(pieces), shards(device))
-    done = run([lambda s=s: [piece() for piece in pieces[s]] for s in stretches])
+    done = shared([lambda s=s: [piece() for piece in pieces[s]] for s in stretches])
     return [result for stretch in done for result in stretch]
 
 
@@ -119,22 +132,28 @@ def gradients(
     """
     weights = weights or [1 / len(losses)] * len(losses)
 
-    shared = shares(len(losses), shards(parameters[0].device))
-    pieces = run([lambda s=s: _gradient(parameters, losses[s], weights[s]) for s in shared])
-    done = [part for _, made in pieces for part in made]
+    cut = shares(len(losses), shards(parameters[0].device))
+    own = cut[ranks.share(len(cut))]
+    pieces = run([lambda s=s: _gradient(parameters, losses[s], weights[s]) for s in own])
+    told = ranks.gather(([made for _, made in pieces], _given(parameters, pieces)))
+    done = [part for made, _ in told for piece in made for part in piece]
+    given = [any(each) for each in zip(*(given for _, given in told), strict=True)]
+    grads = [grads for grads, _ in pieces]
+    if ranks.count() > 1:
+        grads = [_summed(parameters, grads, given)]
     parts = _parts(parameters)
 
     def add(rows: slice) -> Tensor:
         """Sum the pieces' gradients in order, for some of the parameters; their norm."""
         totals: list[Tensor] = []
         for i in range(rows.start, rows.stop):
-            given = [grads[i] for grads, _ in pieces if grads[i] is not None]
             parameters[i].grad = None
-            if given:
+            if given[i]:
+                found = [piece[i] for piece in grads if piece[i] is not None]
                 # Never into what autograd gave, which may be one tensor for two parameters; and
                 # laid out as the parameter, for fused optimisers pair them by memory order.
-                total = torch.empty_like(parameters[i], requires_grad=False).copy_(given[0])
-                for other in given[1:]:
+                total = torch.empty_like(parameters[i], requires_grad=False).copy_(found[0])
+                for other in found[1:]:
                     total.add_(other)
                 parameters[i].grad = total
                 totals.append(total)
@@ -151,6 +170,29 @@ def gradients(
 
         run([lambda p=p: shrink(p) for p in parts])
     return sum(loss for loss, _ in done), [rest for _, rest in done], norm
+
+
+def _given(parameters: Sequence[Tensor], pieces: Sequence[tuple]) -> list[bool]:
+    """Which parameters any piece of this rank has a gradient for."""
+    return [any(grads[i] is not None for grads, _ in pieces) for i in range(len(parameters))]
+
+
+def _summed(
+    parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor | None]], given: Sequence[bool]
+) -> list[Tensor | None]:
+    """The sum over all pieces of all ranks; a gradient for each parameter that is `given` one."""
+    wanted = [p for p, has in zip(parameters, given, strict=True) if has]
+
+    def flat(piece: Sequence[Tensor | None]) -> Tensor:
+        each = zip(parameters, piece, given, strict=True)
+        of = [(torch.zeros_like(p) if g is None else g) for p, g, has in each if has]
+        return torch.cat([g.detach().reshape(-1) for g in of])
+
+    like = torch.empty(sum(p.numel() for p in wanted), device=parameters[0].device)
+    whole = ranks.total([flat(piece) for piece in grads], like)
+    cut = iter(whole.split([p.numel() for p in wanted]))
+    each = zip(parameters, given, strict=True)
+    return [next(cut).view(p.shape) if has else None for p, has in each]
 
 
 def _gradient(

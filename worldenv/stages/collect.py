@@ -6,6 +6,7 @@ success so that the simulator and the reflector see what success looks like. Suc
 are both kept. Episodes already on disk are not collected again.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
 from worldenv.models.policy import Policy
 from worldenv.rl.noise import Noise, exploration
-from worldenv.runtime import progress
+from worldenv.runtime import progress, ranks
 from worldenv.runtime.device import GIB
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
@@ -46,7 +47,7 @@ def demonstrate(run: Run, mark: str, number: int = 0) -> dict:
     """Stage `demonstrations`: scripted episodes on starts 0, 1, ... of every task, or files."""
     config = run.config
     if config.data.paths:
-        return demonstrations.from_files(run, mark)
+        return ranks.together(lambda: demonstrations.from_files(run, mark))
     folder = run.path("data", "demonstrations")
     return record_expert(config, config.collect.demonstrations, folder, mark)
 
@@ -110,24 +111,28 @@ def record_expert(config: Config, count: int, folder: Path, mark: str = "") -> d
         for task in config.env.tasks
         for index in range(count)
     ]
-    missing = left_to_record(folder, mark, starts, alone)
+    missing = ranks.together(lambda: left_to_record(folder, mark, starts, alone))
     env = make_env(config, config.env.workers)
     try:
         with DatasetWriter(folder) as writer, progress.bar(len(starts), "demonstrations") as bar:
             bar.update(len(starts) - len(missing))
-            for first in range(0, len(missing), config.env.workers):
-                for episode in env.demonstrate(
-                    missing[first : first + config.env.workers],
+            at_once = config.env.workers * ranks.count()
+            for first in range(0, len(missing), at_once):
+                batch = missing[first : first + at_once]
+                own = env.demonstrate(
+                    batch[ranks.share(len(batch))],
                     noise=config.collect.demonstration_noise,
                     seed=derive(config.seed, "demonstration"),
                     attempts=4,
-                ):
+                )
+                for episode in itertools.chain(*ranks.gather(list(own))):
                     episode.meta["mark"] = mark
-                    writer.append(episode)
+                    if ranks.lead():  # in their order, which is that of training
+                        writer.append(episode)
                     bar.advance()
     finally:
         env.close()
-    return _counts(folder, mark)
+    return ranks.together(lambda: _counts(folder, mark))
 
 
 def record_policy(
@@ -145,10 +150,10 @@ def record_policy(
         for task in config.env.tasks
         for k in range(count)
     ]
-    missing = left_to_record(folder, mark, starts, alone)
+    missing = ranks.together(lambda: left_to_record(folder, mark, starts, alone))
     if missing:
         _roll_out(reality, policy, missing, folder, mark, number)
-    return _counts(folder, mark)
+    return ranks.together(lambda: _counts(folder, mark))
 
 
 def _roll_out(
@@ -157,7 +162,8 @@ def _roll_out(
     config = reality.config
     hold = config.collect.hold_chunks * config.env.chunk
     won = 0
-    with DatasetWriter(folder) as writer, progress.bar(len(starts), folder.name) as bar:
+    writes = DatasetWriter(folder, alone=ranks.lead())
+    with writes as writer, progress.bar(len(starts), folder.name) as bar:
 
         def keep(record: Episode) -> None:
             nonlocal won
@@ -175,6 +181,9 @@ def _roll_out(
             terminate="never",
             record_every=config.collect.record_every,
         )
+        written = ranks.gather(writer.files)
+        if ranks.lead():  # which merges them all, now that no rank adds any more
+            writer.open(*itertools.chain(*written))
 
 
 def exploration_noise(config: Config, policy: Policy) -> Noise:

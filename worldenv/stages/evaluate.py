@@ -7,6 +7,7 @@ Policies act on their mean; with `evaluate.sampled` once more with the noise of 
 same for both. What was post-trained in the benchmark itself has no reflector: with oracle alone.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from worldenv.envs.start import Start
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.rl.noise import Noise, exploration
-from worldenv.runtime import progress
+from worldenv.runtime import progress, ranks
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store, thresholds
 from worldenv.stages.collect import world
@@ -83,17 +84,33 @@ def resumed(
     noise: Noise | None = None,
 ) -> list[dict]:
     """What `evaluate_policy` returns, in the order of task, start and seed. The episodes are kept
-    in `path`, and those that are there under this mark are not repeated."""
-    stored = read_record(path) or {}
-    done = stored["episodes"] if stored.get("mark") == mark else []
+    in `path`, and those that are there under this mark are not repeated. Every rank keeps its own,
+    in a file beside it."""
+
+    def stored() -> list[dict]:
+        """What an earlier attempt has left, then in one file."""
+        found = [path, *sorted(path.parent.glob(f"{path.stem}.rank-*.json"))]
+        records = [record for file in found if (record := read_record(file))]
+        known = [e for record in records if record["mark"] == mark for e in record["episodes"]]
+        unique = {(e["task"], e["start"], e["seed"]): e for e in known}
+        if len(found) > 1:
+            write_record(path, {"mark": mark, "episodes": [*unique.values()]})
+        for file in found[1:]:
+            file.unlink()
+        return [*unique.values()]
+
+    done = ranks.together(stored)
     have = {(e["task"], e["start"], e["seed"]) for e in done}
     left = [s for s in starts if (s.task, s.index, s.seed) not in have]
+    own = path if ranks.lead() else path.with_suffix(f".rank-{ranks.number()}.json")
+    before = done if ranks.lead() else []
 
     def keep(episodes: list[dict]) -> None:
-        write_record(path, {"mark": mark, "episodes": [*done, *episodes]})
+        write_record(own, {"mark": mark, "episodes": [*before, *episodes]})
 
-    more = evaluate_policy(run, policy, left, label, reflector, keep, noise)
-    return sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
+    evaluate_policy(run, policy, left, label, reflector, keep, noise)
+    every = ranks.together(stored)
+    return sorted(every, key=lambda e: (e["task"], e["start"], e["seed"]))
 
 
 def held_out_starts(run: Run) -> list[Start]:
@@ -152,7 +169,7 @@ def evaluate_policy(
             policy.to(device)
             if keep is not None:
                 keep(outcomes)
-    return outcomes
+    return [*itertools.chain(*ranks.gather(outcomes))]
 
 
 EVERY = torch.ones(1, dtype=torch.bool)  # the rows of an environment of one

@@ -88,7 +88,7 @@ def encoded(run: Run, reflector: ImageTextReflector, sequences: list[FrameSequen
             return seen
 
         with torch.no_grad():
-            done = parallel.run([partial(piece, key) for key in each])
+            done = parallel.shared([partial(piece, key) for key in each])
     found = dict(zip(each, done, strict=True))
     return [found[key] for key in keys]
 

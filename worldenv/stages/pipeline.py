@@ -18,9 +18,8 @@ from worldenv.config import Config
 from worldenv.data.embodiment import Embodiment
 from worldenv.fields import fingerprint, from_dict, to_dict
 from worldenv.models.folder import weight_bytes
-from worldenv.runtime import checkpoint
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError, unknown
+from worldenv.runtime import checkpoint, ranks
+from worldenv.runtime.errors import UserError, unknown, write_error
 from worldenv.stages import (
     collect,
     demonstrations,
@@ -67,16 +66,21 @@ def run_all(run: Run, files: Mapping[str, Path] | None = None, number: int = 0) 
     files: checkpoints to use in place of training (policy, simulator, reflector: their path), the
     last two in round `number`.
     """
-    demonstrations.check(run.config)
-    named = _named(run, files or {}, number)
-    marks = _marks(run, named)
-    folders.check(run, _left(run, marks, named, steps(run.config)))
-    run.save_config()
-    _adopt(run, named, marks)
-    _announce(run, marks)
+
+    def prepare() -> dict[str, str]:
+        demonstrations.check(run.config)
+        named = _named(run, files or {}, number)
+        marks = _marks(run, named)
+        folders.check(run, _left(run, marks, named, steps(run.config)))
+        run.save_config()
+        _adopt(run, named, marks)
+        _announce(run, marks)
+        return marks
+
+    marks = ranks.together(prepare)
     for name, step in steps(run.config).items():
         records.perform(run, step, marks[name])
-    return results.report(run, list(marks))
+    return ranks.together(lambda: results.report(run, list(marks)))
 
 
 def _announce(run: Run, marks: Mapping[str, str]) -> None:
@@ -108,10 +112,24 @@ def run_stage(
     files: as in `run_all`. With them, what the stage needs and the folder lacks is made first, and
     what follows from them is made anew.
     """
+    every = steps(run.config)
+    marks, before, target = ranks.together(lambda: _prepare(run, stage, number, files or {}))
+    for name in before:
+        records.perform(run, every[name], marks[name])
+    if target is None:
+        return ranks.together(lambda: results.report(run, list(every)))
+    return records.perform(run, every[target], marks[target])
+
+
+def _prepare(
+    run: Run, stage: str, number: int, files: Mapping[str, Path]
+) -> tuple[dict[str, str], list[str], str | None]:
+    """Marks of all steps, the names of those to do before a stage, and its own (None: the report).
+    What is named in `files` is in place then."""
     if stage not in STAGES:
         raise unknown("stage", stage, STAGES)
     every = steps(run.config)
-    named = _named(run, files or {}, number)
+    named = _named(run, files, number)
     marks = _marks(run, named)
     target = next((s for s in every.values() if (s.stage.name, s.number) == (stage, number)), None)
     target = target or every.get(stage)  # none: the report, of everything
@@ -128,11 +146,7 @@ def run_stage(
     folders.check(run, _left(run, marks, named, todo))
     run.save_config()
     _adopt(run, named, marks)
-    for name in before:
-        records.perform(run, every[name], marks[name])
-    if target is None:
-        return results.report(run, list(every))
-    return records.perform(run, target, marks[target.name])
+    return marks, before, None if target is None else target.name
 
 
 def check_made(run: Run, names: Iterable[str], otherwise: str = "") -> None:

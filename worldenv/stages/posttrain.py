@@ -30,7 +30,7 @@ from worldenv.rl.noise import exploration
 from worldenv.rl.policy import parameter_groups, twin
 from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
-from worldenv.runtime import checkpoint, progress
+from worldenv.runtime import checkpoint, progress, ranks
 from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive, generator
@@ -94,12 +94,16 @@ def run(run: Run, mark: str, number: int) -> dict:
     else:
         store.save("policy", policy, best)
     path = checkpoints / f"policy-{number}.safetensors"
-    if policy.config.kind != "small":  # what was best, where the policy has gone on
-        kept, *_ = store.read("policy", best, run.device)
-        checkpoint.load_module(policy, kept, best, store.holds_all("policy"))
-        store.export(policy, path.with_suffix(""))
-    os.replace(best, path)
-    partial.unlink(missing_ok=True)
+
+    def keep() -> None:
+        if policy.config.kind != "small":  # what was best, where the policy has gone on
+            kept, *_ = store.read("policy", best, run.device)
+            checkpoint.load_module(policy, kept, best, store.holds_all("policy"))
+            store.export(policy, path.with_suffix(""))
+        os.replace(best, path)
+        partial.unlink(missing_ok=True)
+
+    ranks.together(keep)
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
 
 
@@ -351,6 +355,8 @@ def _real_success(run: Run, policy: Policy, label: str) -> float:
 
 
 def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
+    if not ranks.lead():
+        return
     held = store.holds_all("policy")
     tensors = checkpoint.training_tensors(learner.policy, learner.optimizer, held)
     if learner.critic is not None:

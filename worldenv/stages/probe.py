@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from worldenv.data.camera import Camera
 from worldenv.data.episode import Episode
+from worldenv.data.rig import project
 from worldenv.runtime import parallel, progress
 from worldenv.runtime.seeds import generator
 from worldenv.stages.measures import Places
@@ -175,7 +176,7 @@ def truth(episode: Episode, steps: Sequence[int], camera: Camera, size: int) -> 
     rows = np.searchsorted(episode.frame_steps, np.asarray(steps))
     points = np.stack([episode.extras[name][rows] for name in names(episode)], 1)
     shape = (*points.shape[:2], 4, 4)
-    pixels, depth = camera.project(torch.as_tensor(points), torch.eye(4).expand(shape), size)
+    pixels, depth = project(camera, torch.as_tensor(points), torch.eye(4).expand(shape), size)
     scale = 100 * depth * 2 * math.tan(math.radians(camera.fov) / 2) / size
     return Places(pixels, scale, torch.ones(scale.shape, dtype=torch.bool))
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from worldenv.report.statistics import wilson
 from worldenv.runtime import checkpoint, hub, strict_json
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError, unknown
+from worldenv.runtime.errors import UserError, unknown, write_error
 from worldenv.stages import pipeline
 from worldenv.stages.run import Run, Step, world_of, write_json
 

@@ -20,6 +20,7 @@ from worldenv.envs.benchmark import Benchmark, check, check_spaces
 from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Actor, Stop, Trajectories, rollout
+from worldenv.runtime import ranks
 
 
 def benchmark(config: Config) -> Benchmark:
@@ -85,9 +86,9 @@ class Reality:
         `WorkerVectorEnv`. After an error or an interruption no episode is begun; those in progress
         are finished first.
         """
-        waiting = list(range(len(starts)))
-        turn = threading.Lock()
-        done: list[Trajectories | None] = [None] * len(starts)
+        claims = ranks.Claims(len(starts))
+        waiting, turn = claims.order, threading.Lock()
+        done: dict[int, Trajectories] = {}
         count = min(self.config.env.workers, len(starts))
         self._envs += [make_env(self.config) for _ in range(count - len(self._envs))]
         self._held += [None] * (len(self._envs) - len(self._held))
@@ -96,16 +97,17 @@ class Reality:
             """The next episode: of the task whose scene this environment has, else of one that no
             other has. Scenes take seconds to build."""
             with turn:
-                if not waiting:
-                    return None
-                held = self._held[number]
-                others = {task for i, task in enumerate(self._held[:count]) if i != number}
-                same = (k for k in waiting if starts[k].task == held)
-                free = (k for k in waiting if starts[k].task not in others)
-                chosen = next(same, next(free, waiting[0]))
-                waiting.remove(chosen)
-                self._held[number] = starts[chosen].task
-                return chosen
+                while waiting:
+                    held = self._held[number]
+                    others = {task for i, task in enumerate(self._held[:count]) if i != number}
+                    same = (k for k in waiting if starts[k].task == held)
+                    free = (k for k in waiting if starts[k].task not in others)
+                    chosen = next(same, next(free, waiting[0]))
+                    waiting.remove(chosen)
+                    if claims.taken(chosen):
+                        self._held[number] = starts[chosen].task
+                        return chosen
+                return None
 
         def lane(number: int) -> None:
             env = self._envs[number]
@@ -142,7 +144,7 @@ class Reality:
                 with turn:
                     waiting.clear()
                 raise
-        return done
+        return ranks.merge(done)
 
     def close(self) -> None:
         """End the simulators' processes."""

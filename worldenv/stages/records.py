@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from worldenv.runtime import device as devices
-from worldenv.runtime.checkpoint import read_error, write_error
+from worldenv.runtime import ranks
+from worldenv.runtime.errors import read_error, write_error
 from worldenv.runtime.logging import read_metrics
 from worldenv.stages.run import Run, Step, read_record, write_record
 
@@ -28,7 +29,7 @@ def perform(run: Run, step: Step, mark: str) -> dict:
     """The record of `step` under the fingerprint `mark`: as it stands, brought back, or by doing
     the step's work.
     """
-    record = settle(run, step, mark)
+    record = ranks.together(lambda: settle(run, step, mark))
     if record is not None:
         if "adopted" in record:
             print(f"{step.name}: adopted from {record['adopted']}, skipped")
@@ -40,10 +41,13 @@ def perform(run: Run, step: Step, mark: str) -> dict:
         with devices.PeakMemory(run.device) as memory:
             record = step.stage.work(run, mark, step.number)
     except BaseException:
-        _begin(run, step, mark, _spent(run, step, mark) + time.perf_counter() - begun)
+        if ranks.lead():
+            _begin(run, step, mark, _spent(run, step, mark) + time.perf_counter() - begun)
         raise
     devices.give_back()
-    return finish(run, step, mark, record | memory.peaks(), time.perf_counter() - begun)
+    record |= memory.peaks()  # of rank 0
+    seconds = time.perf_counter() - begun
+    return ranks.together(lambda: finish(run, step, mark, record, seconds))
 
 
 def settle(run: Run, step: Step, mark: str) -> dict | None:

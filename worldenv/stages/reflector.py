@@ -229,4 +229,4 @@ def score(reflector: Reflector, sequences: list[FrameSequence]) -> list[Tensor]:
         return torch.sigmoid(logits[0]).cpu()
 
     with torch.no_grad():
-        return parallel.run([partial(one, s) for s in sequences])
+        return parallel.shared([partial(one, s) for s in sequences])

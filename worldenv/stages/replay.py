@@ -39,7 +39,7 @@ def replay(
             bar.advance(len(group))
             return done
 
-        done = parallel.run([partial(piece, group) for group in groups])
+        done = parallel.shared([partial(piece, group) for group in groups])
     imagined = dict(zip(itertools.chain(*groups), itertools.chain(*done), strict=True))
     return [imagined[i] for i in range(len(sequences))]
 

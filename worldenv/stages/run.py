@@ -19,11 +19,10 @@ import torch
 from worldenv.config import Config, PolicyConfig, load
 from worldenv.fields import fingerprint, to_dict
 from worldenv.runtime import device as devices
-from worldenv.runtime import parallel
-from worldenv.runtime.checkpoint import read_error, write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime import parallel, ranks
+from worldenv.runtime.errors import UserError, read_error, write_error
 from worldenv.runtime.lock import FolderLock
-from worldenv.runtime.logging import RunLogger
+from worldenv.runtime.logging import NoLogger, RunLogger
 from worldenv.stages.reality import Reality, benchmark, embodiment
 
 
@@ -44,10 +43,17 @@ class Run:
     def __init__(self, config: Config, writes: bool = True, force: bool = False) -> None:
         self.config, self.dir, self.force = config, Path(config.run_dir), force
         self.device = devices.pick(config.device)
-        parallel.use_threads(config.threads)
-        self._lock = FolderLock(self.dir) if writes else None
+        # On a GPU shards run one after the other: the device is the parallel one.
+        count = 1 if self.device.type == "cuda" else config.threads
+        parallel.use_threads(count, config.shards)
+        self._lock: FolderLock | None = None
+        if writes:
+            ranks.together(self._hold)
         self.reality, self.embodiment = Reality(config), embodiment(config)
         self.benchmark = benchmark(config)
+
+    def _hold(self) -> None:
+        self._lock = FolderLock(self.dir)
 
     @property
     def acting(self) -> torch.device:
@@ -56,8 +62,8 @@ class Run:
 
     @cached_property
     def logger(self) -> RunLogger:
-        """The run's metrics, opened when the first stage logs."""
-        return RunLogger(self.dir)
+        """The run's metrics, opened when the first stage logs; rank 0 writes them."""
+        return RunLogger(self.dir) if ranks.lead() else NoLogger()
 
     def path(self, *parts: str) -> Path:
         """A path inside the run folder; its parent is created."""
@@ -143,7 +149,9 @@ class Step:
     def mark(self, config: Config, marks: dict[str, str]) -> str:
         """Its fingerprint; marks: of the steps before it."""
         before = (marks[name] for name in self.needs(config))
-        return fingerprint(config.seed, *self.stage.settings(config, self.number), *before)
+        cut = ("shards", config.shards) if config.shards else ()
+        settings = (*self.stage.settings(config, self.number), *cut)
+        return fingerprint(config.seed, *settings, *before)
 
 
 def open_run(run_dir: Path, **changes: Any) -> Run:

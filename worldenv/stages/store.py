@@ -27,7 +27,7 @@ from worldenv.models.simulator import Simulator
 from worldenv.models.wan_world import WanSimulator
 from worldenv.models.wovr import WoVR
 from worldenv.models.wovr_reward import WoVRReflector
-from worldenv.runtime import checkpoint, hub
+from worldenv.runtime import checkpoint, hub, ranks
 from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.stages.reality import embodiment
 
@@ -70,11 +70,13 @@ def _build(kind: str, part: object, robot: Embodiment, train: bool = True) -> nn
 
 
 def save(kind: str, model: nn.Module, path: Path, shown: EnvConfig | None = None) -> None:
-    """Write a model with what is needed to build it again: its own sizes, and its robot.
+    """Write (rank 0) a model with what is needed to build it again: its own sizes, and its robot.
 
     shown: where the episodes come from that a simulator or reflector has seen: what it may be used
     for.
     """
+    if not ranks.lead():
+        return
     metadata = {
         **({"folder_digests": digests(model.config)} if model.config.reads else {}),
         "kind": kind,
@@ -110,7 +112,7 @@ def locate(kind: str, named: Path) -> Path:
 def export(policy: nn.Module, folder: Path) -> None:
     """Leave what was trained of a published policy in `folder` as others' tools read it: adapters
     as peft writes them, heads as the published loader finds them. Of a small one: nothing."""
-    if policy.config.kind != "small":
+    if policy.config.kind != "small" and ranks.lead():
         from worldenv.models import openvla_adapter  # peft takes seconds to import
 
         openvla_adapter.export(policy, folder)

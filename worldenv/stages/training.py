@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
 from worldenv.data.windows import ActionWindows, FrameWindows
-from worldenv.runtime import checkpoint, parallel, progress, signals
+from worldenv.runtime import checkpoint, parallel, progress, ranks, signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import derive, generator
@@ -130,6 +130,8 @@ def train(
     done = begin
 
     def save() -> None:
+        if not ranks.lead():
+            return
         tensors = checkpoint.training_tensors(module, optimizer, frozen)
         tensors |= checkpoint.prefixed("ema/", average)
         checkpoint.save(path, tensors, {"mark": mark, "step": done, "tail": tail})
@@ -157,11 +159,12 @@ def train(
             elif done % 5 == 0:
                 bar.update(done)
             late = time.monotonic() - saved > CHECKPOINT_SECONDS
-            if stopping or late or done == steps:  # what comes after the last may fail
+            asked = [number for own in ranks.gather(stopping) for number in own]
+            if asked or late or done == steps:  # what comes after the last may fail
                 save()
                 saved = time.monotonic()
-            if stopping:
-                raise signals.Stopped(stopping[0])
+            if asked:
+                raise signals.Stopped(asked[0])
     if ema:
         module.load_state_dict(average)
     module.eval()
@@ -213,4 +216,5 @@ def _track_average(average: dict[str, Tensor], module: nn.Module, step: int) -> 
 
 def finish(run: Run, name: str) -> None:
     """Remove a stage's partial checkpoint once its artifact is written."""
-    run.path("checkpoints", f"{name}.partial.safetensors").unlink(missing_ok=True)
+    if ranks.lead():
+        run.path("checkpoints", f"{name}.partial.safetensors").unlink(missing_ok=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from worldenv.data.camera import hand_pose
 from worldenv.data.libero_tasks import SUITES
+from worldenv.data.rig import hand_pose, project
 from worldenv.envs.libero.assets import resolve_assets
 from worldenv.envs.libero.cameras import kind_of, of_tasks
 from worldenv.envs.start import Start
@@ -42,7 +42,7 @@ def seen(simulator: LiberoSimulator, points: np.ndarray) -> tuple[np.ndarray, np
     hand = hand_pose(proprio[:3], proprio[3:6])
     ours, theirs = [], []
     for camera in of_tasks(simulator.suite, (simulator.task,)):
-        ours.append(camera.project(torch.from_numpy(points), hand, SIZE)[0].numpy())
+        ours.append(project(camera, torch.from_numpy(points), hand, SIZE)[0].numpy())
         matrix = get_camera_transform_matrix(simulator.sim, camera.name, SIZE, SIZE)
         x = np.concatenate([points, np.ones((len(points), 1))], 1) @ matrix.T
         theirs.append(x[:, :2] / x[:, 2:3])

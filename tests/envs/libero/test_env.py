@@ -314,7 +314,7 @@ def test_a_lost_worker_is_replaced_and_its_episode_redone(env, accident):
         return env.step(chunk)
 
     observation, *_, info = run(False)
-    patience, env._pool.timeout_s = env._pool.timeout_s, 20.0
+    patience, env._pool.timeout_s = env._pool.timeout_s, 8.0
     with pytest.warns(RuntimeWarning, match="worker 1 d.*episodes are redone"):
         redone, *_, info_redone = run(True)
     env._pool.timeout_s = patience

@@ -1,18 +1,24 @@
-"""Meta-World through the seam: seeded, the same bits on every repeat, its experts, lost workers."""
+"""Meta-World through the seam: seeded, the same bits on every repeat, its experts, lost workers;
+and a run of its preset, made tiny."""
 
+import json
 import os
 import signal
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from worldenv import cli
 from worldenv.envs.benchmark import begun, check, find
-from worldenv.envs.metaworld.benchmark import MT10, MT50, TASKS
+from worldenv.envs.metaworld.benchmark import INSTALL
+from worldenv.envs.metaworld.tasks import MT10, MT50, TASKS
 from worldenv.envs.start import Start
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
-from worldenv.stages import reality
+from worldenv.stages import estimate, reality, results
 
 BASE = preset("smoke")
 CONFIG = replace(BASE, env=begun(replace(BASE.env, workers=1), "metaworld"))
@@ -26,13 +32,28 @@ def test_what_it_lacks_is_named_with_the_command(monkeypatch):
     monkeypatch.setattr("worldenv.envs.metaworld.benchmark.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"no metaworld\. Run `pip install --no-deps metaworld"):
         found.check(CONFIG.env)
+    makefile = (Path(__file__).parents[3] / "Makefile").read_text()
+    assert f"METAWORLD := {INSTALL.split()[-1]}\n" in makefile
+
+
+def test_the_preset_takes_less_than_the_default():
+    """Fewer real control steps, fewer imagined frames, no more training; whatever starts hold."""
+    config = preset("metaworld")
+    assert check(config) is find("metaworld")
+    costs = estimate.Costs(sample=0.016, window=0.84, judged=0.4, frame=0.02)  # of one thread
+    totals = [sum(estimate.estimate(c, costs).values()) for c in (config, preset("default"))]
+    assert totals[0] < 0.9 * totals[1]
+    assert 2 <= len(config.env.tasks) <= 3
+    assert len(config.evaluate.fixture_seeds) == 1  # a start says everything of an episode
 
 
 @pytest.fixture(scope="module")
-def env():
-    pytest.importorskip(
-        "metaworld.env_dict", reason="metaworld is not installed (pip install --no-deps)"
-    )
+def package():
+    pytest.importorskip("metaworld.env_dict", reason=f"metaworld is not installed: {INSTALL}")
+
+
+@pytest.fixture(scope="module")
+def env(package):
     env = reality.make_env(CONFIG)
     env.record_every = 4
     yield env
@@ -82,3 +103,31 @@ def test_its_expert_demonstrates_through_noise(env):
     assert episode.actions.shape[1] == 4
     assert 40 < len(episode) < 200
     assert np.abs(episode.actions).max() <= 1
+
+
+def test_the_preset_runs_from_demonstrations_to_results(package, tmp_path, monkeypatch, capsys):
+    """As small as it can be, on the task that its expert is done with soonest."""
+    task = MT50.index("handle-press")
+    small = {
+        "env": {"tasks": task, "image-size": 32, "max-steps": 48, "workers": 1},
+        "collect": {"demonstrations": 1, "episodes": 2, "held-out": 0.5},
+        "policy": {"width": 16, "layers": 1, "heads": 2, "encoder-channels": 8},
+        "sft": {"steps": 2, "batch": 4},
+        "simulator": {"steps": 2, "batch": 4, "width": 24, "layers": 1},
+        "reflector": {"steps": 1},
+        "posttrain": {"iterations": 1, "contexts": 2, "group": 2},
+    }
+    words = [f"--{part}.{k}={v}" for part, own in small.items() for k, v in own.items()]
+    words += ["--evaluate.starts", "20", "21", "--gate.no-on", "--device=cpu"]
+    words += ["--preset", "metaworld", "--run-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["worldenv-train", *words])
+    monkeypatch.setattr(cli.pipeline, "_announce", lambda run, marks: None)  # it takes seconds
+    monkeypatch.setattr(results, "_draw_videos", lambda run: None)
+    cli._train()
+    assert "report.html" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (found["benchmark"], found["suite"]) == ("metaworld", "mt50")
+    assert found["tasks"][0]["instruction"] == "handle press"
+    assert found["stages"]["demonstrations"]["successes"] == 1
+    assert found["stages"]["explore-0"]["episodes"] == 2
+    assert [found[k]["episodes"] for k in ("sft", "posttrained")] == [1, 1]

@@ -8,6 +8,7 @@ gripper, in how images lie and in what their frame rate means. What is found is 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -102,13 +103,14 @@ def keys(
         UserError: a key is ambiguous, not there or of another robot, or a file of these episodes is
             not there; names keys and the flag.
     """
-    cameras, named = _cameras(dataset, robot, part)
+    where, flag = f"{dataset.folder}/meta/info.json: features", "--data.cameras KEY ..."
+    views, named = match_cameras(dataset.cameras, robot, part.cameras, where, flag)
     state = _key(dataset, part.state, ("observation.state", "state"), "state")
     action = _key(dataset, part.action, ("action", "actions"), "action")
     _check_dims(dataset, state, action, robot)
     rate = _rate(dataset, robot, part)
-    dataset.check_files(episodes, cameras)
-    return cameras, state, action, named, rate
+    dataset.check_files(episodes, views)
+    return views, state, action, named, rate
 
 
 def detect(dataset: DataSet, robot: Embodiment, part: DataConfig, episodes: np.ndarray) -> Reading:
@@ -167,18 +169,24 @@ def _conventions(seen: list[Moving], part: DataConfig) -> Conventions:
     return replace(found, observations="before", observations_by=_SAID.observations_by)
 
 
-def _cameras(dataset: DataSet, robot: Embodiment, part: DataConfig) -> tuple[tuple[str, ...], str]:
-    have, wanted = dataset.cameras, len(robot.views)
-    flag = f"--data.cameras KEY ... ({wanted} of them: {', '.join(robot.views)})"
-    where = f"{dataset.folder}/meta/info.json: features"
-    if part.cameras:
-        absent = [key for key in part.cameras if key not in have]
-        if absent or len(part.cameras) != wanted:
+def match_cameras(
+    have: Sequence[str], robot: Embodiment, given: Sequence[str], where: str, flag: str
+) -> tuple[tuple[str, ...], str]:
+    """Which of the keys `have` are the robot's views, in their order, and how that was found.
+
+    given: what was said of it, empty for nothing. UserError where they cannot be told apart: it
+    begins with `where` and ends with the `flag` that says it.
+    """
+    wanted = len(robot.views)
+    flag = f"{flag} ({wanted} of them: {', '.join(robot.views)})"
+    if given:
+        absent = [key for key in given if key not in have]
+        if absent or len(given) != wanted:
             raise UserError(
-                f"{where}: expected the cameras {', '.join(part.cameras)}, got {', '.join(have)}. "
+                f"{where}: expected the cameras {', '.join(given)}, got {', '.join(have)}. "
                 f"Name those to read: {flag}."
             )
-        return part.cameras, "as given"
+        return tuple(given), "as given"
     last = {key.rsplit(".", 1)[-1]: key for key in have}
     if all(view in last for view in robot.views):
         return tuple(last[view] for view in robot.views), "by the robot's names"

@@ -27,8 +27,7 @@ from worldenv.data.embodiment import Embodiment, check_fits
 from worldenv.data.episode import Episode, check_episode
 from worldenv.data.lerobot import own
 from worldenv.data.lerobot.statistics import Statistics, merged, of_frames, of_numbers
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, write_error
 
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"

@@ -21,7 +21,7 @@ class Libero(Benchmark):
     name = "libero"
     suites = {suite: tuple(map(instruction_of, names)) for suite, names in SUITES.items()}  # noqa: RUF012
     states, tuning = INIT_STATES, TUNING
-    process_bytes = 606 << 20  # MuJoCo, numba and torch, shared pages counted in each (measured)
+    process_bytes = 420 << 20  # MuJoCo and numba, shared pages counted in each (measured)
 
     def embodiment(self, env: EnvConfig) -> Embodiment:
         """A Panda arm."""

@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from worldenv.runtime import hub, places
-from worldenv.runtime.checkpoint import write_error
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import UserError, write_error
 
 REPOSITORY = "lerobot/libero-assets"  # libero/libero/utils/download_utils.py, HF_ASSETS_REPO_ID
 COMMAND = "worldenv-doctor --fetch-assets"

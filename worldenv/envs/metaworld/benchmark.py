@@ -9,30 +9,12 @@ from typing import Any
 
 from worldenv.data.embodiment import Embodiment, Entry
 from worldenv.envs.benchmark import Benchmark
+from worldenv.envs.metaworld.tasks import CAMERAS, TASKS
 from worldenv.runtime.errors import UserError
 from worldenv.sources import EnvConfig
 
-CAMERAS = ("corner4", "gripperPOV")  # its names; the first hangs upside down
 RENDER_SIZES = (128, 256)  # pixels
 INSTALL = "pip install --no-deps metaworld==3.1.1"
-# In the package's order.
-MT50 = (
-    "assembly", "basketball", "bin-picking", "box-close", "button-press-topdown",
-    "button-press-topdown-wall", "button-press", "button-press-wall", "coffee-button",
-    "coffee-pull", "coffee-push", "dial-turn", "disassemble", "door-close", "door-lock",
-    "door-open", "door-unlock", "hand-insert", "drawer-close", "drawer-open", "faucet-open",
-    "faucet-close", "hammer", "handle-press-side", "handle-press", "handle-pull-side",
-    "handle-pull", "lever-pull", "pick-place-wall", "pick-out-of-hole", "pick-place",
-    "plate-slide", "plate-slide-side", "plate-slide-back", "plate-slide-back-side",
-    "peg-insert-side", "peg-unplug-side", "soccer", "stick-push", "stick-pull", "push",
-    "push-wall", "push-back", "reach", "reach-wall", "shelf-place", "sweep-into", "sweep",
-    "window-open", "window-close",
-)  # fmt: skip
-MT10 = (
-    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close",
-    "button-press-topdown", "peg-insert-side", "window-open", "window-close",
-)  # fmt: skip
-TASKS = {"mt10": MT10, "mt50": MT50}
 _WORDS = {suite: tuple(t.replace("-", " ") for t in tasks) for suite, tasks in TASKS.items()}
 _DEFAULTS = {"max_steps": 200}
 
@@ -44,6 +26,7 @@ class MetaWorld(Benchmark):
     suites, defaults = _WORDS, _DEFAULTS
     simulator = "worldenv.envs.metaworld.simulator:Sawyer"
     renders = True
+    process_bytes = 375 << 20  # MuJoCo and Mesa (measured)
 
     def embodiment(self, env: EnvConfig) -> Embodiment:
         """A Sawyer arm whose hand keeps its orientation, at 80 Hz."""

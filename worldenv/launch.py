@@ -1,0 +1,127 @@
+"""The ranks of a run, from torchrun's environment: they meet, agree on what to do, and part.
+
+    torchrun --nproc-per-node 2 -m worldenv --preset smoke
+
+Rank 0 talks; what the others say is in `<run folder>/ranks/rank-<n>.log`.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from worldenv.config import Config
+from worldenv.fields import to_dict
+from worldenv.runtime import device as devices
+from worldenv.runtime import parallel, ranks
+from worldenv.runtime.errors import UserError
+from worldenv.runtime.revision import commit
+from worldenv.runtime.watch import Watch
+
+
+@contextmanager
+def together(config: Config) -> Iterator[None]:
+    """Within, this process is a rank among those that torchrun started, if it did.
+
+    UserError, on all of them, where they are of different configurations or versions, have no run
+    folder in common, or are more than a batch has shards.
+    """
+    device = devices.pick(config.device)
+    ranks.join(device)
+    if ranks.count() == 1:
+        yield
+        return
+    watch = Watch(config.run_dir / "ranks")
+    try:
+        _agree(config)
+        _check_folder(config)
+        _check_count(config, device)
+        if not ranks.lead():
+            _talk_into(config)
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        blamed = watch.explain() if _broken(error) else None
+        if blamed is not None:
+            raise blamed from error
+        watch.say(error)
+        raise
+    finally:
+        watch.close()
+        ranks.leave()
+
+
+def _broken(error: BaseException) -> bool:
+    """Whether it may be another rank's fault: a connection that broke, or torchrun's word to stop,
+    which it gives to all when one ends."""
+    return isinstance(error, KeyboardInterrupt | dist.DistError) or "gloo" in str(error)
+
+
+def _agree(config: Config) -> None:
+    """UserError naming what differs between ranks."""
+    own = {
+        **dict(_flat(to_dict(config))),
+        "worldenv's commit": commit(),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    every = ranks.gather(own)
+    for name in own:
+        values = [facts.get(name) for facts in every]
+        for number, value in enumerate(values):
+            if value != values[0]:
+                raise UserError(
+                    f"{name}: expected the same on every rank, got {values[0]!r} on rank 0 and "
+                    f"{value!r} on rank {number}. Give every node the same command and version."
+                )
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _check_folder(config: Config) -> None:
+    """UserError unless all ranks see one run folder: rank 0 writes it, the others read."""
+    token = config.run_dir / f".ranks-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}"
+
+    def leave_token() -> None:
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
+
+    ranks.together(leave_token)
+    seen = ranks.gather(token.exists())
+    ranks.together(lambda: token.unlink())
+    if not all(seen):
+        blind = [str(number) for number, sees in enumerate(seen) if not sees]
+        raise UserError(
+            f"run_dir {config.run_dir}: expected a folder that all ranks see, got one that rank "
+            f"{', '.join(blind)} does not. Name a folder on a file system that the nodes share."
+        )
+
+
+def _check_count(config: Config, device: torch.device) -> None:
+    parallel.use_threads(config.threads, config.shards)
+    most = parallel.shards(device)
+    if ranks.count() > most:
+        raise UserError(
+            f"ranks: expected at most {most}, one for each shard of a batch, got {ranks.count()}. "
+            f"Start {most} (torchrun --nproc-per-node), or cut batches into more (--shards "
+            f"{ranks.count()}), which changes results as another seed does."
+        )
+
+
+def _talk_into(config: Config) -> None:
+    """Have all that this rank prints in a file of its own."""
+    folder = config.run_dir / "ranks"
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(
+        folder / f"rank-{ranks.number()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+    )
+    sys.stdout.flush(), sys.stderr.flush()
+    os.dup2(log, 1), os.dup2(log, 2)
