@@ -42,8 +42,9 @@ from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.data.reading import on_disk
 from worldenv.data.windows import ActionWindows, FrameWindows, chunk_sequences
 from worldenv.runtime import parallel
+from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import generator
-from worldenv.stages.run import open_run
+from worldenv.stages.run import open_run, write_json
 from worldenv.stages.training import Batches
 
 DEVICE_MS = 10
@@ -230,16 +231,14 @@ def main() -> None:
         draw_from(arguments.draw_from)
         return
     parallel.use_threads(1)
-    found: dict[str, object] = {"machine": machine(), "sampled": sampled(arguments.run)}
+    found: dict[str, object] = {"command": "python -m bench.large RUN", "commit": commit()}
+    found |= {"machine": machine(), "sampled": sampled(arguments.run)}
     print(found["sampled"], flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         found["planned"] = planned(Path(name) / "many")
         print(found["planned"], flush=True)
         found["memory"] = memory(Path(name))
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"large-{machine_file(machine())}"
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    print(file)
+    write_json(RESULTS / f"large-{machine_file(machine())}", found)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,8 @@ from worldenv.data.lerobot.layout import DataSet, open_dataset
 from worldenv.data.lerobot.reader import Reader
 from worldenv.data.lerobot.writer import DATA_PATH, VIDEO_PATH, LeRobotWriter, camera_key
 from worldenv.envs.libero.robot import embodiment
+from worldenv.runtime.revision import commit
+from worldenv.stages.run import write_json
 
 SIZE, ROWS, ROUNDS, MANY = 256, 200, 5, 100_000
 ROBOT = embodiment(SIZE)
@@ -180,7 +182,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=16, help="of 200 rows each")
     arguments = parser.parse_args()
-    found: dict[str, object] = {"machine": machine(), "pixels": SIZE, "cameras": 2}
+    found: dict[str, object] = {"command": "python -m bench.lerobot", "commit": commit()}
+    found |= {"machine": machine(), "pixels": SIZE, "cameras": 2}
     found |= {"episodes": arguments.episodes, "rows": ROWS, "pyarrow": pa.__version__}
     with tempfile.TemporaryDirectory() as name:
         for codec in ("av1", "h264"):
@@ -189,10 +192,7 @@ def main() -> None:
         for version in ("v2.1", "v3.0"):
             found[f"open_{MANY}_{version}_s"] = opening(Path(name) / version, version)
             print(f"{MANY} episodes of {version}: {found[f'open_{MANY}_{version}_s']} s")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"lerobot-{machine_file(machine())}"
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    print(file)
+    write_json(RESULTS / f"lerobot-{machine_file(machine())}", found)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from worldenv.ranges import (
 )
 from worldenv.report.statistics import wilson
 from worldenv.runtime import device as devices
-from worldenv.runtime import signals
+from worldenv.runtime import ranks, signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
 from worldenv.stages import collect as collecting
@@ -259,15 +259,16 @@ def _train() -> int | None:
     files = {kind: store.locate(kind, path) for kind, path in named.items() if path is not None}
     paths = tuple(store.locate("data", path) for path in arguments.config.data.paths)
     config = replace(arguments.config, data=replace(arguments.config.data, paths=paths))
-    if name == "published-tiny":  # its libraries take seconds to import
-        from worldenv.layouts import tiny
+    with launch.together(config):
+        if name == "published-tiny":  # its libraries take seconds to import
+            from worldenv.layouts import tiny
 
-        tiny.prepare(config)
-    with launch.together(config), closing(Run(config, force=arguments.force)) as run:
-        if arguments.stage == "all":
-            results = pipeline.run_all(run, files, arguments.round)
-        else:
-            results = pipeline.run_stage(run, arguments.stage, arguments.round, files)
+            ranks.together(lambda: tiny.prepare(config))
+        with closing(Run(config, force=arguments.force)) as run:
+            if arguments.stage == "all":
+                results = pipeline.run_all(run, files, arguments.round)
+            else:
+                results = pipeline.run_stage(run, arguments.stage, arguments.round, files)
     if isinstance(results, Path):
         page = run.dir / "report.html"
         print(*[f"report:  {page}"] * page.exists(), f"results: {results}", sep="\n")

@@ -8,6 +8,7 @@ it was; nothing but the work since the last checkpoint is lost.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -47,17 +48,23 @@ class Watch:
     def say(self, error: BaseException) -> None:
         """Leave this rank's last words for the others."""
         words = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        self._store.set(f"words/{self.own}", words[:2000])
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it who would hear
+            self._store.set(f"words/{self.own}", words[:2000])
 
     def explain(self) -> UserError | None:
         """Which rank is to blame for a connection that broke; None where all are well."""
-        for _ in range(10):  # its last words may be on their way
-            for rank in self._others():
-                if words := self._words(rank):
-                    return _gone(rank, f"it ended with: {words}")
-                if self._dead(rank):
-                    return _gone(rank, f"it was killed{self._tail(rank)}")
-            time.sleep(0.3)
+        try:
+            for _ in range(10):  # its last words may be on their way
+                for rank in self._others():
+                    if words := self._words(rank):
+                        return _gone(rank, f"it ended with: {words}")
+                    if self._dead(rank):
+                        return _gone(rank, f"it was killed{self._tail(rank)}")
+                time.sleep(0.3)
+        except RuntimeError:  # the store is gone: whoever keeps it, torchrun, has ended
+            return UserError(
+                "torchrun has ended. The same command goes on from the last checkpoint."
+            )
         return None
 
     def _listen(self) -> None:

@@ -109,7 +109,7 @@ def resumed(
         write_record(own, {"mark": mark, "episodes": [*before, *episodes]})
 
     more = evaluate_policy(run, policy, left, label, reflector, keep, noise)
-    ranks.together(stored)
+    ranks.together(stored)  # from now on in one file
     return sorted([*done, *more], key=lambda e: (e["task"], e["start"], e["seed"]))
 
 

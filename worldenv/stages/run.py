@@ -43,8 +43,9 @@ class Run:
     def __init__(self, config: Config, writes: bool = True, force: bool = False) -> None:
         self.config, self.dir, self.force = config, Path(config.run_dir), force
         self.device = devices.pick(config.device)
-        # On a GPU shards run one after the other: the device is the parallel one.
-        count = 1 if self.device.type == "cuda" else config.threads
+        # Several shards on a GPU run one after the other: their activations add up else.
+        alone = self.device.type == "cuda" and config.shards
+        count = 1 if alone else config.threads
         parallel.use_threads(count, config.shards)
         self._lock: FolderLock | None = None
         if writes:
