@@ -29,17 +29,21 @@ torch.set_num_threads(1)
 # first one compiles robosuite's arithmetic for half a minute, and the second finds it compiled.
 _LONGEST = (
     "stages/test_resume.py",
-    "bench/test_bench.py",
-    "kernels/test_triton_interpreter.py",
     "stages/test_plan.py",
     "envs/libero/test_env.py",
-    "bad_inputs/test_bad_values.py",
+    "bench/test_bench.py",
+    "stages/test_ranks_end_to_end.py",
     "test_examples.py",
-    "kernels/test_triton_compile.py",
+    "envs/metaworld/test_metaworld.py",
+    "stages/test_published.py",
     "stages/test_records.py",
-    "data/test_conventions.py",
+    "stages/test_files_end_to_end.py",
+    "stages/test_distill.py",
     "runtime/test_signals.py",
-    "fuzz/test_fuzz.py",
+    "envs/libero/test_assets.py",
+    "bad_inputs/test_bad_values.py",
+    "kernels/test_triton_interpreter.py",
+    "kernels/test_triton_compile.py",
 )
 _LIBERO_PACKAGES = ("libero", "robosuite", "mujoco", "bddl")
 _gl_failure: str | None = None

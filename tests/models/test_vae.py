@@ -104,7 +104,8 @@ def test_an_image_by_itself_is_the_first_latent_of_any_video(folders, version):
 def test_pieces_of_a_video_give_what_the_whole_gives(folders, version, rows, monkeypatch):
     tokenizer, video = wan(folders / f"wan-{version}", version), images(2, 13, 1, 32, 32)
     model = tokenizer.vae
-    # A convolution over two rows rounds otherwise than over one: as many here as there.
+    # A convolution over two rows rounds otherwise than over one: as many here as there. On some
+    # processors over two frames too: equal to rounding, and bytes to one.
     monkeypatch.setattr(vae, "AT_ONCE", rows * 4 * 32 * 32)
     split = [model.encode(x).latent_dist.mode() for x in videos(video).split(rows)]
     normalised = as_pipelines_do(model, torch.cat(split))
@@ -113,16 +114,17 @@ def test_pieces_of_a_video_give_what_the_whole_gives(folders, version, rows, mon
     parts = [stream.encode(video[:, a:b]) for a, b in ((0, 1), (1, 5), (5, 13))]
     assert [part.shape[1] for part in parts] == [1, 1, 2]
     got = torch.cat(parts, 1)
-    assert torch.equal(got, torch.stack(expected, 1))
+    torch.testing.assert_close(got, torch.stack(expected, 1))
     seen = [stream.decode(got[:, a:b]) for a, b in ((0, 1), (1, 2), (2, 4))]
     assert [part.shape[1] for part in seen] == [1, 4, 8]
     split = back_as_pipelines_do(model, normalised).split(rows)
     frames = torch.cat([model.decode(z).sample for z in split])
-    assert torch.equal(torch.cat(seen, 1)[:, :, 0], to_bytes(frames).permute(0, 2, 3, 4, 1))
+    bytes_off = torch.cat(seen, 1)[:, :, 0].int() - to_bytes(frames).permute(0, 2, 3, 4, 1)
+    assert bytes_off.abs().max() <= 1
     # The numbers behind the bytes too.
     maps = [None] * model._cached_conv_counts["decoder"]
     raw = [tokenizer.decode_latent(split[0][:, :, f : f + 1], maps, f == 0) for f in range(4)]
-    assert torch.equal(torch.cat(raw, 2).clamp(-1, 1), frames[:rows])
+    torch.testing.assert_close(torch.cat(raw, 2).clamp(-1, 1), frames[:rows])
     with pytest.raises(ValueError, match="expected a multiple of 4 frames, got 2"):
         stream.encode(video[:, :2])
     with pytest.raises(ValueError, match="expected 1 frame and then a multiple of 4, got 4"):

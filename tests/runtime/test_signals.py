@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from forked import Forked
 
+from worldenv import cli  # noqa: F401 - what is forked has imported it
 from worldenv.runtime import signals
 
 # A shell starts background jobs with SIGINT ignored, nohup with SIGHUP, and children inherit that.
@@ -104,12 +106,12 @@ def test_stopped_while_importing_it_says_so_in_one_line(number, library):
 
 @pytest.mark.parametrize("number", signals.STOPPING, ids=lambda n: n.name)
 def test_a_stopped_training_saves_the_step_in_hand(number, tmp_path):
-    process = start(TOY, str(tmp_path))
+    process = Forked(USUAL + TOY, str(tmp_path))
     for line in process.stdout:
         if line.startswith("step 3"):
             break
-    process.send_signal(number)
-    code, errors = ended(process)
+    os.kill(process.pid, number)
+    code, errors = process.ended()
     assert code == 128 + number
     assert "stopped; the same command goes on from here" in errors
     assert "Traceback" not in errors
@@ -117,13 +119,13 @@ def test_a_stopped_training_saves_the_step_in_hand(number, tmp_path):
 
 
 def test_an_impatient_second_signal_ends_at_once():
-    process = start(SLOW_CLEANUP)
+    process = Forked(USUAL + SLOW_CLEANUP)
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
+    os.kill(process.pid, signal.SIGTERM)
     assert process.stdout.readline() == "cleaning\n"
-    process.send_signal(signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
     begun = time.monotonic()
-    assert ended(process) == (130, "\nstopped\n")
+    assert process.ended() == (130, "\nstopped\n")
     assert time.monotonic() - begun < 30
 
 
@@ -134,7 +136,7 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)
 from worldenv import cli
 cli._guarded(lambda: os.kill(os.getpid(), signal.SIGHUP))
 """
-    assert ended(start(code)) == (0, "")
+    assert Forked(USUAL + code).ended() == (0, "")
 
 
 def workers_of(process: subprocess.Popen) -> list[int]:

@@ -1,6 +1,7 @@
-"""The whole pipeline, killed again and again and gone on with on other numbers of threads and
+"""The whole pipeline in the real benchmark, killed and gone on with on other numbers of threads and
 workers, ends with the same bits as one left alone on one of each, which takes at its peak what was
-planned for it, within 15 %: the process, its libraries and the benchmark's processes included."""
+planned for it, within 15 %: the process, its libraries and the benchmark's processes included.
+(Killed in every stage: test_ranks_end_to_end, with a benchmark that costs nothing.)"""
 
 import json
 import os
@@ -101,7 +102,7 @@ def test_a_run_takes_what_was_planned_for_it(whole):
         assert sizes["ratio"] == pytest.approx(1, rel=0.15), (name, sizes)
 
 
-def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone_on_one_core(whole, tmp_path):
+def test_a_run_killed_twice_ends_as_one_left_alone_on_one_core(whole, tmp_path):
     broken = tmp_path / "broken"
 
     def logged(stage: str) -> Callable[[], bool]:
@@ -110,12 +111,9 @@ def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone_on_one_core(
     def exists(pattern: str) -> Callable[[], bool]:
         return lambda: any(broken.glob(pattern))
 
-    assert stop_when(broken, logged("sft"), signal.SIGINT, 2, 2) == 130
     assert stop_when(broken, exists("data/explore-0/**/*.hdf5"), signal.SIGKILL, 1, 3) == -9
-    assert stop_when(broken, logged("simulator-0"), signal.SIGTERM, 4, 2) == 143
-    assert stop_when(broken, logged("posttrain-0"), signal.SIGKILL, 2, 2) == -9
-    assert stop_when(broken, exists("evaluation/sft.json"), signal.SIGKILL, 3, 2) == -9
-    complete(broken, "--threads", "4")
+    assert stop_when(broken, logged("posttrain-0"), signal.SIGTERM, 4, 2) == 143
+    complete(broken, "--threads", "2")
 
     names = sorted(p.name for p in (whole / "checkpoints").glob("*.safetensors"))
     assert names == sorted(p.name for p in (broken / "checkpoints").glob("*.safetensors"))
@@ -129,12 +127,6 @@ def test_a_run_killed_in_every_kind_of_stage_ends_as_one_left_alone_on_one_core(
         assert results[0][key] == results[1][key], key
     for stage in ("sft", "simulator-0", "reflector-0", "posttrain-0"):
         assert rows(whole, stage) == rows(broken, stage)
-
-    complete(whole, "--posttrain.rounds", "2")  # one round more repeats none
-    log = whole.with_name("whole.log").read_text()
-    assert "posttrain-0: done in an earlier run" in log
-    assert "posttrain-1: done in an earlier run" not in log
-    assert json.loads((whole / "results.json").read_text())["stages"].keys() >= {"posttrain-1"}
 
 
 def rows(folder: Path, stage: str) -> list[dict]:
