@@ -8,8 +8,8 @@
 Each arm is started by torchrun: one process of one thread, one of a thread for each core, and two
 and four processes of one thread, one after the other in every round; of two rounds the quieter
 figure counts. A step's gradients are compared with those of one process, bit for bit. The model
-(`bench.scaling.model`) predicts every step on 1, 2 and 4 ranks; one that is off by more than 15%,
-or other bits, end this with 1. The machine must be quiet otherwise.
+(`bench.scaling.model`) predicts every other step from those of the first arm; one that is off by
+more than 15%, or other bits, end this with 1. The machine must be quiet otherwise.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import torch
 
 from bench.__main__ import RESULTS, machine, machine_file
 from bench.scaling import measure, paper
-from bench.scaling.model import ALONE, TOLERANCE, compared
+from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, compared
 from bench.steady import work
 from worldenv.presets import preset
 from worldenv.runtime import device as devices
@@ -34,8 +34,6 @@ from worldenv.runtime import ranks
 from worldenv.runtime.revision import commit
 from worldenv.stages.run import write_json
 
-TWO = "2 processes of 1 thread"
-ROLLOUT = "imagination"
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 
@@ -59,13 +57,14 @@ def rank(threads: int, out: Path, name: str, budget: float) -> None:
     ranks.leave()
 
 
-def arm(processes: int, threads: int, name: str, budget: float) -> dict[str, Any]:
+def arm(processes: int, threads: int, said: argparse.Namespace) -> dict[str, Any]:
     """What an arm measured."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
         words = ["-m", "bench.scaling", "--rank", str(threads), "--out", str(out)]
-        words = [*LAUNCH, str(processes), *words, "--preset", name, "--seconds", str(budget)]
-        subprocess.run(words, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        words += ["--preset", said.preset, "--seconds", str(said.seconds)]
+        launch = [*LAUNCH, str(processes), *words]
+        subprocess.run(launch, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return {"processes": processes, "threads": threads, **json.loads(out.read_text())}
 
 
@@ -165,7 +164,7 @@ def main() -> int:
     report = {"command": "python -m bench.scaling", **origin, "arms": found}
     for _ in range(said.rounds):
         for name, (processes, threads) in arms().items():
-            new = arm(processes, threads, said.preset, said.seconds)
+            new = arm(processes, threads, said)
             found[name] = quieter(found[name], new) if name in found else new
             if said.preset == "default" and len(found) == len(arms()):
                 write_json(path, report)

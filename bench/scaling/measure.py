@@ -19,16 +19,15 @@ LEAST = 3  # times that anything is timed
 def seconds(work: Callable[[], object], budget: float) -> float:
     """Of one time, the median over `budget` seconds or `LEAST` times; all ranks begin each
     together, and make as many."""
-    work()
-    begun = time.perf_counter()
-    work()
-    count = max(LEAST, int(budget / (time.perf_counter() - begun)) - 1)
-    spent = []
-    for _ in range(max(ranks.gather(count))):
+    spent: list[float] = []
+    count = 1
+    while len(spent) < count:
         ranks.gather(0)
         begun = time.perf_counter()
         work()
         spent.append(time.perf_counter() - begun)
+        if len(spent) == 1:
+            count = max(LEAST, *ranks.gather(int(budget / spent[0])))
     return statistics.median(spent)
 
 

@@ -18,12 +18,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from worldenv.config import Config
 from worldenv.runtime.parallel import SHARDS
+from worldenv.stages.estimate import IMAGINED
 
 BLOCK = 1 << 18  # numbers that `runtime.ranks.total` sends at once
 BYTES = 4  # of a number in it
 TOLERANCE = 0.15
-ALONE = "1 process of 1 thread"
+ALONE, TWO = "1 process of 1 thread", "2 processes of 1 thread"
+ROLLOUT, UPDATES = "imagination", ("update of the policy", "update of the critic")
 
 
 @dataclass(frozen=True)
@@ -66,24 +69,26 @@ def hops(numbers: int, ranks: int) -> float:
     return numbers + (ranks - 2) * min(numbers, BLOCK) + math.ceil(math.log2(ranks)) * numbers
 
 
-def step(work: Work, ranks: int, slow: float, messages: Messages | None) -> float:
-    """Seconds of a step on so many ranks of one thread."""
-    largest = math.ceil(work.pieces / ranks)
+def step(
+    work: Work, ranks: int, slow: float, messages: Messages | None = None, threads: int = 1
+) -> float:
+    """Seconds of a step on so many ranks of so many threads each."""
+    largest = math.ceil(work.pieces / (ranks * threads))
     computed = slow * (largest * work.piece + work.rest)
     return computed + (messages.seconds(work.numbers, ranks) if messages else 0.0)
 
 
 def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each step of each arm of one thread: predicted beside measured.
+    """Each step of each arm but the one that is alone: predicted beside measured.
 
-    From the arm that is alone come the pieces and the rest; from the others what their messages
-    cost by themselves, and pieces without any: one slowness for all kinds, their median.
+    From that come the pieces and the rest; from the others what their messages cost by themselves,
+    and pieces without any: one slowness for all kinds, their median.
     """
     alone = arms[ALONE]["work"]
     rows = []
     for arm, found in arms.items():
         ranks, threads = found["processes"], found["threads"]
-        if threads > 1:
+        if arm == ALONE:
             continue
         slow = slowness(found["work"], alone)
         messages = Messages.of(ranks, found["messages"]) if ranks > 1 else None
@@ -91,7 +96,7 @@ def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
             one = alone[kind]
             rest = max(0.0, one["seconds"] - SHARDS * one["piece_seconds"])
             of = Work(one["piece_seconds"], rest, own["numbers"])
-            predicted = step(of, ranks, slow, messages)
+            predicted = step(of, ranks, slow, messages, threads)
             rows.append(
                 {
                     "work": kind,
@@ -108,6 +113,33 @@ def slowness(own: Mapping[str, Mapping], alone: Mapping[str, Mapping]) -> float:
     """Of a piece beside those of the other ranks, over one that is alone: the median kind's."""
     ratios = sorted(own[k]["piece_seconds"] / alone[k]["piece_seconds"] for k in alone)
     return (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
+
+
+def stale(arms: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, float]:
+    """Seconds of an iteration of post-training on two processes. "shared": both imagine, then both
+    update, as measured. "stale": one imagines while the other updates on the iteration before;
+    without a message, in its favour. "least": half of the computing each, the bound of any way.
+    """
+    rl = config.posttrain
+    decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
+    times = {ROLLOUT: decisions / rl.rows, UPDATES[0]: decisions / rl.minibatch * rl.epochs}
+    times |= {UPDATES[1]: decisions / rl.minibatch} if rl.critic else {}
+    one, two = (
+        {kind: n * arms[arm]["work"][kind]["seconds"] for kind, n in times.items()}
+        for arm in (ALONE, TWO)
+    )
+    slow = slowness(arms[TWO]["work"], arms[ALONE]["work"])
+    imagined = slow * one[ROLLOUT]
+    updated = slow * sum(one.values()) - imagined
+    exchange = sum(n * arms[TWO]["work"][kind]["exchange_seconds"] for kind, n in times.items())
+    return {
+        "imagined": imagined,
+        "updated": updated,
+        "shared": sum(two.values()),
+        "stale": max(imagined, updated),
+        "least": (imagined + updated) / 2,
+        "exchange": exchange,
+    }
 
 
 # ---------------------------------------------------------------- on GPUs, on paper
@@ -192,10 +224,14 @@ class Kind:
         return self.messages(cluster, gpus, gathers) / cluster.compute(own)
 
     def first(self, above: float, cluster: Cluster, gathers: float) -> int | None:
-        """GPUs from which messages take more than so many times the computing; None if they do
+        """GPUs from which on messages take more than so many times the computing; None if they do
         not while each has a sample. Whole nodes beyond the first."""
-        of = (n for n in gpu_counts(cluster, self.samples))
-        return next((n for n in of if self.ratio(cluster, n, gathers) > above), None)
+        found = None
+        for gpus in reversed(gpu_counts(cluster, self.samples)):
+            if self.ratio(cluster, gpus, gathers) <= above:
+                break
+            found = gpus
+        return found
 
 
 def gpu_counts(cluster: Cluster, most: int) -> list[int]:
