@@ -1,15 +1,14 @@
 """Regions and the figure about several processes: measured here, and on paper for GPUs."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.results.defaults import NOT_YET
 from bench.results.runs import listed, processor, prose, read, table
-from bench.scaling import paper as costs
 from bench.scaling.model import (
     ALONE,
+    PAPER,
     ROLLOUT,
     TOLERANCE,
     TWO,
@@ -19,7 +18,6 @@ from bench.scaling.model import (
     gpu_counts,
     stale,
 )
-from worldenv.config import Config
 from worldenv.report.charts import COLOURS, MARKERS, PALETTE, as_svg, drawing
 
 TITLE = "Messages over computing of a step, on nodes of 8 H100: on paper, not run on a GPU"
@@ -86,7 +84,7 @@ def staleness(results: Path) -> str:
     """Whether it could pay that one process imagines while another updates."""
     said = []
     for report in measured(results):
-        found = stale(report["arms"], Config())
+        found = stale(report)
         saved = 1 - found["stale"] / found["shared"]
         most = 1 - found["least"] / found["shared"]
         verdict = "could pay" if saved > 0 else "cannot pay, and is not built"
@@ -109,10 +107,10 @@ def staleness(results: Path) -> str:
 def kinds(results: Path) -> tuple[list[Kind], float]:
     """What is drawn, and the bytes a second that a gather brings as measured on two ranks; the
     rollout is left out where that was not."""
-    path = costs.path(results)
+    path = results / "bench" / PAPER
     if not path.exists():
         return [], 0.0
-    every = costs.kinds(read(path))
+    every = [Kind(**kind) for kind in read(path)["kinds"]]
     for report in measured(results):
         messages = report["arms"][TWO]["messages"]
         return every, messages["gather_large_bytes"] / messages["gather_large_seconds"]
@@ -130,7 +128,7 @@ def on_paper(results: Path) -> str:
         seconds = cluster.compute(kind.flops)
         rows.append((kind.name, f"{kind.samples}", f"{seconds:.3g} s", *ends))
     head = ("a step of", "samples", "one GPU computes", "messages > 10%", "messages > computing")
-    models = listed(list(json.loads(costs.path(results).read_text())["models"].values()))
+    models = listed(list(read(results / "bench" / PAPER)["models"].values()))
     said = [
         f"On paper, not run on a GPU ({models}; the batches of `openvla-oft-wan`):",
         f"{cluster.flops / 1e12:.0f} TFLOP/s of which {cluster.reached:.0%} are reached,",

@@ -26,12 +26,14 @@ import torch
 
 from bench.__main__ import RESULTS, machine, machine_file
 from bench.scaling import measure, paper
-from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, compared
+from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, UPDATES, compared
 from bench.steady import work
+from worldenv.config import Config
 from worldenv.presets import preset
 from worldenv.runtime import device as devices
 from worldenv.runtime import ranks
 from worldenv.runtime.revision import commit
+from worldenv.stages.estimate import IMAGINED
 from worldenv.stages.run import write_json
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -66,6 +68,14 @@ def arm(processes: int, threads: int, said: argparse.Namespace) -> dict[str, Any
         launch = [*LAUNCH, str(processes), *words]
         subprocess.run(launch, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         return {"processes": processes, "threads": threads, **json.loads(out.read_text())}
+
+
+def iteration(config: Config) -> dict[str, float]:
+    """How often an iteration of post-training does each kind of work."""
+    rl = config.posttrain
+    decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
+    updates = (rl.epochs * decisions / rl.minibatch, bool(rl.critic) * decisions / rl.minibatch)
+    return {ROLLOUT: decisions / rl.rows, **dict(zip(UPDATES, updates, strict=True))}
 
 
 def quieter(one: Any, other: Any) -> Any:
@@ -161,7 +171,8 @@ def main() -> int:
         write_json(path, report)
         return show(report)
     found: dict[str, dict] = {}
-    report = {"command": "python -m bench.scaling", **origin, "arms": found}
+    report = {"command": "python -m bench.scaling", **origin}
+    report |= {"iteration": iteration(preset(said.preset)), "arms": found}
     for _ in range(said.rounds):
         for name, (processes, threads) in arms().items():
             new = arm(processes, threads, said)

@@ -69,5 +69,6 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
         "piece_seconds": statistics.mean(ranks.gather(piece)),
         "exchange_seconds": exchange,
         "numbers": numbers,
+        "pieces": parallel.SHARDS,
         "gradients": bits if grads else None,
     }

@@ -18,13 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worldenv.config import Config
-from worldenv.runtime.parallel import SHARDS
-from worldenv.stages.estimate import IMAGINED
-
 BLOCK = 1 << 18  # numbers that `runtime.ranks.total` sends at once
 BYTES = 4  # of a number in it
 TOLERANCE = 0.15
+PAPER = "paper-scaling.json"  # the costs of a `Kind` each, in results/bench
 ALONE, TWO = "1 process of 1 thread", "2 processes of 1 thread"
 ROLLOUT, UPDATES = "imagination", ("update of the policy", "update of the critic")
 
@@ -36,7 +33,7 @@ class Work:
     piece: float
     rest: float  # what every rank does itself
     numbers: int  # gradients that are summed; 0: none
-    pieces: int = SHARDS
+    pieces: int = 4
 
 
 @dataclass(frozen=True)
@@ -94,8 +91,8 @@ def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         messages = Messages.of(ranks, found["messages"]) if ranks > 1 else None
         for kind, own in found["work"].items():
             one = alone[kind]
-            rest = max(0.0, one["seconds"] - SHARDS * one["piece_seconds"])
-            of = Work(one["piece_seconds"], rest, own["numbers"])
+            rest = max(0.0, one["seconds"] - one["pieces"] * one["piece_seconds"])
+            of = Work(one["piece_seconds"], rest, own["numbers"], one["pieces"])
             predicted = step(of, ranks, slow, messages, threads)
             rows.append(
                 {
@@ -115,15 +112,12 @@ def slowness(own: Mapping[str, Mapping], alone: Mapping[str, Mapping]) -> float:
     return (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
 
 
-def stale(arms: Mapping[str, Mapping[str, Any]], config: Config) -> dict[str, float]:
+def stale(report: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of an iteration of post-training on two processes. "shared": both imagine, then both
     update, as measured. "stale": one imagines while the other updates on the iteration before;
     without a message, in its favour. "least": half of the computing each, the bound of any way.
     """
-    rl = config.posttrain
-    decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
-    times = {ROLLOUT: decisions / rl.rows, UPDATES[0]: decisions / rl.minibatch * rl.epochs}
-    times |= {UPDATES[1]: decisions / rl.minibatch} if rl.critic else {}
+    arms, times = report["arms"], report["iteration"]  # how often each kind is done
     one, two = (
         {kind: n * arms[arm]["work"][kind]["seconds"] for kind, n in times.items()}
         for arm in (ALONE, TWO)

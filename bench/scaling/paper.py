@@ -7,11 +7,10 @@ forward, two again, two for activations' gradients and two more for its own.
 """
 
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from bench.__main__ import RESULTS
-from bench.scaling.model import Kind
+from bench.scaling.model import PAPER, Kind
 from worldenv.config import Config
 from worldenv.models.published_sizes import OPENVLA, WAN_2_2_5B
 from worldenv.presets import MODELS, preset
@@ -19,7 +18,7 @@ from worldenv.runtime.revision import commit
 from worldenv.stages.estimate import IMAGINED
 from worldenv.stages.plan_costs import Costs
 
-FILE = RESULTS / "paper-scaling.json"
+FILE = RESULTS / PAPER
 
 
 def config() -> Config:
@@ -40,7 +39,6 @@ def costs() -> dict[str, Any]:
     world = of.simulator.batch * found.denoise(1, 1).flops
     judge = of.reflector.batch * found.learn(1).flops
     policy, simulator = found.policy, found.simulator
-    name = "world in full, "
     kinds = [
         Kind("policy, adapters", "replicated", update, rl.minibatch, policy.trained),
         Kind(
@@ -52,9 +50,11 @@ def costs() -> dict[str, Any]:
             OPENVLA.layers,
             rl.micro_batch,
         ),
-        Kind(name + "replicated", "replicated", world, of.simulator.batch, simulator.trained),
         Kind(
-            name + "sharded",
+            "world in full, replicated", "replicated", world, of.simulator.batch, simulator.trained
+        ),
+        Kind(
+            "world in full, sharded",
             "sharded",
             world,
             of.simulator.batch,
@@ -76,18 +76,6 @@ def costs() -> dict[str, Any]:
             size=decisions * found.decision_bytes,
         ),
     ]
-    models = {name: getattr(found, name).source.partition(";")[0] for name in _MODELS}
+    held = {"policy": policy, "simulator": simulator, "reflector": found.reflector}
+    models = {name: of.source.partition(" as published")[0] for name, of in held.items()}
     return {"commit": commit(), "models": models, "kinds": [asdict(kind) for kind in kinds]}
-
-
-_MODELS = ("policy", "simulator", "reflector")
-
-
-def kinds(report: dict[str, Any]) -> list[Kind]:
-    """Of the file."""
-    return [Kind(**kind) for kind in report["kinds"]]
-
-
-def path(results: Path) -> Path:
-    """The file in a folder of results."""
-    return results / "bench" / FILE.name

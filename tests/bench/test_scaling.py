@@ -7,12 +7,13 @@ import pytest
 import torch
 from ranked import Group
 
+from bench import steady
 from bench.results import scaling as drawn
-from bench.scaling import measure, model, paper
-from bench.scaling.__main__ import quieter, rows
+from bench.scaling import measure, model
+from bench.scaling.__main__ import iteration, quieter, rows
 from bench.scaling.model import BLOCK, Cluster, Kind, Messages, Work
-from bench.steady import training_step
 from worldenv.config import Config
+from worldenv.runtime import parallel
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -56,6 +57,7 @@ def test_the_rate_of_a_hop_is_that_of_the_sum_it_came_from():
 def arms(exchange: float, slow: float) -> dict:
     """Of one kind of work that is told by the model's own rules."""
     alone = {"seconds": 8.5, "piece_seconds": 2.0, "numbers": 16 * BLOCK, "exchange_seconds": 0.0}
+    alone["pieces"] = 4
     two = alone | {"seconds": slow * 4.5 + exchange, "piece_seconds": 2 * slow}
     two["exchange_seconds"] = exchange
     told = {"gather_seconds": 0.0, "sum_of_one_seconds": 0.0, "sum_seconds": exchange}
@@ -85,17 +87,17 @@ def test_steps_are_predicted_from_one_process_and_messages_alone():
 
 
 def test_staleness_takes_the_longer_and_sharing_half_and_its_messages():
-    config = Config()
-    found = model.stale(arms(exchange=0.3, slow=1.0), config)
+    times = iteration(Config())
+    found = model.stale({"arms": arms(exchange=0.3, slow=1.0), "iteration": times})
+    assert found["imagined"] == pytest.approx(8.5 * times[model.ROLLOUT])
     assert found["stale"] == max(found["imagined"], found["updated"])
     assert found["least"] == (found["imagined"] + found["updated"]) / 2
-    one = found["imagined"] / 8.5  # steps of imagining in an iteration
-    assert one * config.posttrain.rows == pytest.approx(
-        config.posttrain.contexts * config.posttrain.group * 0.6 * config.max_chunks
-    )
-    updates = found["updated"] / 8.5
-    assert found["shared"] == pytest.approx((one + updates) * 4.8)
-    assert found["exchange"] == pytest.approx((one + updates) * 0.3)
+    assert found["shared"] == pytest.approx(4.8 * sum(times.values()))
+    assert found["exchange"] == pytest.approx(0.3 * sum(times.values()))
+    rl = Config().posttrain
+    decisions = times[model.ROLLOUT] * rl.rows
+    assert decisions == pytest.approx(rl.contexts * rl.group * 0.6 * Config().max_chunks)
+    assert times[model.UPDATES[0]] * rl.minibatch == pytest.approx(decisions * rl.epochs)
 
 
 # --- on paper
@@ -136,16 +138,21 @@ def test_messages_count_from_where_they_no_longer_end():
 
 def ranked(folder: Path) -> dict:
     """An arm of a tiny kind of work."""
-    torch.manual_seed(0)
-    net = torch.nn.Linear(3, 2)
-    kind = training_step(net, lambda k: net(torch.ones(2, 3)).square().mean() * (k + 1))
-    found = measure.arm({"tiny": kind}, 1, 0.01)
+    weight = torch.nn.Parameter(torch.ones(8))
+    losses = [lambda k=k: (weight.square().mean() * k, None) for k in range(4)]
+
+    def step() -> list[torch.Tensor]:
+        parallel.gradients([weight], losses)
+        return [weight.grad]
+
+    found = measure.arm({"tiny": steady.Work(step, losses[0])}, 1, 0.0)
     return {"found": json.dumps(found)}
 
 
 def test_an_arm_has_what_the_model_asks_for(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "LARGE", BLOCK + 1)
     alone = json.loads(ranked(tmp_path)["found"])
+    parallel.use_threads()
     (two, _) = (json.loads(of["found"]) for of in Group(ranked, tmp_path, 2).found())
     found = {
         model.ALONE: {"processes": 1, "threads": 1, **alone},
@@ -172,6 +179,7 @@ def test_pages_show_a_measurement_as_it_is(tmp_path):
     report = {
         "machine": {"processor": "Some(R) Processor", "cores": 2},
         "arms": found | {"1 process of 2 threads": threads},
+        "iteration": iteration(Config()),
         "whole": {"total_seconds": {model.TWO: 60.0}},
     }
     (tmp_path / "bench").mkdir()
@@ -197,4 +205,3 @@ def test_the_figure_says_that_it_is_on_paper():
     assert drawn.described(shown).replace("&", "&amp;") in text, "make results"
     assert {name for name, *_ in shown} >= {"policy, adapters", "world in full, sharded"}
     assert "On paper, not run on a GPU" in drawn.on_paper(RESULTS)
-    assert len(paper.kinds(json.loads(paper.path(RESULTS).read_text()))) == 6
