@@ -85,16 +85,15 @@ def staleness(results: Path) -> str:
     said = []
     for report in measured(results):
         found = stale(report)
-        saved = 1 - found["stale"] / found["shared"]
-        most = 1 - found["least"] / found["shared"]
-        verdict = "could pay" if saved > 0 else "cannot pay, and is not built"
+        saved, most = (1 - found[way] / found["shared"] for way in ("stale", "least"))
+        verdict = f"would save {saved:.0%}" if saved > 0 else f"would take {-saved:.0%} longer"
         said.append(
             "- **One process imagining while another updates**, one iteration stale, "
-            f"{verdict} ({processor(report['machine'])}): an iteration's rollout is "
-            f"{found['imagined']:.1f} s of one process beside another and its update "
-            f"{found['updated']:.1f} s, so it would take the longer of the two; sharing both over "
-            f"two processes takes {found['shared']:.1f} s, sums of gradients "
-            f"{found['exchange']:.1f} s of them, where half of the computing each is "
+            f"{verdict} ({processor(report['machine'])}): of an iteration the rollout is "
+            f"{found['imagined']:.1f} s of one process beside another and the update "
+            f"{found['updated']:.1f} s, and it would take the longer of the two; shared over two "
+            f"processes both take {found['shared']:.1f} s, sums of gradients "
+            f"{found['exchange']:.1f} s of them. Half of the computing each is "
             f"{found['least']:.1f} s: no order of the work saves more than {max(0.0, most):.0%} "
             "(`python -m bench.scaling`)."
         )

@@ -188,7 +188,7 @@ def test_pages_show_a_measurement_as_it_is(tmp_path):
     assert "| 8.50 s | 1.49 (1.49) | 1.49 (1.57) | 300 ms |" in said
     assert "Rollout on 2 processes of 1 thread: 75% of twice one." in said
     assert "60 s on 2 processes of 1 thread" in said
-    assert "cannot pay, and is not built" in drawn.staleness(tmp_path)
+    assert "stale, would take" in drawn.staleness(tmp_path)
 
 
 def test_the_model_holds_for_what_is_kept():
