@@ -14,9 +14,11 @@ from bench.scaling.model import (
     TWO,
     Cluster,
     Kind,
+    against,
     compared,
     gpu_counts,
     stale,
+    worth,
 )
 from worldenv.report.charts import COLOURS, MARKERS, PALETTE, as_svg, drawing
 
@@ -56,7 +58,7 @@ def _machine(report: dict[str, Any]) -> str:
         f"{ALONE}, and what the model says (in brackets), which is off by {worst['error']:+.0%} at "
         f"most ({worst['work']}, {worst['arm']})"
         + (f"; by more than {TOLERANCE:.0%} in {len(off)} of {len(errors)}." if off else "."),
-        f"Rollout on {TWO}: {_worth(arms):.0%} of twice one.",
+        f"Rollout on {TWO}: {worth(arms):.0%} of twice one.",
         f"Against {threaded}, {TWO} take {_against(arms, threaded)} as long.",
     ]
     whole = report.get("whole", {}).get("total_seconds")
@@ -66,15 +68,9 @@ def _machine(report: dict[str, Any]) -> str:
     return "\n\n".join((table(head, rows), prose(*said)))
 
 
-def _worth(arms: dict[str, Any]) -> float:
-    one, two = (arms[name]["work"][ROLLOUT]["seconds"] for name in (ALONE, TWO))
-    return one / two / 2
-
-
 def _against(arms: dict[str, Any], threaded: str) -> str:
     """Two processes over one of as many threads: training, and the rollout."""
-    two, one = (arms[name]["work"] for name in (TWO, threaded))
-    ratios = {kind: two[kind]["seconds"] / one[kind]["seconds"] for kind in one}
+    ratios = against(arms, threaded)
     rollout = ratios.pop(ROLLOUT)
     least, most = min(ratios.values()), max(ratios.values())
     return f"{least:.2f} to {most:.2f} times (training) and {rollout:.2f} times (rollout)"

@@ -26,7 +26,7 @@ import torch
 
 from bench.__main__ import RESULTS, machine, machine_file
 from bench.scaling import measure, paper
-from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, UPDATES, compared
+from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, UPDATES, against, compared, worth
 from bench.steady import work
 from worldenv.config import Config
 from worldenv.presets import preset
@@ -82,6 +82,8 @@ def quieter(one: Any, other: Any) -> Any:
     """Two measurements of an arm as one: of times the shorter."""
     if isinstance(one, dict):
         return {key: quieter(one[key], other[key]) for key in one}
+    if not isinstance(one, float) and one != other:
+        raise ValueError(f"expected the same work in every round, got {one} and {other}")
     return min(one, other) if isinstance(one, float) else one
 
 
@@ -109,7 +111,8 @@ def show(report: dict[str, Any]) -> int:
         bad += not row["same_bits"]
         print(
             f"{row['work']:22} {row['arm']:24} {1000 * row['seconds']:7.1f} ms, "
-            f"{row['speed']:.2f} times {ALONE}" + ("" if row["same_bits"] else ", OTHER BITS")
+            f"{row['speed']:.2f} times {ALONE}, sum {1000 * row['exchange_seconds']:.1f} ms"
+            + ("" if row["same_bits"] else ", OTHER BITS")
         )
     for row in compared(report["arms"]):
         off = abs(row["error"]) > TOLERANCE
@@ -119,9 +122,9 @@ def show(report: dict[str, Any]) -> int:
             f" measured {1000 * row['measured_seconds']:7.1f}: {row['error']:+.0%}"
             + (f", BEYOND {TOLERANCE:.0%}" if off else "")
         )
-    alone, two = (report["arms"][name]["work"] for name in (ALONE, TWO))
-    worth = alone[ROLLOUT]["seconds"] / two[ROLLOUT]["seconds"] / 2
-    print(f"rollout, {TWO}: {worth:.0%} of twice {ALONE}")
+    print(f"rollout, {TWO}: {worth(report['arms']):.0%} of twice {ALONE}")
+    for kind, ratio in against(report["arms"], threaded()).items():
+        print(f"{kind}, {TWO}: {ratio:.2f} times as long as {threaded()}")
     for name, seconds in report.get("whole", {}).get("total_seconds", {}).items():
         print(f"smoke preset, {name}: {seconds:.0f} s")
     return int(bad > 0)
@@ -177,6 +180,8 @@ def main() -> int:
         for name, (processes, threads) in arms().items():
             new = arm(processes, threads, said)
             found[name] = quieter(found[name], new) if name in found else new
+            times = (f"{kind} {of['seconds']:.3f} s" for kind, of in new["work"].items())
+            print(f"{name}: {', '.join(times)}", flush=True)
             if said.preset == "default" and len(found) == len(arms()):
                 write_json(path, report)
     return show(report)

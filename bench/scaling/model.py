@@ -112,6 +112,18 @@ def slowness(own: Mapping[str, Mapping], alone: Mapping[str, Mapping]) -> float:
     return (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
 
 
+def worth(arms: Mapping[str, Mapping[str, Any]]) -> float:
+    """The rollout on two processes, over twice one."""
+    one, two = (arms[name]["work"][ROLLOUT]["seconds"] for name in (ALONE, TWO))
+    return one / two / 2
+
+
+def against(arms: Mapping[str, Mapping[str, Any]], other: str) -> dict[str, float]:
+    """Seconds of each kind on two processes over those of another arm."""
+    two, one = (arms[name]["work"] for name in (TWO, other))
+    return {kind: two[kind]["seconds"] / one[kind]["seconds"] for kind in one}
+
+
 def stale(report: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of an iteration of post-training on two processes. "shared": both imagine, then both
     update, as measured. "stale": one imagines while the other updates on the iteration before;
