@@ -63,7 +63,8 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
     if ranks.count() > 1 and numbers:
         own = torch.ones(numbers)
         exchange = seconds(lambda: ranks.total([own], own), budget / 4)
-    piece = seconds(lambda: parallel.run([work.piece] * threads), budget / 2)
+    # Two in turn on each thread: in the pool's threads, as a step's are.
+    piece = seconds(lambda: parallel.run([work.piece] * 2 * threads), budget / 2) / 2
     return {
         "seconds": seconds(work.step, budget),
         "piece_seconds": statistics.mean(ranks.gather(piece)),
