@@ -150,7 +150,8 @@ def lines(results: Path) -> list[tuple[str, list[int], list[float]]]:
     found = []
     for kind in shown:
         if cluster.compute(kind.flops) > 1e-3:
-            gpus = gpu_counts(cluster, min(kind.samples, MOST))
+            every = gpu_counts(cluster, min(kind.samples, MOST))
+            gpus = [n for n in every if n.bit_count() == 1]  # even shares
             found.append((kind.name, gpus, [kind.ratio(cluster, n, gathers) for n in gpus]))
     return found
 
@@ -172,7 +173,8 @@ def figure(results: Path) -> str:
         colours = (*COLOURS, "ink")
         for (name, x, y), colour in zip(shown, colours, strict=False):
             marker = MARKERS.get(colour, "v")
-            axes.plot(x, y, color=PALETTE[colour], marker=marker, markersize=3, label=name)
+            dashes = (0, (4, 2)) if "sharded" in name else "-"  # two lie on each other
+            axes.plot(x, y, PALETTE[colour], ls=dashes, marker=marker, markersize=4, label=name)
         for level in (0.1, 1.0):
             axes.axhline(level, color=PALETTE["muted"], linewidth=1, linestyle="--")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -135,12 +135,13 @@ def whole() -> dict[str, Any]:
     found: dict[str, Any] = {"stages": {}, "total_seconds": {}}
     for name, (processes, threads) in ((n, s) for n, s in arms().items() if n in (TWO, threaded())):
         with tempfile.TemporaryDirectory() as folder:
-            words = ["-m", "worldenv", "--preset", "smoke", "--run-dir", folder]
+            run = Path(folder) / "run"
+            words = ["-m", "worldenv", "--preset", "smoke", "--run-dir", str(run)]
             begun = time.perf_counter()
             words = [*LAUNCH, str(processes), *words, "--threads", str(threads)]
             subprocess.run(words, check=True)
             found["total_seconds"][name] = time.perf_counter() - begun
-            stages = json.loads((Path(folder) / "results.json").read_text())["stages"]
+            stages = json.loads((run / "results.json").read_text())["stages"]
             found["stages"][name] = {stage: of["seconds"] for stage, of in stages.items()}
     return found
 
