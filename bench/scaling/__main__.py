@@ -167,6 +167,8 @@ def main() -> int:
     if said.paper:
         write_json(paper.FILE, {"command": "python -m bench.scaling --paper", **paper.costs()})
         return 0
+    if (said.check or said.whole) and not path.exists():
+        parser.error(f"expected {path}, got none. Measure first: python -m bench.scaling")
     if said.check:
         return show(json.loads(path.read_text()))
     if said.whole:
