@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -35,8 +36,19 @@ LIMIT = 2.0
 SECONDS = 8.0
 
 
-def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Callable[[], list[Tensor]]:
-    """A step of the loop in stages/training.py; returns the gradients."""
+@dataclass(frozen=True)
+class Work:
+    """A unit of a kind of work, and one of the `SHARDS` pieces that it is cut into, by itself."""
+
+    step: Callable[[], list[Tensor]]  # returns the gradients, if there are any
+    piece: Callable[[], object]
+
+    def __call__(self) -> list[Tensor]:
+        return self.step()
+
+
+def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Work:
+    """A step of the loop in stages/training.py."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 0.0, fused=True)
 
@@ -47,10 +59,13 @@ def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Callable[
         optimizer.step()
         return [p.grad for p in parameters if p.grad is not None]
 
-    return step
+    def piece() -> object:
+        return torch.autograd.grad(loss(0), parameters, allow_unused=True)
+
+    return Work(step, piece)
 
 
-def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
+def work(config: Config) -> dict[str, Work]:
     """A unit of each kind of work, at the sizes of the default run."""
     torch.manual_seed(0)
     policy, simulator, reflector = (
@@ -60,9 +75,10 @@ def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
     shard = lambda batch: batch // parallel.SHARDS  # noqa: E731
     rows, minibatch = shard(config.posttrain.rows), shard(config.posttrain.minibatch)
 
+    imagine = partial(estimate.imagine, simulator, reflector, policy, config, rows)
+
     def frames() -> list[Tensor]:
-        piece = partial(estimate.imagine, simulator, reflector, policy, config, rows)
-        parallel.shared([piece] * parallel.SHARDS)
+        parallel.shared([imagine] * parallel.SHARDS)
         return []
 
     return {
@@ -83,7 +99,7 @@ def work(config: Config) -> dict[str, Callable[[], list[Tensor]]]:
         "update of the critic": training_step(
             critic, lambda _: estimate.policy_loss(critic, minibatch)
         ),
-        "imagination": frames,
+        "imagination": Work(frames, imagine),
     }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.results import defaults, experiments, figures, kernels
+from bench.results import defaults, experiments, figures, kernels, scaling
 from worldenv.runtime.errors import UserError, unknown
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +29,15 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "experiments": experiments.experiments,
     "full-size": experiments.full_size,
     "kernels": kernels.kernels,
+    "scaling": scaling.scaling,
+    "paper": scaling.on_paper,
+    "stale": scaling.staleness,
 }
 PAGES = ("README.md", "docs/tuning.md")
-FIGURES: dict[str, Callable[[Path], str]] = {"docs/differences.svg": figures.differences}
+FIGURES: dict[str, Callable[[Path], str]] = {
+    "docs/differences.svg": figures.differences,
+    "docs/scaling.svg": scaling.figure,
+}
 _MARK = re.compile(r"^<!-- (/?)results:? ?(.*?) ?-->$", re.MULTILINE)
 
 
