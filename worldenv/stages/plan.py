@@ -173,7 +173,8 @@ def _says(found: Plan) -> list[str]:
     worst = max(found.stages, key=lambda name: found.stages[name].bytes)
     most = found.stages[worst].bytes
     if most <= here.memory:
-        said.append(f"It fits: {_size(most)} of {_size(here.memory)} ({worst}).")
+        fits = "It fits" if found.fits else "It fits in memory, not on the disk"
+        said.append(f"{fits}: {_size(most)} of {_size(here.memory)} ({worst}).")
         return said
     said.append(f"It does not fit: {worst} needs {_size(most)}, there is {_size(here.memory)}.")
     if found.changes:
