@@ -60,8 +60,11 @@ def told(folder: Path) -> dict:
     except ZeroDivisionError as raised:
         error = str(raised)
     mine = [*ranks.Claims(9)]
+    large = torch.arange(60_000.0).reshape(3, -1).T * (1 + ranks.number())  # not contiguous
+    many = [{"a": large, "b": (large[0] > 1, large[:0])}] * (1 + ranks.number())
     return {
         "gathered": ranks.gather({"rank": ranks.number(), "x": torch.ones(2) * ranks.number()}),
+        "many": ranks.gather(many),
         "once": once,
         "error": error,
         "mine": mine,
@@ -75,6 +78,11 @@ def test_ranks_tell_each_other_and_one_acts_for_all(tmp_path):
     for own in every:
         assert [part["rank"] for part in own["gathered"]] == [0, 1]
         assert own["gathered"][1]["x"].tolist() == [1, 1]
+        assert [len(part) for part in own["many"]] == [1, 2]
+        for part in [*own["many"][0], *own["many"][1]]:
+            assert (part["a"].shape, part["b"][1].shape) == ((20_000, 3), (0, 3))
+            assert part["b"][0].dtype == torch.bool
+        assert own["many"][1][1]["a"][7].tolist() == [14.0, 40_014.0, 80_014.0]
         assert own["once"] == (group.ranks[0].pid, 1)
         assert own["error"] == "division by zero"
         assert own["merged"] == [k * k for k in range(9)]

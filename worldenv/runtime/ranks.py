@@ -24,6 +24,7 @@ from worldenv.runtime.errors import UserError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # rank 0 may be busy for hours with what others wait for
+_PICKLED = 1 << 16  # bytes of tensors in what a rank tells that are not worth messages of their own
 _BLOCK = 1 << 18  # numbers that are sent at once: 1 MB, so that ranks add while others send
 
 _alone = False  # whether this rank does something for all of them now
@@ -80,15 +81,16 @@ def lead() -> bool:
 
 
 def gather(value: T) -> list[T]:
-    """The value of every rank, by rank, on each of them; tensors come to this rank's device."""
+    """The value of every rank, by rank, on each of them; tensors are on the kind of device they
+    were on. Many bytes of tensors travel as they are; what holds them is pickled."""
     if count() == 1:
         return [value]
-    devices: list[torch.device] = []
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, _moved(value, torch.device("cpu"), devices))
-    found[number()] = value
-    other = next((d for d in devices if d.type != "cpu"), None)
-    return found if other is None else [_moved(part, other, []) for part in found]
+    own: list[Tensor] = []
+    _mapped(value, Tensor, own.append)
+    small = sum(x.nbytes for x in own) <= _PICKLED
+    told: list[Any] = [None] * count()
+    dist.all_gather_object(told, _mapped(value, Tensor, lambda x: _Told.of(x, small)))
+    return [_whole(told[rank], rank, iter(own)) for rank in range(count())]
 
 
 def together(work: Callable[[], T]) -> T:
@@ -188,17 +190,49 @@ def total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     return out
 
 
-def _moved(value: Any, device: torch.device, seen: list[torch.device]) -> Any:
-    """`value` with every tensor in it on `device`; where they were is added to `seen`."""
-    if isinstance(value, Tensor):
-        seen.append(value.device)
-        return value.to(device)
+@dataclasses.dataclass(frozen=True)
+class _Told:
+    """A tensor in what a rank tells; content: where it is not sent by itself."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    kind: str
+    content: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, small: bool) -> _Told:
+        return cls(x.shape, x.dtype, x.device.type, x.detach().cpu() if small else None)
+
+
+def _whole(skeleton: Any, rank: int, own: Iterator[Tensor]) -> Any:
+    """What a rank told, with its tensors, which it sends to all now; own: this rank's."""
+
+    def received(told: _Told) -> Tensor:
+        if told.content is not None:
+            return told.content.to(told.kind)
+        if rank == number():
+            tensor = next(own)
+        else:
+            tensor = torch.empty(told.shape, dtype=told.dtype, device=told.kind)
+        if tensor.numel():
+            dist.broadcast(tensor.detach().contiguous().reshape(-1).view(torch.uint8), rank)
+        return tensor
+
+    return _mapped(skeleton, _Told, received)
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """`value` with what is of a kind in it changed, in order."""
+    if isinstance(value, kind):
+        return change(value)
     if isinstance(value, dict):
-        return {k: _moved(v, device, seen) for k, v in value.items()}
+        return {k: _mapped(v, kind, change) for k, v in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(_moved(v, device, seen) for v in value)
+        return type(value)(_mapped(v, kind, change) for v in value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         inside = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-        moved = {k: _moved(v, device, seen) for k, v in inside.items()}
-        return dataclasses.replace(value, **{k: v for k, v in moved.items() if v is not inside[k]})
+        changed = {k: _mapped(v, kind, change) for k, v in inside.items()}
+        return dataclasses.replace(
+            value, **{k: v for k, v in changed.items() if v is not inside[k]}
+        )
     return value
