@@ -136,8 +136,8 @@ class Group:
             port = free.getsockname()[1]
         self.store = torch.distributed.TCPStore("127.0.0.1", port, None, True,
                                                 wait_for_workers=False)  # fmt: skip
-        stated = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                  "TORCHELASTIC_USE_AGENT_STORE": "True"}  # fmt: skip
+        stated = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        stated |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLDENV_JOIN_SECONDS": "30"}
         fork = multiprocessing.get_context("fork")
         self.ranks = [
             fork.Process(target=_rank, args=(folder, n, stated | {"RANK": str(n)}))
@@ -178,6 +178,8 @@ def kept(run: Path) -> dict[str, int]:
     for path in run.glob("checkpoints/*.partial.safetensors"):
         with safe_open(path, framework="pt") as file:
             found[path.name] = json.loads(next(iter(file.metadata().values())))["step"]
+    for path in run.glob("data/*"):
+        found[path.name] = sum(1 for _ in collect.each_episode(path))
     for path in run.glob("evaluation/*.json"):
         name = path.name.split(".")[0] + ".json"
         found[name] = found.get(name, 0) + len(json.loads(path.read_text())["episodes"])
@@ -238,9 +240,8 @@ def disturb(
     said = [(folder / "run" / "ranks" / f"rank-{n}.log") for n in range(1, row["of"])]
     said = [folder / "rank-0.log", *said]
     words = [p.read_text(errors="replace") if p.exists() else "" for p in said]
-    row["named_by"] = [n for n, text in enumerate(words) if f"rank {victim} is gone" in text]
-    if kind == "memory":  # which a rank that waits raises itself
-        row["named_by"] += [n for n, text in enumerate(words) if "MemoryError" in text]
+    named = {n for n, text in enumerate(words) if f"rank {victim} is gone" in text}
+    row["named_by"] = sorted(named)
     return row
 
 

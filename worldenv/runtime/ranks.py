@@ -57,7 +57,8 @@ def join(device: torch.device) -> None:
         backend = "cpu:gloo,cuda:nccl"
     try:
         store = _met(here, count)
-        dist.init_process_group(backend, store=store, rank=here, world_size=count, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=here, world_size=count, timeout=wait())
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)  # from now on `watch` looks after them
     except (RuntimeError, ValueError, dist.DistError) as error:
         raise UserError(
             f"rank {here} did not meet the other {count - 1} at {place()}: {error}. Check that "
