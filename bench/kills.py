@@ -299,6 +299,21 @@ def one_run(
     return wrong
 
 
+def summary(seed: int, runs: int, rows: list[dict], wrong: list[str]) -> dict:
+    """What results.json holds."""
+    left = [row for row in rows if row["of"] > 1]
+    return {
+        **origin("bench.kills", seed=seed, silence_seconds=watch.SILENCE),
+        "runs": runs,
+        "kills_by_stage": {n: sum(r["stage"].endswith(n) for r in rows) for n in STAGES},
+        "kills_with_others_left": len(left),
+        "of_these_named": sum(bool(row["named_by"]) for row in left),
+        "slowest_end_seconds": max(row["seconds"] for row in rows),
+        "wrong": wrong,
+        "kills": rows,
+    }
+
+
 def main() -> int:
     """Kills, compares, writes results/kills/results.json; 1 where anything differs."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -314,12 +329,11 @@ def main() -> int:
     draw.shuffle(kinds)
     parallel.use_threads(1)
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
-        alone = Group(Path(name), 1)
-        alone.end(900)
+        whole(Path(name))  # here, so that ranks are forked with all that it imports
         wanted = outcome(Path(name))
-        records = {n: json.loads((Path(name) / "run" / "stages" / f"{n}.json").read_text())
-                   for n in STAGES[:-1]}  # fmt: skip
-        seconds = {n: r["seconds"] for n, r in records.items()} | {STAGES[-1]: 2.0}
+        records = Path(name) / "run" / "stages"
+        seconds = {n: json.loads((records / f"{n}.json").read_text())["seconds"]
+                   for n in STAGES[:-1]} | {STAGES[-1]: 2.0}  # fmt: skip
     print("undisturbed:", seconds, flush=True)
     rows: list[dict] = []
     wrong: list[str] = []
@@ -328,21 +342,7 @@ def main() -> int:
         some = kinds[len(rows) : len(rows) + EACH]
         wrong += one_run(number, rows, some, seconds, draw, wanted, lambda s: print(s, flush=True))
         number += 1
-    stages = {name: sum(r["stage"].endswith(name) for r in rows) for name in STAGES}
-    named = sum(bool(r["named_by"]) for r in rows if r["of"] > 1)
-    write_json(
-        given.out,
-        {
-            **origin("bench.kills", seed=given.seed, silence_seconds=watch.SILENCE),
-            "runs": number,
-            "kills_by_stage": stages,
-            "kills_with_others_left": sum(r["of"] > 1 for r in rows),
-            "of_these_named": named,
-            "slowest_end_seconds": max(r["seconds"] for r in rows),
-            "wrong": wrong,
-            "kills": rows,
-        },
-    )
+        write_json(given.out, summary(given.seed, number, rows, wrong))
     print(*wrong, f"{len(rows)} kills in {number} runs, {len(wrong)} wrong", sep="\n")
     return bool(wrong)
 

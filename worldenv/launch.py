@@ -46,6 +46,7 @@ def together(config: Config, files: Mapping[str, Path] | None = None) -> Iterato
         if not ranks.lead():
             watch.voice = _talk_into(config)
         yield
+        ranks.leave()  # after an error the process ends as it is: to part may wait for the others
     except (Exception, KeyboardInterrupt) as error:
         with signals.ignored():  # torchrun stops all ranks when one ends, and asks no second time
             blamed = watch.explain() if _broken(error) else None
@@ -55,7 +56,6 @@ def together(config: Config, files: Mapping[str, Path] | None = None) -> Iterato
         raise
     finally:
         watch.close()
-        ranks.leave()
 
 
 def _broken(error: BaseException) -> bool:

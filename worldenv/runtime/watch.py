@@ -100,6 +100,9 @@ class Watch:
                     self._silent[rank] = self._silent[rank] + 1 if heard[rank] == last else 0
                     if self._silent[rank] * BEAT > SILENCE:
                         self._give_up(rank)
+                    # One that failed and cannot end breaks no connection: its words must do.
+                    if self._silent[rank] > _LATE and (words := self._words(rank)):
+                        _end(_gone(rank, f"it ended with: {words}"))
             except RuntimeError:  # torchrun has ended, and takes the store along
                 self._stop.set()
                 return
