@@ -38,7 +38,7 @@ class Watch:
     """
 
     voice: int | None = None
-    """Where rank 1 speaks in place of rank 0, if that cannot: a file descriptor."""
+    """Where a rank speaks in place of rank 0, if that cannot: a file descriptor."""
 
     def __init__(self, logs: Path) -> None:
         self.logs, self.own, self.count = logs, dist.get_rank(), dist.get_world_size()
@@ -113,13 +113,13 @@ class Watch:
         while not self._stop.wait(BEAT):
             self._waited += 1
             if self._waited * BEAT > SILENCE:
-                _end(
-                    UserError(
-                        f"no answer for {SILENCE:.0f} s from {ranks.place()}, where the ranks "
-                        "meet: that node, or the network to it, is gone. The same command goes on "
-                        "from the last checkpoint."
-                    )
+                error = UserError(
+                    f"no answer for {SILENCE:.0f} s from {ranks.place()}, where the ranks meet: "
+                    "that node, or the network to it, is gone. The same command goes on from the "
+                    "last checkpoint."
                 )
+                self._say_aloud(error)  # who is cut off has nobody to speak for it
+                _end(error)
 
     def _give_up(self, rank: int) -> None:
         """End this process: its main thread may wait for that rank and never come back. That rank
@@ -133,9 +133,13 @@ class Watch:
     def _aloud(self, rank: int, how: str) -> UserError:
         """The error, which rank 1 says for all where it is rank 0 that is gone."""
         error = _gone(rank, how)
-        if (rank, self.own) == (0, 1) and self.voice is not None:
-            os.write(self.voice, f"\nerror: {error}\n".encode())
+        if (rank, self.own) == (0, 1):
+            self._say_aloud(error)
         return error
+
+    def _say_aloud(self, error: UserError) -> None:
+        if self.voice is not None:
+            os.write(self.voice, f"\nerror: {error}\n".encode())
 
     def _others(self) -> list[int]:
         return [rank for rank in range(self.count) if rank != self.own]
