@@ -5,6 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from worldenv.cli import TrainArguments
+from worldenv.presets import preset
+from worldenv.words import parse
 
 DOCS = Path(__file__).parents[1] / "docs"
 NAMES = ["an-op", "a-policy", "a-simulator", "a-judge", "a-benchmark"]
@@ -55,3 +61,36 @@ def test_what_pages_name_exists(name):
 def test_pages_are_linked(file):
     text = (DOCS.parent / file).read_text(encoding="utf-8")
     assert [name for name in NAMES if f"docs/adding-{name}.md" not in text] == []
+
+
+def commands() -> list[str]:
+    """Command lines of docs/launching.md, the YAML's as YAML reads it."""
+    text = (DOCS / "launching.md").read_text(encoding="utf-8")
+    (manifest,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    service, job = yaml.safe_load_all(manifest)
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    stated = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert int(stated["WORLD_SIZE"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert stated["MASTER_ADDR"] == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    blocks = re.findall(r"^```(?:bash)?\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).splitlines()
+    return [line for line in lines if "worldenv --" in line or "train" in line] + [
+        container["command"][-1]
+    ]
+
+
+def test_the_launching_page_has_commands_that_parse(monkeypatch):
+    found = commands()
+    assert len(found) == 5
+    for line in found:
+        given = re.search(r"(?:worldenv-train|-m worldenv) (--.*?)'?$", line.strip())[1].split()
+        monkeypatch.setattr("sys.argv", ["worldenv-train", *given])
+        arguments = parse(TrainArguments, TrainArguments(config=preset("default")))
+        assert "runs" in str(arguments.config.run_dir)
+        if "torchrun" in line:
+            options = line.removeprefix("torchrun ").split(" -m ")[0].split()
+            asked = get_args_parser().parse_args([*options, "script"])
+            ranks = int(asked.nnodes.split(":")[0]) * int(asked.nproc_per_node)
+            assert ranks <= arguments.config.shards

@@ -259,7 +259,7 @@ def _train() -> int | None:
     files = {kind: store.locate(kind, path) for kind, path in named.items() if path is not None}
     paths = tuple(store.locate("data", path) for path in arguments.config.data.paths)
     config = replace(arguments.config, data=replace(arguments.config.data, paths=paths))
-    with launch.together(config):
+    with launch.together(config, files):
         if name == "published-tiny":  # its libraries take seconds to import
             from worldenv.layouts import tiny
 

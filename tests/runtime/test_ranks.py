@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
@@ -176,11 +177,49 @@ def test_one_process_needs_no_others(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("MASTER_ADDR", ""), ("MASTER_PORT", "none"), ("RANK", "first")]
+    ("name", "value"),
+    [("MASTER_ADDR", ""), ("MASTER_PORT", "none"), ("RANK", "first"), ("RANK", "2")],
 )
 def test_an_environment_that_torchrun_did_not_set_is_refused(name, value, monkeypatch):
     stated = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for key, given in (stated | {name: value}).items():
         monkeypatch.setenv(key, given)
-    with pytest.raises(UserError, match=f"{name}: expected what torchrun sets"):
+    with pytest.raises(
+        UserError, match=f"{name}: expected (what torchrun sets|one of 0..1, got 2)"
+    ):
+        ranks.join(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (
+            "0",
+            r"rank 2, 3 \(of node 1\): expected at 127.0.0.1:\d+ within 1 s, never came; .* 2 of 4",
+        ),
+        (
+            "1",
+            "rank 1 did not meet the other 3 at 127.0.0.1:1: .*MASTER_ADDR is the node of rank 0",
+        ),
+    ],
+)
+def test_ranks_that_do_not_come_are_named_in_time(own, said, monkeypatch):
+    """One that leads, beside rank 1; and one that is sent where nobody is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    stated = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "RANK": own, "MASTER_ADDR": "127.0.0.1"}
+    stated |= {"MASTER_PORT": str(port) if own == "0" else "1", "WORLDENV_JOIN_SECONDS": "1"}
+    for key, given in stated.items():
+        monkeypatch.setenv(key, given)
+    if own == "0":
+        agent = torch.distributed.TCPStore("127.0.0.1", port, None, True, wait_for_workers=False)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        torch.distributed.PrefixStore("worldenv/0", agent).add("here/1", 1)
+    begun = time.monotonic()
+    with pytest.raises(UserError, match=said):
+        ranks.join(torch.device("cpu"))
+    assert time.monotonic() - begun < 30
+    monkeypatch.setenv("WORLDENV_JOIN_SECONDS", "soon")
+    with pytest.raises(UserError, match="WORLDENV_JOIN_SECONDS: expected whole seconds"):
         ranks.join(torch.device("cpu"))

@@ -5,6 +5,7 @@ On `examples/own_benchmark.py`, whose world is drawn with numpy, with models sma
 
 import json
 import os
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from worldenv import launch
 from worldenv.envs.benchmark import begun
 from worldenv.presets import preset
-from worldenv.runtime import parallel, ranks
+from worldenv.runtime import checkpoint, parallel, ranks
 from worldenv.runtime.errors import UserError
 from worldenv.stages import pipeline, training
 from worldenv.stages.run import Run
@@ -72,20 +73,75 @@ def killed(folder: Path) -> dict:
         return draw(seed, *keys)
 
     training.generator, training.CHECKPOINT_SECONDS = drawn, 0.0
+    return _ended(folder)
+
+
+def full(folder: Path) -> dict:
+    """As `whole`, and rank 0's disk fills up: the simulator's first checkpoint does not fit."""
+    training.CHECKPOINT_SECONDS = 0.0
+    train = training.train
+
+    def trained(run: Run, name: str, *rest, **more):
+        if name == "simulator-0" and ranks.lead():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        return train(run, name, *rest, **more)
+
+    training.train = trained
+    return _ended(folder)
+
+
+def poisoned(folder: Path) -> dict:
+    """As `whole`, and rank 1 finds NaN in the reflector's second step."""
+    training.CHECKPOINT_SECONDS = 0.0
+    train = training.train
+
+    def trained(run: Run, name: str, mark: str, module, loss_at, **more):
+        def lost(step: int, shard: int):
+            loss, logged = loss_at(step, shard)
+            bad = (name, step, ranks.number()) == ("reflector-0", 1, 1)
+            return (loss * float("nan") if bad else loss), logged
+
+        return train(run, name, mark, module, lost, **more)
+
+    training.train = trained
+    return _ended(folder)
+
+
+def _ended(folder: Path) -> dict:
     try:
         return whole(folder)
     except UserError as error:
         return {"error": str(error)}
 
 
-def other(folder: Path) -> dict:
-    """Ranks of different configurations."""
-    settings = config(folder, seed=ranks.number())
-    try:
-        with launch.together(settings):
-            return {}
-    except UserError as error:
-        return {"error": str(error)}
+def refused(folder: Path) -> dict:
+    """What three ranks that differ are told before any work."""
+    own, groups = folder / f"policy-{ranks.number()}.safetensors", config(folder).posttrain
+    own.write_bytes(b"x" * (1 + ranks.number() // 2))
+    link = folder / f"node-{ranks.number()}"
+    link.mkdir()
+    (link / "policy.safetensors").symlink_to(own)
+    os.chdir(link)  # so that the same words name another file
+    said = []
+    for number, (settings, files) in enumerate(
+        [
+            (config(folder, seed=ranks.number()), {}),
+            (config(folder), {"policy": Path("policy.safetensors")}),
+            (config(folder), {}),
+            (config(folder), {}),
+        ]
+    ):
+        if number == 2:
+            launch._kind = lambda device: f"GPU, {80 >> ranks.number()} GiB"
+        if number == 3:
+            launch._kind = str
+            assert groups.contexts == 2
+        try:
+            with launch.together(settings, files):
+                pass
+        except UserError as error:
+            said.append(str(error))
+    return {"said": said}
 
 
 def outcome(folder: Path) -> dict:
@@ -126,19 +182,32 @@ def test_two_ranks_do_what_one_process_does(alone, tmp_path):
     assert not [*(tmp_path / "run").rglob("*.rank-*"), *(tmp_path / "run").rglob("*.parts")]
 
 
-def test_a_killed_rank_ends_all_and_one_process_goes_on(alone, tmp_path):
-    group = Group(killed, tmp_path, 2)
-    error = group.of(0)["error"]
+def test_a_killed_rank_a_full_disk_and_nan_end_all_and_one_process_goes_on(alone, tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    error = Group(killed, tmp_path, 2).of(0)["error"]
     assert "rank 1 is gone: it was killed" in error
-    assert (tmp_path / "run" / "checkpoints" / "sft.partial.safetensors").exists()
+    assert (checkpoints / "sft.partial.safetensors").exists()
+    first, second = Group(full, tmp_path, 2).found()
+    assert "simulator-0.partial.safetensors: " in first["error"]
+    assert "rank 0 is gone: it ended with: Cannot write" in second["error"]
+    told = Group(poisoned, tmp_path, 2).found()
+    assert all("reflector-0 loss [] holds 1 NaN" in own["error"] for own in told)
+    _, about = checkpoint.load(checkpoints / "reflector-0.partial.safetensors", header=True)
+    assert about["step"] == 1
     whole(tmp_path)
     same(outcome(tmp_path), alone)
 
 
-def test_ranks_of_other_settings_are_told_what_differs(tmp_path):
-    for own in Group(other, tmp_path, 2).found():
-        words = "seed: expected the same on every rank, got 0 on rank 0 and 1 on rank 1"
-        assert own["error"].startswith(words)
+def test_ranks_that_differ_are_told_what_does_before_any_work(tmp_path):
+    for own in Group(refused, tmp_path, 3).found():
+        seed, artifact, gpu, groups = own["said"]
+        assert seed.startswith("seed: expected the same on every rank, got 0 on rank 0 and 1 on")
+        assert artifact.startswith("--policy policy.safetensors: expected the same on every rank")
+        assert "on rank 2." in artifact
+        words = "device: expected the same on every rank, got 'GPU, 80 GiB' on rank 0 and 'GPU, 40"
+        assert gpu.startswith(words)
+        assert groups.startswith("ranks: expected at most 2, one for each group")
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_more_ranks_than_shards_are_refused(tmp_path):

@@ -1,7 +1,7 @@
 """The whole pipeline in the real benchmark, killed and gone on with on other numbers of threads and
 workers, ends with the same bits as one left alone on one of each, which takes at its peak what was
 planned for it, within 15 %: the process, its libraries and the benchmark's processes included.
-(Killed in every stage: test_ranks_end_to_end, with a benchmark that costs nothing.)"""
+(Killed in every stage: `python -m bench.kills`.)"""
 
 import json
 import os

@@ -11,7 +11,7 @@ from torch import nn
 
 from worldenv.config import Config
 from worldenv.runtime import checkpoint
-from worldenv.runtime.errors import UserError
+from worldenv.runtime.errors import NonFiniteError, UserError
 from worldenv.runtime.logging import read_metrics
 from worldenv.runtime.seeds import generator
 from worldenv.stages import training
@@ -125,3 +125,17 @@ def test_training_begins_anew_where_nothing_can_be_gone_on_from(run, damage):
     again = model()
     fit(run, again)
     assert all(map(torch.equal, whole.parameters(), again.parameters()))
+
+
+def test_a_gradient_that_is_not_finite_makes_no_step(run):
+    """Of a loss that is: the root of nothing has no slope."""
+    module = model()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+
+    def loss_at(step: int, shard: int):
+        loss = (module.weight - module.weight.detach()).abs().sqrt().sum()
+        return loss, {"loss": loss.detach()}
+
+    with pytest.raises(NonFiniteError, match=r"toy gradient .* at step 0"):
+        training.train(run, "toy", "mark", module, loss_at, steps=2, lr=0.05)
+    assert all(value.equal(before[name]) for name, value in module.state_dict().items())

@@ -226,8 +226,9 @@ def _critic_update(
     for part in everything[order.to(everything.device)].split(config.minibatch):
         owns = _pieces(part)
         losses, weights = [partial(shard, own) for own in owns], [len(o) / len(part) for o in owns]
-        loss, _, _ = parallel.gradients(parameters, losses, weights)
+        loss, _, norm = parallel.gradients(parameters, losses, weights)
         check_finite("critic loss", loss, step)
+        check_finite("critic gradient", norm, step)
         learner.critic_optimizer.step()
     return advantage, live
 

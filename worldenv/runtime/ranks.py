@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,31 +33,87 @@ _calls = 0  # of `claims`, which every rank makes in the same order
 
 
 def join(device: torch.device) -> None:
-    """Meet the other ranks, if torchrun started any. UserError where they do not come."""
-    stated = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")}
-    if dist.is_initialized() or stated["WORLD_SIZE"] in ("", "1"):
+    """Meet the other ranks, if torchrun started any. UserError, within `wait`, naming those that do
+    not come."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if dist.is_initialized() or size in ("", "1"):
         return
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         value = os.environ.get(name, "")
         if not value or (name != "MASTER_ADDR" and not value.isdigit()):
             raise UserError(
-                f"{name}: expected what torchrun sets, got {value!r} beside "
-                f"WORLD_SIZE={stated['WORLD_SIZE']}. Start with torchrun --nproc-per-node N "
-                "-m worldenv, or unset WORLD_SIZE for one process."
+                f"{name}: expected what torchrun sets, got {value!r} beside WORLD_SIZE={size}. "
+                "Start with torchrun --nproc-per-node N -m worldenv, or unset WORLD_SIZE for one "
+                "process."
             )
+    here, count = int(os.environ["RANK"]), int(size)
+    if here >= count:
+        raise UserError(
+            f"RANK: expected one of 0..{count - 1}, got {here} beside WORLD_SIZE={count}. Number "
+            "the processes from 0."
+        )
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store = _met(here, count)
+        dist.init_process_group(backend, store=store, rank=here, world_size=count, timeout=wait())
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)  # from now on `watch` looks after them
     except (RuntimeError, ValueError, dist.DistError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UserError(
-            f"rank {stated['RANK']} did not meet the other {int(stated['WORLD_SIZE']) - 1} at "
-            f"{place}: {error}. Check that every node runs the same torchrun command with the "
-            "same --rdzv-endpoint, and that its port is open."
+            f"rank {here} did not meet the other {count - 1} at {place()}: {error}. Check that "
+            "MASTER_ADDR is the node of rank 0, that every node runs the same torchrun command "
+            "with the same --rdzv-endpoint, that its port is open, and that GLOO_SOCKET_IFNAME "
+            "names a network that the nodes share."
         ) from error
+
+
+def place() -> str:
+    """Where the ranks meet."""
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def wait() -> timedelta:
+    """How long to wait for ranks that have not come: WORLDENV_JOIN_SECONDS, or five minutes."""
+    stated = os.environ.get("WORLDENV_JOIN_SECONDS") or "300"
+    if not stated.isdigit() or not int(stated):
+        raise UserError(
+            f"WORLDENV_JOIN_SECONDS: expected whole seconds above 0, got {stated!r}. Unset it for "
+            "five minutes."
+        )
+    return timedelta(seconds=int(stated))
+
+
+def _met(here: int, count: int) -> dist.Store:
+    """The store of all ranks, once every one has come. UserError naming those that have not."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps it, not us
+    until, host = time.monotonic() + wait().total_seconds(), os.environ["MASTER_ADDR"]
+    port, leads = int(os.environ["MASTER_PORT"]), here == 0 and not agent
+    server = dist.TCPStore(host, port, None, leads, wait(), wait_for_workers=False)
+    # What an earlier start has left there is not ours.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"worldenv/{attempt}", server)
+    if store.add(f"here/{here}", 1) > 1 and not agent:
+        raise UserError(
+            f"RANK: expected one process of each number, got two that are {here} at {place()}. "
+            "Give every run a port of its own, and every node a number of its own (--node-rank)."
+        )
+    missing = [*range(count)]
+    while missing := [n for n in missing if not store.check([f"here/{n}"])]:
+        if time.monotonic() > until:
+            each = int(os.environ.get("LOCAL_WORLD_SIZE") or 0)
+            nodes = sorted({n // each for n in missing}) if each else []
+            of = f" (of node {', '.join(map(str, nodes))})" if nodes else ""
+            raise UserError(
+                f"rank {', '.join(map(str, missing))}{of}: expected at {place()} within "
+                f"{wait().total_seconds():.0f} s, never came; the other "
+                f"{count - len(missing)} of {count} did. Start them with the same command, or see "
+                "why they ended. WORLDENV_JOIN_SECONDS sets how long to wait."
+            )
+        time.sleep(0.1)
+    server.set_timeout(PATIENCE)
+    return store
 
 
 def leave() -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-Handler = Callable[[int, FrameType | None], None]
+Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,6 +43,17 @@ def end_at_once() -> None:
 def raised() -> Iterator[None]:
     """Within, the first signal to stop raises `Stopped`, another one ends the process."""
     before = _handle(_raise)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ignored() -> Iterator[None]:
+    """Within, signals to stop do nothing: what is done takes seconds, and then the process ends."""
+    before = _handle(signal.SIG_IGN)
     try:
         yield
     finally:

@@ -114,7 +114,7 @@ def train(
     many losses a batch has, if not one for each shard. frozen: whether checkpoints hold parameters
     that are not trained. ema: end with the exponential moving average of the weights. Returns the
     metrics averaged over the last tenth of the steps. NonFiniteError (with step and name) if the
-    loss is NaN; the last checkpoint stays.
+    loss or its gradient is NaN on any rank; the last checkpoint stays.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     count = pieces or parallel.shards(run.device)
@@ -143,8 +143,10 @@ def train(
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = schedule(step, steps, peak)
             losses = [partial(loss_at, step, shard) for shard in range(count)]
-            loss, logged, _ = parallel.gradients(parameters, losses, max_norm=1.0)
+            loss, logged, norm = parallel.gradients(parameters, losses, max_norm=1.0)
+            # Of all ranks, and the same on each: they stop together, before the step is taken.
             check_finite(f"{name} loss", loss, step)
+            check_finite(f"{name} gradient", norm, step)
             optimizer.step()
             _track_average(average, module, step)
             done = step + 1
