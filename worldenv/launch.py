@@ -32,6 +32,7 @@ def together(config: Config) -> Iterator[None]:
     device = devices.pick(config.device)
     ranks.join(device)
     if ranks.count() == 1:
+        _check_alone(config)
         yield
         return
     watch = Watch(config.run_dir / "ranks")
@@ -113,6 +114,15 @@ def _check_count(config: Config, device: torch.device) -> None:
             f"ranks: expected at most {most}, one for each shard of a batch, got {ranks.count()}. "
             f"Start {most} (torchrun --nproc-per-node), or cut batches into more (--shards "
             f"{ranks.count()}), which changes results as another seed does."
+        )
+
+
+def _check_alone(config: Config) -> None:
+    if config.fsdp:
+        raise UserError(
+            f"fsdp: expected several ranks to share the {' and the '.join(config.fsdp)}, got one "
+            "process. Start with torchrun --nproc-per-node N -m worldenv, or leave out --fsdp: "
+            "what a sharded run left can be gone on from without."
         )
 
 
