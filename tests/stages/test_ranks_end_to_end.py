@@ -10,15 +10,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from ranked import Group
 from safetensors.torch import load_file
+
+# They take seconds to import: once here, not in every rank.
+from torch.distributed import checkpoint, fsdp  # noqa: F401
 
 from worldenv import launch
 from worldenv.envs.benchmark import begun
 from worldenv.presets import preset
+from worldenv.rl import update
 from worldenv.runtime import parallel, ranks
 from worldenv.runtime.errors import UserError
-from worldenv.stages import pipeline, training
+from worldenv.stages import pipeline, posttrain, training
 from worldenv.stages.run import Run
 
 FILE = Path(__file__).parents[2] / "examples" / "own_benchmark.py"
@@ -26,8 +31,14 @@ FILE = Path(__file__).parents[2] / "examples" / "own_benchmark.py"
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_here():
-    """Without an estimate, which takes seconds; with the usual threads afterwards."""
+    """Without an estimate, which takes seconds; with the usual threads afterwards. Every other
+    episode is called a success: after so few steps none is, and nothing would be updated."""
+
+    def rewards(trajectories, kind):
+        return (torch.arange(len(trajectories.length)) % 2).float()
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update, "episode_rewards", rewards)
         patch.setattr(pipeline, "_announce", lambda run, marks: None)
         yield
     parallel.use_threads()
@@ -53,9 +64,9 @@ def config(folder: Path, **more):
     )
 
 
-def whole(folder: Path) -> dict:
+def whole(folder: Path, **more) -> dict:
     """Every stage; what a rank is told at the end."""
-    with launch.together(settings := config(folder)):
+    with launch.together(settings := config(folder, **more)):
         run = Run(settings)
         results = pipeline.run_all(run)
         run.close()
@@ -102,6 +113,23 @@ def outcome(folder: Path) -> dict:
     }
 
 
+def stopped_sharded(folder: Path) -> dict:
+    """As `whole`, with a signal to stop in the second iteration."""
+    first = posttrain.update
+
+    def second(learner, episodes, seed, step):
+        if step == 1:
+            raise KeyboardInterrupt
+        return first(learner, episodes, seed, step)
+
+    posttrain.update = second
+    try:
+        whole(folder, fsdp=("policy", "simulator", "reflector"))
+    except KeyboardInterrupt:
+        return {"stopped": True}
+    return {"stopped": False}
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
@@ -116,6 +144,22 @@ def same(got: dict, wanted: dict) -> None:
             assert tensor.equal(got["weights"][name][key]), (name, key)
     for part in ("metrics", "evaluation", "fidelity"):
         assert got[part] == wanted[part], part
+
+
+def close(got: dict, wanted: dict) -> None:
+    """What is counted is the same, what is computed agrees to rounding."""
+    assert got["weights"].keys() == wanted["weights"].keys()
+    for name, tensors in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], tensors, rtol=1e-3, atol=1e-3)
+    assert len(got["metrics"]) == len(wanted["metrics"])
+    for row, want in zip(got["metrics"], wanted["metrics"], strict=True):
+        words = {key for key, value in want.items() if isinstance(value, str)}
+        assert {key: row[key] for key in words} == {key: want[key] for key in words}
+        numbers = {key: value for key, value in want.items() if key not in words}
+        assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-3)
+        assert row.keys() == want.keys()
+    assert got["evaluation"] == wanted["evaluation"]
+    assert any("clip_fraction" in row for row in wanted["metrics"])  # the policy was updated
 
 
 def test_two_ranks_do_what_one_process_does(alone, tmp_path):
@@ -133,6 +177,17 @@ def test_a_killed_rank_ends_all_and_one_process_goes_on(alone, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / "sft.partial.safetensors").exists()
     whole(tmp_path)
     same(outcome(tmp_path), alone)
+
+
+def test_sharded_ranks_do_to_rounding_what_one_process_does(alone, tmp_path):
+    """On two of them, that end in the second iteration of post-training; one process goes on."""
+    for own in Group(stopped_sharded, tmp_path, 2).found():
+        assert own["stopped"]
+    partial = tmp_path / "run" / "checkpoints" / "posttrain-0.partial.safetensors"
+    assert partial.with_suffix(".a").is_dir()
+    whole(tmp_path)
+    assert not [*(tmp_path / "run" / "checkpoints").glob("*.partial*")]
+    close(outcome(tmp_path), alone)
 
 
 def test_ranks_of_other_settings_are_told_what_differs(tmp_path):

@@ -11,6 +11,7 @@ that (whether all files are there, and whole) is checked here.
 """
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -142,12 +143,14 @@ class Partial:
                 state[name] = torch.empty(stored.size, dtype=kind)
         alone = ranks.count() == 1
         try:
-            dcp.load(
-                state,
-                storage_reader=reader,
-                process_group=None if alone else _group(),
-                no_dist=alone,
-            )
+            with warnings.catch_warnings():  # that one process reads it
+                warnings.simplefilter("ignore")
+                dcp.load(
+                    state,
+                    storage_reader=reader,
+                    process_group=None if alone else _group(),
+                    no_dist=alone,
+                )
         except dcp.CheckpointException as error:
             raise UserError(f"{folder}: cannot be read: {error}") from error
         return state

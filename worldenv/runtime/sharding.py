@@ -38,7 +38,7 @@ def shard(module: M, wanted: bool = True) -> M:
         parameter.data = parameter.data.contiguous()
     device = next(module.parameters()).device
     how = fsdp.MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    for part in (*_blocks(module), module):
+    for part in (*blocks(module), module):
         fsdp.fully_shard(part, mesh=_mesh(device.type), mp_policy=how)
     module.losses = lambda loss_of: loss_of()
     fsdp.register_fsdp_forward_method(module, "losses")
@@ -126,11 +126,11 @@ def _norm(parameters: Sequence[Tensor]) -> Tensor:
     return square.sqrt()
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The entries of its outermost lists that hold something to be trained."""
+def blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """What is whole only while it computes: the entries of its outermost lists that hold something to be trained."""
     for child in module.children():
         if not isinstance(child, nn.ModuleList):
-            yield from _blocks(child)
+            yield from blocks(child)
             continue
         yield from (part for part in child if any(p.requires_grad for p in part.parameters()))
 
