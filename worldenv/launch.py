@@ -32,7 +32,7 @@ def together(config: Config) -> Iterator[None]:
     device = devices.pick(config.device)
     ranks.join(device)
     if ranks.count() == 1:
-        _check_alone(config)
+        check_alone(config)
         yield
         return
     watch = Watch(config.run_dir / "ranks")
@@ -117,7 +117,8 @@ def _check_count(config: Config, device: torch.device) -> None:
         )
 
 
-def _check_alone(config: Config) -> None:
+def check_alone(config: Config) -> None:
+    """UserError where one process is asked to share a model among ranks."""
     if config.fsdp:
         raise UserError(
             f"fsdp: expected several ranks to share the {' and the '.join(config.fsdp)}, got one "

@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from ranked import Group
-from torch import Tensor, nn
 
 # They take seconds to import: once here, not in every rank.
+from torch import (
+    Tensor,
+    _dynamo,  # noqa: F401
+    nn,
+)
 from torch.distributed import checkpoint as dcp
 from torch.distributed import fsdp  # noqa: F401
 

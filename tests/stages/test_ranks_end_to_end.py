@@ -15,6 +15,7 @@ from ranked import Group
 from safetensors.torch import load_file
 
 # They take seconds to import: once here, not in every rank.
+from torch import _dynamo  # noqa: F401
 from torch.distributed import checkpoint, fsdp  # noqa: F401
 
 from worldenv import launch

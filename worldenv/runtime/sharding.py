@@ -127,7 +127,8 @@ def _norm(parameters: Sequence[Tensor]) -> Tensor:
 
 
 def blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """What is whole only while it computes: the entries of its outermost lists that hold something to be trained."""
+    """What is whole only while it computes: the entries of the outermost lists, of those that hold
+    something to be trained."""
     for child in module.children():
         if not isinstance(child, nn.ModuleList):
             yield from blocks(child)
