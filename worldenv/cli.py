@@ -100,6 +100,9 @@ class TrainArguments:
     not there yet are planned for with the published sizes."""
     plan_memory: Annotated[float, Range(0, 10**6, above=True)] | None = None
     """GiB to plan for, in place of the device's own: of a GPU too that is not here."""
+    plan_ranks: Annotated[int, Range(0, 4096)] = 0
+    """Ranks to plan for, each on a device of its own (0: as many as torchrun says, or one): which
+    models must be sharded over them, and why."""
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
 
 
@@ -280,14 +283,15 @@ def _train() -> int | None:
 def _plan(arguments: TrainArguments) -> int:
     from worldenv.stages import plan  # for one command; its libraries take seconds to import
 
+    several = arguments.plan_ranks or ranks.announced()
     if arguments.config.preset != "published-tiny":
-        return plan.main(arguments.config, arguments.plan_memory)
+        return plan.main(arguments.config, arguments.plan_memory, several)
     from worldenv.layouts import tiny
 
     with tempfile.TemporaryDirectory() as folder:
         config = tiny.moved(arguments.config, Path(folder))
         tiny.prepare(config)
-        return plan.main(config, arguments.plan_memory)
+        return plan.main(config, arguments.plan_memory, several)
 
 
 def _word(argv: list[str], flag: str) -> str:

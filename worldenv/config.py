@@ -29,6 +29,7 @@ from worldenv.ranges import (
     Preset,
     Rate,
     Seed,
+    Sharded,
     Shards,
     StartRange,
     Threshold,
@@ -337,6 +338,9 @@ class Config:
     shards: Annotated[int, Range(0, 4096)] = 0
     """Shards that every batch is cut into, each with random numbers of its own and computed by one
     rank (0: 4 on a CPU, 1 on a GPU). Results depend on them; there may be as many ranks."""
+    fsdp: Sharded = ()
+    """Models (policy, simulator, reflector) whose parameters, gradients and moments the ranks share
+    out while they train, by FSDP2; others are whole on every rank. `--plan` says which must be."""
     env: EnvConfig = field(default_factory=EnvConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -372,11 +376,27 @@ class Config:
         for part, name in _CUT if self.shards else ():
             whole = getattr(getattr(self, part), name) % self.shards == 0
             yield whole, f"{part}.{name}", f"a multiple of shards {self.shards}"
+        for holds, expected in self._sharded():
+            yield holds, "fsdp", expected
         first = collect.episodes * len(env.tasks)
         rl = self.posttrain
         passes = {rl.sampling_steps, rl.refresh_sampling_steps}
         yield from self.distill.fits(self.simulator.kind, passes)
         yield from self.gate.fits(first, collect.held_out)
+
+    def _sharded(self) -> Iterator[tuple[bool, str]]:
+        """Which models can be."""
+        sim, fsdp = self.simulator, self.fsdp
+        policy = "no policy beside posttrain.kl_weight: its reference shares the weights, whole"
+        yield "policy" not in fsdp or not self.posttrain.kl_weight, policy
+        judge = "no reflector but a small one: of others little or nothing is trained"
+        yield "reflector" not in fsdp or self.reflector.kind == "small", judge
+        yield "simulator" not in fsdp or sim.kind != "wovr", "no WoVR: it is not trained"
+        wan = "simulator" not in fsdp or sim.kind != "wan"
+        precise = "no Wan in bfloat16: a part of each block stays in float32, and FSDP2 takes one "
+        precise += "precision (--simulator.precision float32)"
+        yield wan or sim.precision == "float32", precise
+        yield wan or sim.text != "words", "no Wan that reads words: blocks read them out of turn"
 
     @property
     def learned(self) -> bool:

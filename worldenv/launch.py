@@ -36,6 +36,7 @@ def together(config: Config, files: Mapping[str, Path] | None = None) -> Iterato
     device = devices.pick(config.device)
     ranks.join(device)
     if ranks.count() == 1:
+        check_alone(config)
         yield
         return
     watch = Watch(config.run_dir / "ranks")
@@ -145,6 +146,16 @@ def _check_count(config: Config, device: torch.device) -> None:
             f"ranks: expected at most {groups}, one for each group of imagined episodes, got "
             f"{ranks.count()}. Start {groups} (torchrun --nproc-per-node), or have more groups "
             f"(--posttrain.contexts {ranks.count()})."
+        )
+
+
+def check_alone(config: Config) -> None:
+    """UserError where one process is asked to share a model among ranks."""
+    if config.fsdp:
+        raise UserError(
+            f"fsdp: expected several ranks to share the {' and the '.join(config.fsdp)}, got one "
+            "process. Start with torchrun --nproc-per-node N -m worldenv, or leave out --fsdp: "
+            "what a sharded run left can be gone on from without."
         )
 
 

@@ -98,7 +98,8 @@ def _out_of_range(kind: type, notes: tuple) -> Iterator[tuple[str, Any]]:
 
 def _bad_lists(kinds: tuple, notes: tuple) -> Iterator[tuple[str, Any]]:
     entry = bare(kinds[0])[0]
-    good = {int: 1, float: 0.5, Path: "a", str: "a"}[entry]
+    admitted = get_args(entry) if get_origin(entry) is Literal else ()
+    good = admitted[0] if admitted else {int: 1, float: 0.5, Path: "a", str: "a"}[entry]
     yield "a bare entry", good
     for fault, value in bad_values(kinds[0]):
         yield f"an entry that is {fault}", [value] * (len(kinds) if kinds[-1] is not ... else 1)

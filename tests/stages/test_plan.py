@@ -17,7 +17,7 @@ from worldenv.rl.update import update
 from worldenv.runtime import parallel
 from worldenv.runtime.costs import Counter
 from worldenv.runtime.seeds import generator
-from worldenv.stages import plan, posttrain, store
+from worldenv.stages import plan, plan_ranks, posttrain, store
 from worldenv.stages.plan_advice import ROOM
 from worldenv.stages.plan_costs import INSTRUCTION, Costs, weigh
 from worldenv.stages.plan_moments import Machine, highest, moments
@@ -279,6 +279,22 @@ def test_a_world_and_a_judge_that_are_taken_as_they_are(tmp_path):
         assert only.what == "taken as it is"
         assert only.parts["weights, trained"] == 0
         assert only.parts["weights, frozen"] == getattr(costs, stage).frozen_bytes > 0
+
+
+def test_sharding_is_chosen_where_a_model_does_not_fit_whole_and_only_there(folders):
+    config = published(folders)
+    costs, several = Costs(config, False), replace(MACHINE, ranks=4)
+    every = {c.model: c for c in plan_ranks.choices(config, costs, several)}
+    assert not any(choice.sharded for choice in every.values())
+    whole, _, cut = every["simulator"].sizes
+    assert cut < whole
+    tight = replace(several, memory=(whole + cut) // 2)
+    every = {c.model: c for c in plan_ranks.choices(config, costs, tight)}
+    assert every["simulator"].sharded
+    assert "--fsdp simulator" in every["simulator"].why
+    cut_too = replace(config, fsdp=("simulator",))
+    parts = plan_ranks.spread(moments(cut_too, costs, tight), cut_too, costs, tight)
+    assert highest(parts["simulator"]).bytes == cut
 
 
 def test_in_reality_nothing_is_held_of_a_world():

@@ -6,20 +6,28 @@ On `examples/own_benchmark.py`, whose world is drawn with numpy, with models sma
 import json
 import os
 import resource
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from ranked import Group
 from safetensors.torch import load_file
+
+# They take seconds to import: once here, not in every rank.
+from torch import _dynamo  # noqa: F401
+from torch.distributed import checkpoint as dcp  # noqa: F401
+from torch.distributed import fsdp  # noqa: F401
 
 from worldenv import launch
 from worldenv.envs.benchmark import begun
 from worldenv.presets import preset
+from worldenv.rl import update
 from worldenv.runtime import checkpoint, parallel, ranks
 from worldenv.runtime.errors import UserError
-from worldenv.stages import pipeline, training
+from worldenv.stages import pipeline, posttrain, training
 from worldenv.stages.run import Run
 
 FILE = Path(__file__).parents[2] / "examples" / "own_benchmark.py"
@@ -27,8 +35,14 @@ FILE = Path(__file__).parents[2] / "examples" / "own_benchmark.py"
 
 @pytest.fixture(autouse=True, scope="module")
 def _as_here():
-    """Without an estimate, which takes seconds; with the usual threads afterwards."""
+    """Without an estimate, which takes seconds; with the usual threads afterwards. Every other
+    episode is called a success: after so few steps none is, and nothing would be updated."""
+
+    def rewards(trajectories, kind):
+        return (torch.arange(len(trajectories.length)) % 2).float()
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update, "episode_rewards", rewards)
         patch.setattr(pipeline, "_announce", lambda run, marks: None)
         yield
     parallel.use_threads()
@@ -38,7 +52,7 @@ def config(folder: Path, **more):
     base = preset("smoke")
     env = replace(begun(base.env, str(FILE)), image_size=32, workers=1)
     small = {"width": 16, "layers": 1, "heads": 2, "encoder_channels": 8}
-    return replace(
+    made = replace(
         base,
         run_dir=folder / "run",
         device="cpu",
@@ -50,13 +64,13 @@ def config(folder: Path, **more):
         simulator=replace(base.simulator, steps=3, refresh_steps=1, width=24),
         reflector=replace(base.reflector, steps=2, refresh_steps=1),
         posttrain=replace(base.posttrain, rounds=1, iterations=2),
-        **more,
     )
+    return replace(made, **more)
 
 
-def whole(folder: Path) -> dict:
+def whole(folder: Path, **more) -> dict:
     """Every stage; what a rank is told at the end."""
-    with launch.together(settings := config(folder)):
+    with launch.together(settings := config(folder, **more)):
         run = Run(settings)
         results = pipeline.run_all(run)
         run.close()
@@ -158,11 +172,33 @@ def outcome(folder: Path) -> dict:
     }
 
 
+def stopped_sharded(folder: Path) -> dict:
+    """As `whole`, with a signal to stop in the second iteration."""
+    first = posttrain.update
+
+    def second(learner, episodes, seed, step):
+        if step == 1:
+            raise KeyboardInterrupt
+        return first(learner, episodes, seed, step)
+
+    posttrain.update = second
+    try:
+        whole(folder, fsdp=("policy", "simulator", "reflector"))
+    except KeyboardInterrupt:
+        return {"stopped": True}
+    return {"stopped": False}
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     whole(folder)
-    return outcome(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(finished):
+    return outcome(finished)
 
 
 def same(got: dict, wanted: dict) -> None:
@@ -174,12 +210,39 @@ def same(got: dict, wanted: dict) -> None:
         assert got[part] == wanted[part], part
 
 
+def close(got: dict, wanted: dict) -> None:
+    """What is counted is the same, what is computed agrees to rounding."""
+    assert got["weights"].keys() == wanted["weights"].keys()
+    for name, tensors in wanted["weights"].items():
+        torch.testing.assert_close(got["weights"][name], tensors, rtol=1e-3, atol=1e-3)
+    assert len(got["metrics"]) == len(wanted["metrics"])
+    for row, want in zip(got["metrics"], wanted["metrics"], strict=True):
+        words = {key for key, value in want.items() if isinstance(value, str)}
+        assert {key: row[key] for key in words} == {key: want[key] for key in words}
+        numbers = {key: value for key, value in want.items() if key not in words}
+        assert {k: row[k] for k in numbers} == pytest.approx(numbers, rel=1e-3, abs=1e-3)
+        assert row.keys() == want.keys()
+    assert got["evaluation"] == wanted["evaluation"]
+    assert any("clip_fraction" in row for row in wanted["metrics"])  # the policy was updated
+
+
 def test_two_ranks_do_what_one_process_does(alone, tmp_path):
     told = Group(whole, tmp_path, 2).found()
     assert {own["results"] for own in told} == {str(tmp_path / "run" / "results.json")}
     same(outcome(tmp_path), alone)
     assert "sft: 6/6" in (tmp_path / "run" / "ranks" / "rank-1.log").read_text()
     assert not [*(tmp_path / "run").rglob("*.rank-*"), *(tmp_path / "run").rglob("*.parts")]
+
+
+def test_one_round_more_repeats_none(alone, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    base = config(tmp_path)
+    whole(tmp_path, posttrain=replace(base.posttrain, rounds=2))
+    said = capsys.readouterr().out
+    assert "posttrain-0: done in an earlier run" in said
+    assert "posttrain-1: done in an earlier run" not in said
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["stages"].keys() >= {"posttrain-1"}
 
 
 def test_a_killed_rank_a_full_disk_and_nan_end_all_and_one_process_goes_on(alone, tmp_path):
@@ -208,6 +271,17 @@ def test_ranks_that_differ_are_told_what_does_before_any_work(tmp_path):
         assert gpu.startswith(words)
         assert groups.startswith("ranks: expected at most 2, one for each group")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_sharded_ranks_do_to_rounding_what_one_process_does(alone, tmp_path):
+    """On two of them, that end in the second iteration of post-training; one process goes on."""
+    for own in Group(stopped_sharded, tmp_path, 2).found():
+        assert own["stopped"]
+    partial = tmp_path / "run" / "checkpoints" / "posttrain-0.partial.safetensors"
+    assert partial.with_suffix(".a").is_dir()
+    whole(tmp_path)
+    assert not [*(tmp_path / "run" / "checkpoints").glob("*.partial*")]
+    close(outcome(tmp_path), alone)
 
 
 def test_more_ranks_than_shards_are_refused(tmp_path):

@@ -26,7 +26,7 @@ from worldenv.rl.loss import (
 from worldenv.rl.noise import Noise
 from worldenv.rl.policy import trainable
 from worldenv.rl.rollout import Trajectories
-from worldenv.runtime import parallel
+from worldenv.runtime import parallel, sharding
 from worldenv.runtime.logging import check_finite
 from worldenv.runtime.seeds import generator
 
@@ -122,7 +122,9 @@ def _descend(
             owns = _pieces(part, config.micro_batch)
             weights = [len(own) / len(part) for own in owns]
             losses = [partial(shard, own) for own in owns]
-            loss, rest, norm = parallel.gradients(parameters, losses, weights, max_norm=1.0)
+            loss, rest, norm = sharding.gradients(
+                learner.policy, parameters, losses, weights, max_norm=1.0
+            )
             numbers = _merged([values for values, _ in rest], weights)
             drift = sum(float(d) * w for (_, d), w in zip(rest, weights, strict=True))
             logged.append(
@@ -187,13 +189,14 @@ def _change(learner: Learner, trajectories: Trajectories, rows: Tensor, mu: Tens
 
 @torch.no_grad()
 def _mu_change(learner: Learner, trajectories: Trajectories, rows: Tensor) -> float:
-    def change(own: Tensor) -> tuple[Tensor, int]:
-        mu, _ = learner.policy(_observation(trajectories, own))
+    def change(policy: nn.Module, own: Tensor) -> tuple[Tensor, int]:
+        mu, _ = policy(_observation(trajectories, own))
         moved = _change(learner, trajectories, own, mu)
         return moved.sum(), moved.numel()
 
-    pieces = [partial(change, own) for own in _pieces(rows, learner.config.micro_batch)]
-    totals, counts = zip(*parallel.spread(pieces, rows.device), strict=True)
+    with sharding.whole(learner.policy) as policy:
+        pieces = [partial(change, policy, own) for own in _pieces(rows, learner.config.micro_batch)]
+        totals, counts = zip(*parallel.spread(pieces, rows.device), strict=True)
     return float(sum(totals)) / sum(counts)
 
 

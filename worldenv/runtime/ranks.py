@@ -116,6 +116,12 @@ def _met(here: int, count: int) -> dist.Store:
     return store
 
 
+def announced() -> int:
+    """How many ranks torchrun says there are, whether they have met or not."""
+    said = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(said)) if said.isdigit() else 1
+
+
 def leave() -> None:
     """Part from the others; a second call does nothing."""
     if dist.is_initialized():

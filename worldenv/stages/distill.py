@@ -12,6 +12,7 @@ from torch import Tensor
 
 from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.distillation import distillation_loss
+from worldenv.runtime import sharding
 from worldenv.runtime.seeds import derive
 from worldenv.stages import fidelity, store, training
 from worldenv.stages.replay import replay
@@ -27,6 +28,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     path = run.path("checkpoints", f"simulator-{number}.safetensors")
     teacher, student = (store.load("simulator", path, run.device) for _ in range(2))
     teacher.requires_grad_(False)
+    student = sharding.shard(student, "simulator" in config.fsdp)
     sequences = chunk_sequences(training_episodes(run, number), config.env.chunk)
     weights = balanced(sequences) if config.simulator.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
@@ -58,9 +60,10 @@ def run(run: Run, mark: str, number: int) -> dict:
             tails[phase] = training.train(
                 run, name, mark, student, loss, steps=count, lr=part.lr, ema=True
             )
-            reached[phase] = measure(real, replay(student, real, steps, seed), many)
+            with sharding.whole(student) as world:
+                reached[phase] = measure(real, replay(world, real, steps, seed), many)
     path = run.path("checkpoints", f"distill-{number}.safetensors")
-    store.save("simulator", student, path, run.config.env)
+    store.save("simulator", sharding.gathered(student), path, run.config.env)
     for name in names.values():  # only now: whoever is stopped in the second begins there
         training.finish(run, name)
     _log(run, f"distill-{number}", reached)

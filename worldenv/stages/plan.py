@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from worldenv import launch
 from worldenv.config import Config
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel
@@ -21,6 +22,7 @@ from worldenv.stages.plan_advice import Change, advise
 from worldenv.stages.plan_costs import Costs
 from worldenv.stages.plan_data import Data, disk, recorded
 from worldenv.stages.plan_moments import Machine, Moment, highest, iteration_flops, moments
+from worldenv.stages.plan_ranks import Choice, choices, spread
 
 CONTEXT = 600 << 20  # bytes that CUDA takes for itself, about
 
@@ -36,6 +38,7 @@ class Plan:
     seconds: dict[str, float]  # per iteration, an estimate
     data: Data
     disk: tuple[int, int]  # bytes that episodes take at most at once, and those that are free
+    choices: list[Choice]  # of every trained model, on several ranks
 
     @property
     def fits(self) -> bool:
@@ -44,13 +47,18 @@ class Plan:
         return needed <= free and all(m.bytes <= self.machine.memory for m in self.stages.values())
 
 
-def plan(config: Config, memory: float | None = None) -> Plan:
-    """Of a configuration on the device it names; memory: GiB to plan for, in place of its own."""
-    here = machine(config, memory)
+def plan(config: Config, memory: float | None = None, ranks: int = 1) -> Plan:
+    """Of a configuration on the device it names, of which each rank has one; memory: GiB to plan
+    for, in place of its own. UserError where one rank is to share a model with itself."""
+    here = replace(machine(config, memory), ranks=ranks)
+    if ranks == 1:
+        launch.check_alone(config)
     costs = Costs(config, here.widened)
     if here.cpu:
         here = replace(here, own=own_bytes())  # only now: with the libraries of its models
-    stages = {name: highest(found) for name, found in moments(config, costs, here).items()}
+    found = spread(moments(config, costs, here), config, costs, here)
+    stages = {name: highest(of) for name, of in found.items()}
+    chosen = [*choices(config, costs, here)] if ranks > 1 else []
     fits = all(m.bytes <= here.memory for m in stages.values())
     changes = [] if fits else advise(config, costs, here)
     rates: dict[str, float] = {}
@@ -60,7 +68,8 @@ def plan(config: Config, memory: float | None = None) -> Plan:
         for kind in parts.keys() - rates.keys():
             rates[kind] = rate(here.device, getattr(torch, kind))
         seconds[name] = sum(flops / rates[kind] for kind, flops in parts.items())
-    return Plan(here, costs, stages, changes, seconds, recorded(config), disk(config))
+    room = disk(config)
+    return Plan(here, costs, stages, changes, seconds, recorded(config), room, chosen)
 
 
 def machine(config: Config, memory: float | None) -> Machine:
@@ -119,9 +128,9 @@ def rate(device: torch.device, dtype: torch.dtype) -> float:
 # ---------------------------------------------------------------- as people read it
 
 
-def main(config: Config, memory: float | None = None) -> int:
+def main(config: Config, memory: float | None = None, ranks: int = 1) -> int:
     """Print the plan; the exit code says whether it fits."""
-    found = plan(config, memory)
+    found = plan(config, memory, ranks)
     console = Console(width=max(Console().width, 100))
     console.print(_models(found))
     console.print(_memory(found))
@@ -170,6 +179,10 @@ def _says(found: Plan) -> list[str]:
             "models reach a fraction of it. Imagined episodes are taken to run their full length."
         )
     said += _disk(found)
+    if found.choices:
+        said.append(f"On each of {here.ranks} ranks (estimates, not measured on several GPUs):")
+    for choice in found.choices:
+        said.append(f"    {choice.model}: {choice.why.format(*map(_size, choice.sizes))}")
     worst = max(found.stages, key=lambda name: found.stages[name].bytes)
     most = found.stages[worst].bytes
     if most <= here.memory:

@@ -11,6 +11,7 @@ from worldenv.config import Config
 from worldenv.runtime.errors import UserError
 from worldenv.stages.plan_costs import Costs
 from worldenv.stages.plan_moments import Machine, highest, moments
+from worldenv.stages.plan_ranks import spread
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def advise(config: Config, costs: Costs, here: Machine) -> list[Change]:
 
 def _needs(config: Config, costs: Costs, here: Machine) -> dict[str, int]:
     costs.config = config
-    return {name: highest(found).bytes for name, found in moments(config, costs, here).items()}
+    found = spread(moments(config, costs, here), config, costs, here)
+    return {name: highest(of).bytes for name, of in found.items()}
 
 
 _SIZES = ("micro_batch", "rows", "batch", "minibatch", "contexts", "encode_batch", "kl_weight")

@@ -30,6 +30,7 @@ class Machine:
     threads: int
     widened: bool  # whether frozen bfloat16 is multiplied in float32
     absent: bool = False  # whether it is a GPU that is not here
+    ranks: int = 1  # that work together, each on such a device
 
     @property
     def shards(self) -> int:

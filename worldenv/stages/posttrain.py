@@ -30,11 +30,12 @@ from worldenv.rl.noise import exploration
 from worldenv.rl.policy import parameter_groups, twin
 from worldenv.rl.rollout import Trajectories, join, rollout_shards
 from worldenv.rl.update import Learner, update
-from worldenv.runtime import checkpoint, progress, ranks
+from worldenv.runtime import checkpoint, progress, ranks, sharding
 from worldenv.runtime import device as devices
 from worldenv.runtime.errors import UserError
+from worldenv.runtime.partial import Partial
 from worldenv.runtime.seeds import derive, generator
-from worldenv.stages import collect, gate, physics, store
+from worldenv.stages import collect, gate, physics, store, training
 from worldenv.stages.collect import load_round
 from worldenv.stages.evaluate import evaluate_policy
 from worldenv.stages.run import Run, Stage, data_up_to, stage_before, world_of
@@ -46,11 +47,12 @@ def run(run: Run, mark: str, number: int) -> dict:
     checkpoints = run.path("checkpoints")
     start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
     policy: Policy = store.load("policy", start, run.device)
+    policy = sharding.shard(policy, "policy" in config.fsdp)
     learner = _learner(run, policy, number)
     envs, firsts, middles = make_world(run, number) if config.learned else ([], [], [])
     iterations = rl.refresh_iterations if number else rl.iterations
     name = f"posttrain-{number}"
-    partial = run.path("checkpoints", f"{name}.partial.safetensors")
+    partial = training.partial_of(run, name)
     # The best policy so far takes its place when the stage ends, not before.
     best = run.path("checkpoints", f"{name}.best.safetensors")
     begin, totals = _resume(partial, mark, learner, best)
@@ -60,12 +62,13 @@ def run(run: Run, mark: str, number: int) -> dict:
 
     def check(step: int) -> None:
         known = None if step else _known_success(run, number)
-        real = _check_reality(run, policy, envs, firsts, number, step, known)
+        with sharding.whole(policy) as acting:
+            real = _check_reality(run, acting, envs, firsts, number, step, known)
         if known is None:
             totals["check_episodes"] += rl.real_check_episodes * len(config.env.tasks)
         if not rl.keep_best or totals["kept_success"] is None or real > totals["kept_success"]:
             totals.update(kept_iteration=step, kept_success=real)
-            store.save("policy", policy, best)
+            _keep(policy, best)
 
     with progress.bar(iterations, name) as bar:
         bar.update(begin)
@@ -73,7 +76,9 @@ def run(run: Run, mark: str, number: int) -> dict:
             if rl.real_check_every and step % rl.real_check_every == 0:
                 check(step)
             begun = time.perf_counter()
-            episodes = _imagine(run, learner, envs, firsts, middles, number, step)
+            with sharding.whole(policy) as acting:
+                actor = replace(learner, policy=acting)
+                episodes = _imagine(run, actor, envs, firsts, middles, number, step)
             seconds = time.perf_counter() - begun
             devices.give_back()  # frames and pieces of the rollout: an update needs other sizes
             metrics = update(learner, episodes, derive(config.seed, "update", number), step)
@@ -85,14 +90,13 @@ def run(run: Run, mark: str, number: int) -> dict:
                 clip=metrics.get("clip_fraction", 0.0),
             )
             if rl.snapshot_every and (step + 1) % rl.snapshot_every == 0:
-                store.save(
-                    "policy", policy, run.path(*snapshots(number), f"{step + 1}.safetensors")
-                )
+                _keep(policy, run.path(*snapshots(number), f"{step + 1}.safetensors"))
             _save(partial, mark, learner, step + 1, totals)
     if rl.real_check_every:
         check(iterations)
     else:
-        store.save("policy", policy, best)
+        _keep(policy, best)
+    policy = sharding.gathered(policy)
     path = checkpoints / f"policy-{number}.safetensors"
 
     def keep() -> None:
@@ -101,9 +105,9 @@ def run(run: Run, mark: str, number: int) -> dict:
             checkpoint.load_module(policy, kept, best, store.holds_all("policy"))
             store.export(policy, path.with_suffix(""))
         os.replace(best, path)
-        partial.unlink(missing_ok=True)
 
     ranks.together(keep)
+    partial.remove()
     return {"contexts": len(firsts), "middle_contexts": len(middles), **totals}
 
 
@@ -354,18 +358,21 @@ def _real_success(run: Run, policy: Policy, label: str) -> float:
     return sum(o["success"] for o in outcomes) / len(outcomes)
 
 
-def _save(path, mark: str, learner: Learner, step: int, totals: dict) -> None:
-    if not ranks.lead():
-        return
+def _keep(policy: Policy, path: Path) -> None:
+    with sharding.whole(policy) as acting:
+        store.save("policy", acting, path)
+
+
+def _save(partial: Partial, mark: str, learner: Learner, step: int, totals: dict) -> None:
     held = store.holds_all("policy")
     tensors = checkpoint.training_tensors(learner.policy, learner.optimizer, held)
     if learner.critic is not None:
         critic = checkpoint.training_tensors(learner.critic, learner.critic_optimizer)
         tensors |= checkpoint.prefixed("critic/", critic)
-    checkpoint.save(path, tensors, {"mark": mark, "step": step, "totals": totals})
+    partial.save(tensors, {"mark": mark, "step": step, "totals": totals})
 
 
-def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, dict]:
+def _resume(partial: Partial, mark: str, learner: Learner, best: Path) -> tuple[int, dict]:
     """(iterations done, totals) of an interrupted round, whose state learner then has."""
     fresh = {
         "frames": 0,
@@ -375,7 +382,8 @@ def _resume(path: Path, mark: str, learner: Learner, best: Path) -> tuple[int, d
         "kept_iteration": None,
         "kept_success": None,
     }
-    found = checkpoint.resume(path, mark, {"step": int, "totals": dict})
+    path, like = partial.path, dict(learner.policy.state_dict())
+    found = partial.resume(mark, {"step": int, "totals": dict}, like)
     if found is None:
         return 0, fresh
     tensors, metadata = found

@@ -19,7 +19,7 @@ from worldenv.models.layers import views_to_channels
 from worldenv.models.policy import augment
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.runtime import parallel
+from worldenv.runtime import parallel, sharding
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, thresholds, training
 from worldenv.stages.collect import load_round
@@ -41,7 +41,7 @@ def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     reflector = training.begin(run, "reflector", number, shown)
     learned = {}
     if any(p.requires_grad for p in reflector.parameters()):  # of a prompted one nothing is trained
-        learned = _learn(run, mark, number, reflector, simulator_path, shown, own)
+        reflector, learned = _learn(run, mark, number, reflector, simulator_path, shown, own)
     if part.calibrate and explored:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
@@ -66,8 +66,9 @@ def _learn(
     simulator_path: Path,
     episodes: list[Episode],
     replayed: list[Episode],
-) -> dict:
-    """Train on the frames of episodes, and of some imagined again; what of it is recorded."""
+) -> tuple[Reflector, dict]:
+    """Train on the frames of episodes, and of some imagined again: the reflector, and what of it is
+    recorded."""
     config, part = run.config, run.config.reflector
     sequences, own = (chunk_sequences(e, config.env.chunk) for e in (episodes, replayed))
     simulator: Simulator = store.load("simulator", simulator_path, run.device)
@@ -80,6 +81,7 @@ def _learn(
     frames = Features(run, reflector, shown, data) if reflector.frozen else _Pictures(data)
     sampler = _BalancedFrames(data, [s.task for s in shown])
     size = training.shard_size(run, part.batch)
+    reflector = sharding.shard(reflector, "reflector" in config.fsdp)
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         g = generator(config.seed, "reflector", number, step, shard)
@@ -100,7 +102,7 @@ def _learn(
         lr=part.lr,
         weight_decay=0.05,
     )
-    return {
+    return sharding.gathered(reflector), {
         "sequences": len(sequences),
         "imagined_sequences": len(imagined),
         "positives": int((data["success"] & data["valid"]).sum()),

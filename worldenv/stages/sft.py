@@ -12,6 +12,7 @@ from torch import Tensor
 from worldenv.data.windows import ActionWindows
 from worldenv.rl.loss import imitation_loss
 from worldenv.rl.policy import Policy, parameter_groups
+from worldenv.runtime import sharding
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store, training
 from worldenv.stages.collect import recorded, statistics
@@ -28,7 +29,7 @@ def imitate(
     torch.manual_seed(derive(config.seed, "sft weights"))
     policy: Policy = store.build("policy", config)
     policy.set_statistics(*statistics(episodes))
-    policy.to(run.device)
+    policy = sharding.shard(policy.to(run.device), "policy" in config.fsdp)
     noise = torch.tensor([e.noise for e in run.embodiment.proprio], device=run.device)
 
     pieces = training.pieces(run, sft.batch, sft.micro_batch)
@@ -56,7 +57,7 @@ def imitate(
         ema=ema,
         schedule=schedule,
     )
-    return policy, {"samples": len(windows), **tail}
+    return sharding.gathered(policy), {"samples": len(windows), **tail}
 
 
 def run(run: Run, mark: str) -> dict:

@@ -12,6 +12,7 @@ from worldenv.data.windows import FrameSequence, FrameWindows, chunk_sequences
 from worldenv.models.distillation import clip_loss, conversion_loss
 from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
+from worldenv.runtime import sharding
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import load_round
@@ -37,8 +38,9 @@ def run(run: Run, mark: str, number: int) -> dict:
     teacher, reached = None, {}
     if not number:
         _train_tokenizer(run, mark, simulator, windows)
-        if config.distill.clip_steps:
-            teacher, reached = _clip_teacher(run, mark, simulator, windows)
+    simulator = sharding.shard(simulator, "simulator" in config.fsdp)
+    if not number and config.distill.clip_steps:
+        teacher, reached = _clip_teacher(run, mark, simulator, windows)
     steps = part.refresh_steps if number else part.steps
     begin_self_history = 0 if number else int(part.self_history_start * steps)
 
@@ -64,6 +66,7 @@ def run(run: Run, mark: str, number: int) -> dict:
         return loss, metrics
 
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
+    simulator = sharding.gathered(simulator)
     store.save("simulator", simulator, path, config.env)
     for log in ("clip", name):
         training.finish(run, log)
@@ -119,7 +122,8 @@ def _clip_teacher(
         return clip_loss(simulator, batch, g)
 
     tail = training.train(run, "clip", mark, simulator, loss_at, steps=steps, lr=lr, ema=True)
-    teacher = copy.deepcopy(simulator).requires_grad_(False)
+    with sharding.whole(simulator) as world:
+        teacher = copy.deepcopy(world).requires_grad_(False)
     return teacher, {f"clip_{key}": value for key, value in tail.items()}
 
 

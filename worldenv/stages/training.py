@@ -6,20 +6,21 @@ checkpoint does exactly what an uninterrupted one would (on a CPU, bit for bit),
 either had.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from worldenv.data.episode import Episode
 from worldenv.data.windows import ActionWindows, FrameWindows
-from worldenv.runtime import checkpoint, parallel, progress, ranks, signals
+from worldenv.runtime import checkpoint, parallel, progress, ranks, sharding, signals
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import check_finite
+from worldenv.runtime.partial import Partial
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import statistics
@@ -123,18 +124,16 @@ def train(
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     average = {k: v.clone() for k, v in module.state_dict().items()} if ema else {}
-    path = run.path("checkpoints", f"{name}.partial.safetensors")
-    begin, tail = _resume(path, mark, module, optimizer, average, frozen)
+    partial = partial_of(run, name)
+    begin, tail = _resume(partial, mark, module, optimizer, average, frozen)
     run.logger.rewind(name, begin)
     saved = time.monotonic()
     done = begin
 
     def save() -> None:
-        if not ranks.lead():
-            return
         tensors = checkpoint.training_tensors(module, optimizer, frozen)
         tensors |= checkpoint.prefixed("ema/", average)
-        checkpoint.save(path, tensors, {"mark": mark, "step": done, "tail": tail})
+        partial.save(tensors, {"mark": mark, "step": done, "tail": tail})
 
     module.train()
     with progress.bar(steps, name) as bar, signals.between_steps() as stopping:
@@ -142,8 +141,8 @@ def train(
         for step in range(begin, steps):
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                 group["lr"] = schedule(step, steps, peak)
-            losses = [partial(loss_at, step, shard) for shard in range(count)]
-            loss, logged, norm = parallel.gradients(parameters, losses, max_norm=1.0)
+            losses = [functools.partial(loss_at, step, shard) for shard in range(count)]
+            loss, logged, norm = sharding.gradients(module, parameters, losses, max_norm=1.0)
             # Of all ranks, and the same on each: they stop together, before the step is taken.
             check_finite(f"{name} loss", loss, step)
             check_finite(f"{name} gradient", norm, step)
@@ -166,7 +165,9 @@ def train(
                 save()
                 saved = time.monotonic()
             if asked:
+                partial.wait()
                 raise signals.Stopped(asked[0])
+    partial.wait()
     if ema:
         module.load_state_dict(average)
     module.eval()
@@ -179,7 +180,7 @@ def _mean(logged: list[dict[str, Tensor]]) -> dict[str, float]:
 
 
 def _resume(
-    path,
+    partial: Partial,
     mark: str,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -187,7 +188,8 @@ def _resume(
     frozen: bool,
 ) -> tuple[int, dict]:
     """Continue from a partial checkpoint of the same stage and configuration, if there is one."""
-    found = checkpoint.resume(path, mark, {"step": int, "tail": dict})
+    own, path = dict(module.state_dict()), partial.path
+    found = partial.resume(mark, {"step": int, "tail": dict}, own)
     if found is None:
         return 0, {}
     tensors, metadata = found
@@ -218,5 +220,9 @@ def _track_average(average: dict[str, Tensor], module: nn.Module, step: int) -> 
 
 def finish(run: Run, name: str) -> None:
     """Remove a stage's partial checkpoint once its artifact is written."""
-    if ranks.lead():
-        run.path("checkpoints", f"{name}.partial.safetensors").unlink(missing_ok=True)
+    partial_of(run, name).remove()
+
+
+def partial_of(run: Run, name: str) -> Partial:
+    """A stage's partial checkpoint."""
+    return Partial(run.path("checkpoints", f"{name}.partial.safetensors"))
