@@ -16,19 +16,22 @@ LARGE = 16 * BLOCK  # numbers of a large sum, and of a large gather: 16 MB
 LEAST = 3  # times that anything is timed
 
 
-def seconds(work: Callable[[], object], budget: float) -> float:
-    """Of one time, the median over `budget` seconds or `LEAST` times; all ranks begin each
+def seconds(budget: float, *works: Callable[[], object]) -> list[float]:
+    """Of each, the shortest of what `budget` seconds allow, at least `LEAST`: made in turn, so that
+    what else the machine does in a moment does not fall on one alone. All ranks begin each
     together, and make as many."""
-    spent: list[float] = []
+    spent: list[list[float]] = []
     count = 1
     while len(spent) < count:
-        ranks.gather(0)
-        begun = time.perf_counter()
-        work()
-        spent.append(time.perf_counter() - begun)
+        spent.append([])
+        for work in works:
+            ranks.gather(0)
+            begun = time.perf_counter()
+            work()
+            spent[-1].append(time.perf_counter() - begun)
         if len(spent) == 1:
-            count = max(LEAST, *ranks.gather(int(budget / spent[0])))
-    return statistics.median(spent)
+            count = max(LEAST, *ranks.gather(int(budget / sum(spent[0]))))
+    return [min(times) for times in zip(*spent, strict=True)]
 
 
 def arm(works: Mapping[str, Work], threads: int, budget: float) -> dict[str, dict]:
@@ -43,12 +46,19 @@ def arm(works: Mapping[str, Work], threads: int, budget: float) -> dict[str, dic
 def messages(budget: float) -> dict[str, float]:
     """Of ranks that have nothing else to do."""
     one, many = torch.ones(1), torch.ones(LARGE)
+    small, large, least, most = seconds(
+        2 * budget,
+        lambda: ranks.gather(0),
+        lambda: ranks.gather(many),
+        lambda: ranks.total([one], one),
+        lambda: ranks.total([many], many),
+    )
     return {
-        "gather_seconds": seconds(lambda: ranks.gather(0), budget / 4),
-        "gather_large_seconds": seconds(lambda: ranks.gather(many), budget / 2),
+        "gather_seconds": small,
+        "gather_large_seconds": large,
         "gather_large_bytes": many.nbytes * ranks.count(),
-        "sum_of_one_seconds": seconds(lambda: ranks.total([one], one), budget / 4),
-        "sum_seconds": seconds(lambda: ranks.total([many], many), budget),
+        "sum_of_one_seconds": least,
+        "sum_seconds": most,
         "numbers": LARGE,
     }
 
@@ -62,12 +72,13 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
     exchange = 0.0
     if ranks.count() > 1 and numbers:
         own = torch.ones(numbers)
-        exchange = seconds(lambda: ranks.total([own], own), budget / 4)
+        (exchange,) = seconds(budget / 4, lambda: ranks.total([own], own))
     # Two in turn on each thread: in the pool's threads, as a step's are.
-    piece = seconds(lambda: parallel.run([work.piece] * 2 * threads), budget / 2) / 2
+    pieces = [work.piece] * 2 * threads
+    step, two = seconds(budget, work.step, lambda: parallel.run(pieces))
     return {
-        "seconds": seconds(work.step, budget),
-        "piece_seconds": statistics.mean(ranks.gather(piece)),
+        "seconds": step,
+        "piece_seconds": statistics.mean(ranks.gather(two / 2)),
         "exchange_seconds": exchange,
         "numbers": numbers,
         "pieces": parallel.SHARDS,
