@@ -19,7 +19,7 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*")
 # Of pip, git, TensorBoard, huggingface-cli and torchrun; a part of published files' names.
 FOREIGN = {"--no-build-isolation", "--no-deps", "--force-reinstall", "--porcelain", "--logdir"}
 FOREIGN |= {"--local-dir", "--repo-type", "--latest_"}
-FOREIGN |= {"--nproc-per-node", "--nnodes", "--rdzv-endpoint"}
+FOREIGN |= {"--nproc-per-node", "--nnodes", "--node-rank", "--rdzv-endpoint"}
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from worldenv.rl.policy import parameter_groups, trainable, twin
 from worldenv.rl.rollout import rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import checkpoint, parallel
+from worldenv.runtime.partial import Partial
 from worldenv.stages import posttrain, store, training
 from worldenv.stages.run import Run
 
@@ -208,14 +209,14 @@ def test_no_frozen_tensor_is_written(tmp_path, monkeypatch):
     partial, best = tmp_path / "partial", tmp_path / "best"
     totals = {"frames": 0, "imagination_seconds": 0.0, "check_episodes": 0, "rl_episodes": 0}
     totals |= {"kept_iteration": 1, "kept_success": 0.5}
-    posttrain._save(partial, "mark", agent, 1, totals)
+    posttrain._save(Partial(partial), "mark", agent, 1, totals)
     store.save("policy", agent.policy, best)
     for path in (partial, best):
         written = {name.removeprefix("model/") for name in names(path)}
         assert not written & frozen
         assert {"up.weight", "mean"} <= written
     again = learner()
-    assert posttrain._resume(partial, "mark", again, best) == (1, totals)
+    assert posttrain._resume(Partial(partial), "mark", again, best) == (1, totals)
     ours, theirs = (checkpoint.training_tensors(a.policy, a.optimizer) for a in (agent, again))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
