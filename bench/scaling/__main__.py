@@ -9,7 +9,8 @@ Each arm is started by torchrun: one process of one thread, one of a thread for 
 and four processes of one thread, one after the other in every round; of two rounds the quieter
 figure counts. A step's gradients are compared with those of one process, bit for bit. The model
 (`bench.scaling.model`) predicts every other step from those of the first arm; one that is off by
-more than 15%, or other bits, end this with 1. The machine must be quiet otherwise.
+more than 15%, or other bits, end this with 1. The machine must be quiet otherwise; on a shared one
+the first arm alone differs by a quarter from one time to the next.
 """
 
 import argparse
