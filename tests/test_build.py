@@ -42,6 +42,7 @@ def test_no_dependency_reaches_torchvision():
 APART = {"hf-libero", "metaworld"}  # installed without what they declare
 FOR_OTHERS = {"tensorboard"}  # torch.utils.tensorboard
 FOR_OTHERS |= {"bddl", "easydict", "cloudpickle", "pyyaml", "tqdm", "termcolor", "future"}  # LIBERO
+FOR_OTHERS |= {"imageio"}  # Meta-World, by gymnasium
 
 
 def test_what_is_imported_is_named_and_what_is_named_is_imported():
