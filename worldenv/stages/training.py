@@ -159,8 +159,9 @@ def train(
                 bar.update(done, **numbers)
             elif done % 5 == 0:
                 bar.update(done)
-            late = time.monotonic() - saved > CHECKPOINT_SECONDS
-            asked = [number for own in ranks.gather(stopping) for number in own]
+            told = ranks.gather((time.monotonic() - saved > CHECKPOINT_SECONDS, stopping))
+            late = told[0][0]  # by rank 0's clock: of a sharded model all save, or none
+            asked = [number for _, own in told for number in own]
             if asked or late or done == steps:  # what comes after the last may fail
                 save()
                 saved = time.monotonic()
