@@ -34,7 +34,6 @@ from worldenv.presets import preset
 from worldenv.runtime import device as devices
 from worldenv.runtime import ranks
 from worldenv.runtime.revision import commit
-from worldenv.stages.estimate import IMAGINED
 from worldenv.stages.run import write_json
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
@@ -54,7 +53,10 @@ def arms() -> dict[str, tuple[int, int]]:
 def rank(threads: int, out: Path, name: str, budget: float) -> None:
     """One process of an arm; rank 0 writes what it measured."""
     ranks.join(torch.device("cpu"))
-    found = measure.arm(work(preset(name)), threads, budget)
+    config = preset(name)
+    works = work(config)
+    works[ROLLOUT] = measure.rollout(works.pop("imagination").piece, config)
+    found = measure.arm(works, threads, budget)
     if ranks.lead():
         out.write_text(json.dumps(found))
     ranks.leave()
@@ -74,9 +76,10 @@ def arm(processes: int, threads: int, said: argparse.Namespace) -> dict[str, Any
 def iteration(config: Config) -> dict[str, float]:
     """How often an iteration of post-training does each kind of work."""
     rl = config.posttrain
-    decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
+    episodes = rl.contexts * rl.group
+    decisions = episodes * measure.decisions(config)
     updates = (rl.epochs * decisions / rl.minibatch, bool(rl.critic) * decisions / rl.minibatch)
-    return {ROLLOUT: decisions / rl.rows, **dict(zip(UPDATES, updates, strict=True))}
+    return {ROLLOUT: episodes / rl.rows, **dict(zip(UPDATES, updates, strict=True))}
 
 
 def quieter(one: Any, other: Any) -> Any:

@@ -2,18 +2,53 @@
 and the messages without work."""
 
 import hashlib
-import statistics
+import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bench.scaling.model import BLOCK
 from bench.steady import Work
+from worldenv.config import Config
 from worldenv.runtime import parallel, ranks
+from worldenv.stages.estimate import IMAGINED
 
-LARGE = 16 * BLOCK  # numbers of a large sum, and of a large gather: 16 MB
+LARGE = 16  # blocks of a large sum, and of a large gather: 16 MB
 LEAST = 3  # times that anything is timed
+
+
+@dataclass(frozen=True)
+class Rollout(Work):
+    """Of whole episodes, as `rl.rollout_shards` divides them."""
+
+    told: int = 0  # bytes that every rank gets of each piece
+
+
+def rollout(imagine: Callable[[], object], config: Config) -> Rollout:
+    """As many decisions as an episode has, and then what the policy saw goes to all ranks; imagine:
+    one decision of a piece's rows."""
+    count, env = decisions(config), config.env
+    rows = config.posttrain.rows // parallel.SHARDS
+    shape = (rows * count, env.views, 3, env.image_size, env.image_size)
+
+    def piece() -> Tensor:
+        for _ in range(count):
+            imagine()
+        return torch.zeros(shape, dtype=torch.uint8)
+
+    def step() -> list[Tensor]:
+        parallel.shared([piece] * parallel.SHARDS)
+        return []
+
+    return Rollout(step, piece, math.prod(shape))
+
+
+def decisions(config: Config) -> int:
+    """Of an imagined episode, about."""
+    return round(IMAGINED * config.max_chunks)
 
 
 def seconds(budget: float, *works: Callable[[], object]) -> list[float]:
@@ -44,14 +79,16 @@ def arm(works: Mapping[str, Work], threads: int, budget: float) -> dict[str, dic
 
 
 def messages(budget: float) -> dict[str, float]:
-    """Of ranks that have nothing else to do."""
-    one, many = torch.ones(1), torch.ones(LARGE)
+    """Of ranks that have nothing else to do; sums of as many parts as a step's, half a megabyte
+    and more each."""
+    one, many = torch.ones(1), torch.ones(LARGE * BLOCK)
+    blocks = [*many.split(BLOCK)]
     small, large, least, most = seconds(
         2 * budget,
         lambda: ranks.gather(0),
         lambda: ranks.gather(many),
-        lambda: ranks.total([one], one),
-        lambda: ranks.total([many], many),
+        lambda: ranks.total(parts([one]), [one]),
+        lambda: ranks.total(parts(blocks), blocks),
     )
     return {
         "gather_seconds": small,
@@ -59,28 +96,37 @@ def messages(budget: float) -> dict[str, float]:
         "gather_large_bytes": many.nbytes * ranks.count(),
         "sum_of_one_seconds": least,
         "sum_seconds": most,
-        "numbers": LARGE,
+        "numbers": many.numel(),
     }
 
 
+def parts(grads: list[Tensor]) -> list[list[Tensor]]:
+    """A rank's own of a step's pieces."""
+    return [grads] * math.ceil(parallel.SHARDS / ranks.count())
+
+
 def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
-    """Seconds of a step, of a piece on every thread and rank at once, and of the sum of as many
-    numbers as the step has gradients; how many, and a digest of them."""
-    grads = work.step()
+    """Seconds of a step; of a piece on every thread and rank at once, until the slowest is done;
+    and of the sum of the step's gradients; how many numbers these have, and a digest of them."""
+    grads = [g.clone() for g in work.step()]
     bits = hashlib.sha256(b"".join(g.contiguous().numpy().tobytes() for g in grads)).hexdigest()
-    numbers = sum(g.numel() for g in grads)
     exchange = 0.0
-    if ranks.count() > 1 and numbers:
-        own = torch.ones(numbers)
-        (exchange,) = seconds(budget / 4, lambda: ranks.total([own], own))
+    if ranks.count() > 1 and grads:
+        (exchange,) = seconds(budget / 4, lambda: ranks.total(parts(grads), grads))
     # Two in turn on each thread: in the pool's threads, as a step's are.
     pieces = [work.piece] * 2 * threads
-    step, two = seconds(budget, work.step, lambda: parallel.run(pieces))
+    step, two, met = seconds(
+        budget,
+        work.step,
+        lambda: (parallel.run(pieces), ranks.gather(0)),
+        lambda: ranks.gather(0),
+    )
     return {
         "seconds": step,
-        "piece_seconds": statistics.mean(ranks.gather(two / 2)),
+        "piece_seconds": (two - met) / 2,
         "exchange_seconds": exchange,
-        "numbers": numbers,
+        "numbers": sum(g.numel() for g in grads),
         "pieces": parallel.SHARDS,
+        "told_bytes": parallel.SHARDS * work.told if isinstance(work, Rollout) else 0,
         "gradients": bits if grads else None,
     }

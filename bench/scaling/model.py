@@ -1,14 +1,15 @@
 """The time of a step on several ranks, from what one rank computes and what their messages cost.
 
-    step = slow * (largest share * piece + rest) + gather + sum + broadcast
+    step = slow * (largest share * piece + rest) + gather + sum
 
 A batch is cut into pieces, of which a rank does at most ceil(pieces / ranks); what follows (the
-gradients' sum, its norm, the optimiser) every rank does itself. `slow` is how much longer a piece
-takes while as many ranks compute as there are: what cores have in common, and more ranks than
-cores. On CPUs gradients are added in a chain of ranks, block by block (`runtime.ranks.total`), and
-broadcast along a binomial tree. On GPUs sums are rings: within a node, then among nodes each GPU
-its share. Nothing is fitted to the steps that are predicted, and no message is hidden behind
-computing: as this code does it, but harsher than FSDP, which fetches the next layer meanwhile.
+norm of the gradients, the optimiser) every rank does itself. `slow` is how much longer a piece of
+this kind takes while as many ranks compute as there are, until the last of them is done: what cores
+have in common, more ranks than cores, and the wait for the slowest. On CPUs gradients are added in
+a chain of ranks (`runtime.ranks.total`), and each block is broadcast along a binomial tree while
+the next ones are added. On GPUs sums are rings: within a node, then among nodes each GPU its share.
+Nothing is fitted to the steps that are predicted, and no message is hidden behind computing: as
+this code does it, but harsher than FSDP, which fetches the next layer meanwhile.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BLOCK = 1 << 18  # numbers that `runtime.ranks.total` sends at once
+BLOCK = 1 << 18  # numbers that `runtime.ranks.total` sends at once, about
 BYTES = 4  # of a number in it
 TOLERANCE = 0.15
 PAPER = "paper-scaling.json"  # the costs of a `Kind` each, in results/bench
 ALONE, TWO = "1 process of 1 thread", "2 processes of 1 thread"
-ROLLOUT, UPDATES = "imagination", ("update of the policy", "update of the critic")
+ROLLOUT, UPDATES = "rollout", ("update of the policy", "update of the critic")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Work:
     rest: float  # what every rank does itself
     numbers: int  # gradients that are summed; 0: none
     pieces: int = 4
+    told: int = 0  # bytes of results that every rank gets
 
 
 @dataclass(frozen=True)
@@ -43,27 +45,32 @@ class Messages:
     gather: float  # seconds, of next to nothing
     start: float  # seconds of the sum of one number
     rate: float  # bytes a second from one rank to the next, while all send
+    gathered: float = math.inf  # bytes a second of results, of all ranks together
 
     @classmethod
     def of(cls, ranks: int, measured: Mapping[str, float]) -> Messages:
-        """From a small gather, and a small and a large sum (`bench.scaling.measure`)."""
+        """From small and large gathers and sums (`bench.scaling.measure`)."""
         start = measured["sum_of_one_seconds"]
-        sent = BYTES * hops(measured["numbers"], ranks)
-        return cls(measured["gather_seconds"], start, sent / (measured["sum_seconds"] - start))
+        rate = BYTES * hops(measured["numbers"], ranks) / (measured["sum_seconds"] - start)
+        gathered = measured["gather_large_bytes"] / measured["gather_large_seconds"]
+        return cls(measured["gather_seconds"], start, rate, gathered)
 
-    def seconds(self, numbers: int, ranks: int) -> float:
-        """Of a step that sums so many numbers: what the pieces returned is gathered, then these."""
+    def seconds(self, work: Work, ranks: int) -> float:
+        """Of a step: what the pieces returned is gathered, then the gradients are summed."""
         if ranks == 1:
             return 0.0
-        return self.gather + bool(numbers) * self.start + BYTES * hops(numbers, ranks) / self.rate
+        summed = bool(work.numbers) * self.start + BYTES * hops(work.numbers, ranks) / self.rate
+        return self.gather + work.told / self.gathered + summed
 
 
 def hops(numbers: int, ranks: int) -> float:
-    """Numbers that pass one after the other until every rank has the sum: the last rank gets the
-    first block after ranks - 2 others have, then all of them; and the rounds of the broadcast."""
+    """Numbers that pass one after the other until every rank has the sum: of the rank that sends
+    most, the last, as many as the broadcast has rounds; the first block has come to it from rank to
+    rank before, and its last goes on for the remaining rounds."""
     if ranks == 1:
         return 0
-    return numbers + (ranks - 2) * min(numbers, BLOCK) + math.ceil(math.log2(ranks)) * numbers
+    rounds = math.ceil(math.log2(ranks))
+    return rounds * numbers + (ranks - 2 + rounds) * min(numbers, BLOCK)
 
 
 def step(
@@ -72,14 +79,14 @@ def step(
     """Seconds of a step on so many ranks of so many threads each."""
     largest = math.ceil(work.pieces / (ranks * threads))
     computed = slow * (largest * work.piece + work.rest)
-    return computed + (messages.seconds(work.numbers, ranks) if messages else 0.0)
+    return computed + (messages.seconds(work, ranks) if messages else 0.0)
 
 
 def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each step of each arm but the one that is alone: predicted beside measured.
 
     From that come the pieces and the rest; from the others what their messages cost by themselves,
-    and pieces without any: one slowness for all kinds, their median.
+    and how much longer a piece takes there.
     """
     alone = arms[ALONE]["work"]
     rows = []
@@ -87,12 +94,13 @@ def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         ranks, threads = found["processes"], found["threads"]
         if arm == ALONE:
             continue
-        slow = slowness(found["work"], alone)
         messages = Messages.of(ranks, found["messages"]) if ranks > 1 else None
         for kind, own in found["work"].items():
             one = alone[kind]
             rest = max(0.0, one["seconds"] - one["pieces"] * one["piece_seconds"])
-            of = Work(one["piece_seconds"], rest, own["numbers"], one["pieces"])
+            numbers, told = own["numbers"], own["told_bytes"]
+            of = Work(one["piece_seconds"], rest, numbers, one["pieces"], told)
+            slow = own["piece_seconds"] / one["piece_seconds"]
             predicted = step(of, ranks, slow, messages, threads)
             rows.append(
                 {
@@ -104,12 +112,6 @@ def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
                 }
             )
     return rows
-
-
-def slowness(own: Mapping[str, Mapping], alone: Mapping[str, Mapping]) -> float:
-    """Of a piece beside those of the other ranks, over one that is alone: the median kind's."""
-    ratios = sorted(own[k]["piece_seconds"] / alone[k]["piece_seconds"] for k in alone)
-    return (ratios[(len(ratios) - 1) // 2] + ratios[len(ratios) // 2]) / 2
 
 
 def worth(arms: Mapping[str, Mapping[str, Any]]) -> float:
@@ -129,19 +131,19 @@ def stale(report: Mapping[str, Any]) -> dict[str, float]:
     update, as measured. "stale": one imagines while the other updates on the iteration before;
     without a message, in its favour. "least": half of the computing each, the bound of any way.
     """
-    arms, times = report["arms"], report["iteration"]  # how often each kind is done
-    one, two = (
-        {kind: n * arms[arm]["work"][kind]["seconds"] for kind, n in times.items()}
-        for arm in (ALONE, TWO)
-    )
-    slow = slowness(arms[TWO]["work"], arms[ALONE]["work"])
-    imagined = slow * one[ROLLOUT]
-    updated = slow * sum(one.values()) - imagined
-    exchange = sum(n * arms[TWO]["work"][kind]["exchange_seconds"] for kind, n in times.items())
+    times = report["iteration"]  # how often each kind is done
+    one, two = (report["arms"][arm]["work"] for arm in (ALONE, TWO))
+    beside = {  # seconds of one process, while another computes too
+        kind: n * one[kind]["seconds"] * two[kind]["piece_seconds"] / one[kind]["piece_seconds"]
+        for kind, n in times.items()
+    }
+    imagined = beside.pop(ROLLOUT)
+    updated = sum(beside.values())
+    exchange = sum(n * two[kind]["exchange_seconds"] for kind, n in times.items())
     return {
         "imagined": imagined,
         "updated": updated,
-        "shared": sum(two.values()),
+        "shared": sum(n * two[kind]["seconds"] for kind, n in times.items()),
         "stale": max(imagined, updated),
         "least": (imagined + updated) / 2,
         "exchange": exchange,

@@ -1,6 +1,7 @@
 """The model of a step on several ranks, by arithmetic; and what it is given."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,10 +37,10 @@ def test_messages_that_cost_nothing_leave_the_largest_share():
     ("numbers", "ranks", "passed"),
     [
         (10 * BLOCK, 1, 0),
-        (10 * BLOCK, 2, 20),  # to the other and back
-        (10 * BLOCK, 3, 31),  # the third begins a block later; two rounds of the broadcast
-        (10 * BLOCK, 4, 32),
-        (BLOCK, 4, 5),  # one block: nothing overlaps
+        (10 * BLOCK, 2, 11),  # to the other, and a block back
+        (10 * BLOCK, 3, 23),  # the third begins a block later, and sends to both others
+        (10 * BLOCK, 4, 24),
+        (BLOCK, 4, 6),  # one block: nothing overlaps
     ],
 )
 def test_blocks_pass_a_chain_while_others_follow(numbers, ranks, passed):
@@ -48,16 +49,18 @@ def test_blocks_pass_a_chain_while_others_follow(numbers, ranks, passed):
 
 def test_the_rate_of_a_hop_is_that_of_the_sum_it_came_from():
     told = {"gather_seconds": 0.001, "sum_of_one_seconds": 0.002, "sum_seconds": 0.402}
+    told |= {"gather_large_seconds": 2.0, "gather_large_bytes": 600}
     for ranks in (2, 4):
         found = Messages.of(ranks, told | {"numbers": 16 * BLOCK})
-        assert found.seconds(16 * BLOCK, ranks) == pytest.approx(0.403)
-        assert found.seconds(0, ranks) == 0.001, "a rollout sums nothing"
+        assert found.seconds(Work(1.0, 1.0, 16 * BLOCK), ranks) == pytest.approx(0.403)
+        rollout = found.seconds(Work(1.0, 1.0, 0, told=150), ranks)
+        assert rollout == pytest.approx(0.501), "sums nothing, and tells what came of it"
 
 
 def arms(exchange: float, slow: float) -> dict:
     """Of one kind of work that is told by the model's own rules."""
     alone = {"seconds": 8.5, "piece_seconds": 2.0, "numbers": 16 * BLOCK, "exchange_seconds": 0.0}
-    alone["pieces"] = 4
+    alone |= {"pieces": 4, "told_bytes": 0}
     two = alone | {"seconds": slow * 4.5 + exchange, "piece_seconds": 2 * slow}
     two["exchange_seconds"] = exchange
     told = {"gather_seconds": 0.0, "sum_of_one_seconds": 0.0, "sum_seconds": exchange}
@@ -95,8 +98,8 @@ def test_staleness_takes_the_longer_and_sharing_half_and_its_messages():
     assert found["shared"] == pytest.approx(4.8 * sum(times.values()))
     assert found["exchange"] == pytest.approx(0.3 * sum(times.values()))
     rl = Config().posttrain
-    decisions = times[model.ROLLOUT] * rl.rows
-    assert decisions == pytest.approx(rl.contexts * rl.group * 0.6 * Config().max_chunks)
+    assert times[model.ROLLOUT] * rl.rows == rl.contexts * rl.group
+    decisions = times[model.ROLLOUT] * rl.rows * measure.decisions(Config())
     assert times[model.UPDATES[0]] * rl.minibatch == pytest.approx(decisions * rl.epochs)
 
 
@@ -145,12 +148,14 @@ def ranked(folder: Path) -> dict:
         parallel.gradients([weight], losses)
         return [weight.grad]
 
-    found = measure.arm({"tiny": steady.Work(step, losses[0])}, 1, 0.0)
+    small = replace(Config(), posttrain=replace(Config().posttrain, rows=4))
+    works = {"tiny": steady.Work(step, losses[0]), "told": measure.rollout(lambda: None, small)}
+    found = measure.arm(works, 1, 0.0)
     return {"found": json.dumps(found)}
 
 
 def test_an_arm_has_what_the_model_asks_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "LARGE", BLOCK + 1)
+    monkeypatch.setattr(measure, "LARGE", 1)
     alone = json.loads(ranked(tmp_path)["found"])
     parallel.use_threads()
     (two, _) = (json.loads(of["found"]) for of in Group(ranked, tmp_path, 2).found())
@@ -158,14 +163,16 @@ def test_an_arm_has_what_the_model_asks_for(tmp_path, monkeypatch):
         model.ALONE: {"processes": 1, "threads": 1, **alone},
         model.TWO: {"processes": 2, "threads": 1, **two},
     }
-    (row,) = model.compared(quieter(found, found))
-    assert row["predicted_seconds"] > 0
-    assert row["work"] == "tiny"
+    compared = model.compared(quieter(found, found))
+    assert all(row["predicted_seconds"] > 0 for row in compared)
+    assert [row["work"] for row in compared] == ["tiny", "told"]
     assert two["work"]["tiny"]["numbers"] == 8
-    assert two["messages"]["gather_large_bytes"] == 2 * 4 * (BLOCK + 1)
-    assert [row["same_bits"] for row in rows(found)] == [True, True]
+    assert two["messages"]["gather_large_bytes"] == 2 * 4 * BLOCK
+    seen = 4 * measure.decisions(Config()) * Config().env.views * 3 * Config().env.image_size ** 2
+    assert two["work"]["told"]["told_bytes"] == seen
+    assert [row["same_bits"] for row in rows(found)] == [True] * 4
     found[model.TWO]["work"]["tiny"]["gradients"] = "other"
-    assert not rows(found)[1]["same_bits"]
+    assert not rows(found)[2]["same_bits"]
 
 
 def test_of_two_rounds_the_quieter_counts():

@@ -181,18 +181,10 @@ def _summed(
     parameters: Sequence[Tensor], grads: Sequence[Sequence[Tensor | None]], given: Sequence[bool]
 ) -> list[Tensor | None]:
     """The sum over all pieces of all ranks; a gradient for each parameter that is `given` one."""
-    wanted = [p for p, has in zip(parameters, given, strict=True) if has]
-
-    def flat(piece: Sequence[Tensor | None]) -> Tensor:
-        each = zip(parameters, piece, given, strict=True)
-        of = [(torch.zeros_like(p) if g is None else g) for p, g, has in each if has]
-        return torch.cat([g.detach().reshape(-1) for g in of])
-
-    like = torch.empty(sum(p.numel() for p in wanted), device=parameters[0].device)
-    whole = ranks.total([flat(piece) for piece in grads], like)
-    cut = iter(whole.split([p.numel() for p in wanted]))
-    each = zip(parameters, given, strict=True)
-    return [next(cut).view(p.shape) if has else None for p, has in each]
+    where = [i for i, has in enumerate(given) if has]
+    of = [[piece[i] for i in where] for piece in grads]
+    found = iter(ranks.total(of, [parameters[i] for i in where]))
+    return [next(found) if has else None for has in given]
 
 
 def _gradient(

@@ -26,7 +26,7 @@ from worldenv.runtime.errors import UserError
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)  # rank 0 may be busy for hours with what others wait for
 _PICKLED = 1 << 16  # bytes of tensors in what a rank tells that are not worth messages of their own
-_BLOCK = 1 << 18  # numbers that are sent at once: 1 MB, so that ranks add while others send
+_BLOCK = 1 << 18  # numbers at least that are sent at once: ranks add while others send
 
 _alone = False  # whether this rank does something for all of them now
 _calls = 0  # of `claims`, which every rank makes in the same order
@@ -223,34 +223,51 @@ def merge(found: dict[int, T]) -> list[T]:
     return [whole[k] for k in sorted(whole)]
 
 
-def total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The sum of the `parts` of all ranks, flat `[n]` on every one; like: one of that size.
+def total(parts: Sequence[Sequence[Tensor | None]], like: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of the `parts` of all ranks, on every one: tensors of the shapes of `like`, which a
+    part may lack some of.
 
     On a CPU it is added rank by rank, part by part, as one process that had them all would: bit for
     bit the same, however many ranks there are. On GPUs by their own collective, to rounding.
     """
-    out = torch.zeros_like(like)
-    if like.device.type != "cpu":
-        for part in parts:
-            out.add_(part)
-        dist.all_reduce(out)
-        return out
-    here, last, sent = number(), count() - 1, []
-    for begin in range(0, len(out), _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        if here:
-            dist.recv(out[block], here - 1)
+    sizes = [x.numel() for x in like]
+    flat = torch.zeros(sum(sizes), device=like[0].device)
+    out = [x.view(y.shape) for x, y in zip(flat.split(sizes), like, strict=True)]
+    here, last, sent, end = number(), count() - 1, [], 0
+
+    def add(these: slice) -> None:
         for k, part in enumerate(parts):
-            if k or here:
-                out[block].add_(part[block])
-            else:
-                out[block].copy_(part[block])
+            has = [(x, y) for x, y in zip(out[these], part[these], strict=True) if y is not None]
+            first = not (k or here)  # not added to zero, which would lose the sign of another
+            if has:
+                (torch._foreach_copy_ if first else torch._foreach_add_)(*zip(*has, strict=True))
+
+    if flat.device.type != "cpu":
+        add(slice(None))
+        dist.all_reduce(flat)
+        return out
+    for these in _blocks(like):
+        begin, end = end, end + sum(sizes[these])
+        block = flat[begin:end]
+        if here:
+            dist.recv(block, here - 1)
+        add(these)
         if here < last:
-            sent.append(dist.isend(out[block], here + 1))
+            sent.append(dist.isend(block, here + 1))
+        sent.append(dist.broadcast(block, last, async_op=True))
     for message in sent:
         message.wait()
-    dist.broadcast(out, last)
     return out
+
+
+def _blocks(like: Sequence[Tensor]) -> Iterator[slice]:
+    """Stretches of tensors that are sent together."""
+    begin = size = 0
+    for end, x in enumerate(like, 1):
+        size += x.numel()
+        if size >= _BLOCK or end == len(like):
+            yield slice(begin, end)
+            begin, size = end, 0
 
 
 @dataclasses.dataclass(frozen=True)
