@@ -64,7 +64,7 @@ def _machine(report: dict[str, Any]) -> str:
     whole = report.get("whole", {}).get("total_seconds")
     if whole:
         times = listed([f"{seconds:.0f} s on {name}" for name, seconds in whole.items()])
-        said.append(f"The smoke preset from end to end: {times}.")
+        said.append(f"A tenth of the default run from end to end: {times}.")
     return "\n\n".join((table(head, rows), prose(*said)))
 
 

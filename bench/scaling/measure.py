@@ -106,16 +106,17 @@ def parts(grads: list[Tensor]) -> list[list[Tensor]]:
 
 
 def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
-    """Seconds of a step; of a piece on every thread and rank at once, until the slowest is done;
-    and of the sum of the step's gradients; how many numbers these have, and a digest of them."""
+    """Seconds of a step; of a piece, while every thread and rank does as many as in the step, until
+    the slowest is done; and of the sum of the step's gradients; how many numbers these have, and a
+    digest of them."""
     grads = [g.clone() for g in work.step()]
     bits = hashlib.sha256(b"".join(g.contiguous().numpy().tobytes() for g in grads)).hexdigest()
     exchange = 0.0
     if ranks.count() > 1 and grads:
         (exchange,) = seconds(budget / 4, lambda: ranks.total(parts(grads), grads))
-    # Two in turn on each thread: in the pool's threads, as a step's are.
-    pieces = [work.piece] * 2 * threads
-    step, two, met = seconds(
+    largest = math.ceil(parallel.SHARDS / (ranks.count() * threads))
+    pieces = [work.piece] * max(2, largest * threads)  # at least two, so that a thread's, as a step's
+    step, computed, met = seconds(
         budget,
         work.step,
         lambda: (parallel.run(pieces), ranks.gather(0)),
@@ -123,7 +124,7 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
     )
     return {
         "seconds": step,
-        "piece_seconds": (two - met) / 2,
+        "piece_seconds": (computed - met) * threads / len(pieces),
         "exchange_seconds": exchange,
         "numbers": sum(g.numel() for g in grads),
         "pieces": parallel.SHARDS,
