@@ -1,7 +1,7 @@
 """What several processes on one machine are worth: each kind of work of a run, on 1, 2 and 4 ranks.
 
     python -m bench.scaling          the tables; writes results/bench/scaling-<machine>.json
-    python -m bench.scaling --whole  besides, a tenth of the default run, end to end, into the same file
+    python -m bench.scaling --whole  besides, a tenth of the default, end to end, into the same file
     python -m bench.scaling --paper  what GPUs would have to do: results/bench/paper-scaling.json
     python -m bench.scaling --check  nothing is measured: the model beside what the file has
 
@@ -19,7 +19,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ WHOLE = [
     *("--reflector.steps", "60", "--posttrain.iterations", "1"),
     *("--evaluate.starts", "20", "29", "--evaluate.fixture-seeds", "1000"),
 ]
-"""The default run with a tenth of its steps and episodes; what the gate thinks of it is no matter."""
+"""The default with a tenth of its steps and episodes; what the gate thinks of that is no matter."""
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 
@@ -158,7 +157,7 @@ def whole() -> dict[str, Any]:
 def main() -> int:
     """Parses the command line, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--whole", action="store_true", help="a tenth of the default run, end to end")
+    parser.add_argument("--whole", action="store_true", help="a tenth of the default, end to end")
     parser.add_argument("--paper", action="store_true", help="FLOPs and bytes at full size")
     parser.add_argument("--check", action="store_true", help="of what was measured before")
     parser.add_argument("--seconds", type=float, default=1.5, help="that each thing is repeated")

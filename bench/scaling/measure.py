@@ -115,7 +115,7 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
     if ranks.count() > 1 and grads:
         (exchange,) = seconds(budget / 4, lambda: ranks.total(parts(grads), grads))
     largest = math.ceil(parallel.SHARDS / (ranks.count() * threads))
-    pieces = [work.piece] * max(2, largest * threads)  # at least two, so that a thread's, as a step's
+    pieces = [work.piece] * max(2, largest * threads)  # one alone would not be in a thread
     step, computed, met = seconds(
         budget,
         work.step,
