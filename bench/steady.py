@@ -38,10 +38,12 @@ SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Work:
-    """A unit of a kind of work, and one of the `SHARDS` pieces that it is cut into, by itself."""
+    """A unit of a kind of work; one of the `SHARDS` pieces that it is cut into, by itself; and what
+    is left without the pieces."""
 
     step: Callable[[], list[Tensor]]  # returns the gradients, if there are any
     piece: Callable[[], object]
+    rest: Callable[[], object] = lambda: None
 
     def __call__(self) -> list[Tensor]:
         return self.step()
@@ -52,7 +54,7 @@ def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Work:
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 0.0, fused=True)
 
-    def step() -> list[Tensor]:
+    def step(loss: Callable[[int], Tensor] = loss) -> list[Tensor]:
         torch.manual_seed(0)
         pieces = [lambda k=k: (loss(k), None) for k in range(parallel.SHARDS)]
         parallel.gradients(parameters, pieces, max_norm=1.0)
@@ -62,7 +64,10 @@ def training_step(module: nn.Module, loss: Callable[[int], Tensor]) -> Work:
     def piece() -> object:
         return torch.autograd.grad(loss(0), parameters, allow_unused=True)
 
-    return Work(step, piece)
+    def rest() -> object:
+        return step(lambda _: sum(p.sum() for p in parameters))
+
+    return Work(step, piece, rest)
 
 
 def work(config: Config) -> dict[str, Work]:

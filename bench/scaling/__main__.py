@@ -36,7 +36,15 @@ from worldenv.runtime.revision import commit
 from worldenv.stages.run import write_json
 
 WHOLE = [
-    *("--force", "--collect.demonstrations", "2", "--collect.episodes", "24"),
+    *(
+        "--gate.no-on",
+        "--gate.held-out",
+        "3",
+        "--collect.demonstrations",
+        "2",
+        "--collect.episodes",
+        "24",
+    ),
     *("--sft.steps", "100", "--simulator.tokenizer-steps", "150", "--simulator.steps", "100"),
     *("--reflector.steps", "60", "--posttrain.iterations", "1"),
     *("--evaluate.starts", "20", "29", "--evaluate.fixture-seeds", "1000"),

@@ -107,8 +107,8 @@ def parts(grads: list[Tensor]) -> list[list[Tensor]]:
 
 def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
     """Seconds of a step; of a piece, while every thread and rank does as many as in the step, until
-    the slowest is done; and of the sum of the step's gradients; how many numbers these have, and a
-    digest of them."""
+    the slowest is done; on one rank, of what is left without pieces; and of the sum of the step's
+    gradients; how many numbers these have, and a digest of them."""
     grads = [g.clone() for g in work.step()]
     bits = hashlib.sha256(b"".join(g.contiguous().numpy().tobytes() for g in grads)).hexdigest()
     exchange = 0.0
@@ -116,15 +116,17 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
         (exchange,) = seconds(budget / 4, lambda: ranks.total(parts(grads), grads))
     largest = math.ceil(parallel.SHARDS / (ranks.count() * threads))
     pieces = [work.piece] * max(2, largest * threads)  # one alone would not be in a thread
-    step, computed, met = seconds(
+    step, computed, met, rest = seconds(
         budget,
         work.step,
         lambda: (parallel.run(pieces), ranks.gather(0)),
         lambda: ranks.gather(0),
+        work.rest if ranks.count() == 1 else lambda: None,
     )
     return {
         "seconds": step,
         "piece_seconds": (computed - met) * threads / len(pieces),
+        "rest_seconds": rest,
         "exchange_seconds": exchange,
         "numbers": sum(g.numel() for g in grads),
         "pieces": parallel.SHARDS,

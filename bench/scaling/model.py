@@ -97,9 +97,13 @@ def compared(arms: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         messages = Messages.of(ranks, found["messages"]) if ranks > 1 else None
         for kind, own in found["work"].items():
             one = alone[kind]
-            rest = max(0.0, one["seconds"] - one["pieces"] * one["piece_seconds"])
-            numbers, told = own["numbers"], own["told_bytes"]
-            of = Work(one["piece_seconds"], rest, numbers, one["pieces"], told)
+            of = Work(
+                one["piece_seconds"],
+                one["rest_seconds"],
+                own["numbers"],
+                one["pieces"],
+                own["told_bytes"],
+            )
             slow = own["piece_seconds"] / one["piece_seconds"]
             predicted = step(of, ranks, slow, messages, threads)
             rows.append(

@@ -60,7 +60,7 @@ def test_the_rate_of_a_hop_is_that_of_the_sum_it_came_from():
 def arms(exchange: float, slow: float) -> dict:
     """Of one kind of work that is told by the model's own rules."""
     alone = {"seconds": 8.5, "piece_seconds": 2.0, "numbers": 16 * BLOCK, "exchange_seconds": 0.0}
-    alone |= {"pieces": 4, "told_bytes": 0}
+    alone |= {"pieces": 4, "rest_seconds": 0.5, "told_bytes": 0}
     two = alone | {"seconds": slow * 4.5 + exchange, "piece_seconds": 2 * slow}
     two["exchange_seconds"] = exchange
     told = {"gather_seconds": 0.0, "sum_of_one_seconds": 0.0, "sum_seconds": exchange}
