@@ -1,4 +1,4 @@
-"""Draw the tables and figures of README.md and docs/tuning.md anew from `results/`.
+"""Draw the tables and figures of README.md and docs/ anew from `results/`.
 
     python -m bench.results
 
@@ -32,8 +32,9 @@ REGIONS: dict[str, Callable[[Path], str]] = {
     "scaling": scaling.scaling,
     "paper": scaling.on_paper,
     "stale": scaling.staleness,
+    "kills": scaling.kills,
 }
-PAGES = ("README.md", "docs/tuning.md")
+PAGES = ("README.md", "docs/launching.md", "docs/tuning.md")
 FIGURES: dict[str, Callable[[Path], str]] = {
     "docs/differences.svg": figures.differences,
     "docs/scaling.svg": scaling.figure,

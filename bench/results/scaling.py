@@ -1,5 +1,6 @@
-"""Regions and the figure about several processes: measured here, and on paper for GPUs."""
+"""Regions and the figure about several processes: measured, killed, and on paper for GPUs."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,28 @@ def staleness(results: Path) -> str:
             "(`python -m bench.scaling`)."
         )
     return "\n".join(said) or NOT_YET
+
+
+def kills(results: Path) -> str:
+    """What came of ranks that `bench.kills` killed."""
+    path = results / "kills" / "results.json"
+    if not path.exists():
+        return NOT_YET
+    found = read(path)
+    rows, wrong = found["kills"], found["wrong"]
+    named = {"kill": "killed", "stop": "stopped", "memory": "out of memory"}
+    each = Counter(named[row["kind"]] for row in rows)
+    ranks = sorted({row["resumed_on"] for row in rows})
+    said = [
+        f"{len(rows)} ranks ({listed([f'{n} {how}' for how, n in each.items()])}), in "
+        f"{sum(bool(n) for n in found['kills_by_stage'].values())} stages of {found['runs']} runs "
+        f"that went on with {ranks[0]} to {ranks[-1]} ranks:",
+        f"{len(wrong)} went wrong." if wrong else "all as undisturbed, bit for bit, nothing lost.",
+        f"Of {found['kills_with_others_left']} that had others, {found['of_these_named']} were "
+        f"named by them; the last rank had ended after {found['slowest_end_seconds']:.0f} s at "
+        f"most ({processor(found['machine'])}).",
+    ]
+    return prose(*said)
 
 
 # ---------------------------------------------------------------- on paper

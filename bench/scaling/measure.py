@@ -43,7 +43,7 @@ def rollout(imagine: Callable[[], object], config: Config) -> Rollout:
         parallel.shared([piece] * parallel.SHARDS)
         return []
 
-    return Rollout(step, piece, math.prod(shape))
+    return Rollout(step, piece, told=math.prod(shape))
 
 
 def decisions(config: Config) -> int:
