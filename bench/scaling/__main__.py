@@ -6,7 +6,7 @@
     python -m bench.scaling --check  nothing is measured: the model beside what the file has
 
 Each arm is started by torchrun: one process of one thread, one of a thread for each core, and two
-and four processes of one thread, one after the other in every round; of two rounds the quieter
+and four processes of one thread, one after the other in every round; of all rounds the quietest
 figure counts. A step's gradients are compared with those of one process, bit for bit. The model
 (`bench.scaling.model`) predicts every other step from those of the first arm; one that is off by
 more than 15%, or other bits, end this with 1. The machine must be quiet otherwise; on a shared one
@@ -35,21 +35,12 @@ from worldenv.runtime import ranks
 from worldenv.runtime.revision import commit
 from worldenv.stages.run import write_json
 
-WHOLE = [
-    *(
-        "--gate.no-on",
-        "--gate.held-out",
-        "3",
-        "--collect.demonstrations",
-        "2",
-        "--collect.episodes",
-        "24",
-    ),
-    *("--sft.steps", "100", "--simulator.tokenizer-steps", "150", "--simulator.steps", "100"),
-    *("--reflector.steps", "60", "--posttrain.iterations", "1"),
-    *("--evaluate.starts", "20", "29", "--evaluate.fixture-seeds", "1000"),
-]
-"""The default with a tenth of its steps and episodes; what the gate thinks of that is no matter."""
+WHOLE = (
+    "--gate.no-on --gate.held-out 3 --collect.demonstrations 2 --collect.episodes 24 "
+    "--sft.steps 100 --simulator.tokenizer-steps 150 --simulator.steps 100 --reflector.steps 60 "
+    "--posttrain.iterations 1 --evaluate.starts 20 29 --evaluate.fixture-seeds 1000"
+)
+"""The default with a tenth of its steps and episodes, and without the gate."""
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 
 
@@ -154,7 +145,7 @@ def whole() -> dict[str, Any]:
     for name, (processes, threads) in ((n, s) for n, s in arms().items() if n in (TWO, threaded())):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
-            words = ["-m", "worldenv", *WHOLE, "--run-dir", str(run), "--threads", str(threads)]
+            words = ["-m", "worldenv", *WHOLE.split(), "--run-dir", str(run), "--threads", str(threads)]
             subprocess.run([*LAUNCH, str(processes), *words], check=True)
             stages = json.loads((run / "results.json").read_text())["stages"]
             found["stages"][name] = {stage: of["seconds"] for stage, of in stages.items()}
@@ -169,7 +160,7 @@ def main() -> int:
     parser.add_argument("--paper", action="store_true", help="FLOPs and bytes at full size")
     parser.add_argument("--check", action="store_true", help="of what was measured before")
     parser.add_argument("--seconds", type=float, default=1.5, help="that each thing is repeated")
-    parser.add_argument("--rounds", type=int, default=2, help="of all arms")
+    parser.add_argument("--rounds", type=int, default=4, help="of all arms")
     parser.add_argument("--preset", default="default", help="whose sizes; others write nothing")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -195,6 +186,8 @@ def main() -> int:
     found: dict[str, dict] = {}
     report = {"command": "python -m bench.scaling", **origin}
     report |= {"iteration": iteration(preset(said.preset)), "arms": found}
+    if path.exists() and (before := json.loads(path.read_text()).get("whole")):
+        report["whole"] = before
     for _ in range(said.rounds):
         for name, (processes, threads) in arms().items():
             new = arm(processes, threads, said)
