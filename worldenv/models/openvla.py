@@ -317,6 +317,15 @@ class ProprioProjector(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.ffn(x)
+
+
 class ActionHead(nn.Module):
     """Hidden states of a step `[..., A * E]` to its action `[..., A]`, not squashed."""
 
@@ -325,9 +334,7 @@ class ActionHead(nn.Module):
         self.model = nn.Module()
         self.model.layer_norm1 = nn.LayerNorm(actions * width)
         self.model.fc1 = nn.Linear(actions * width, width)
-        self.model.mlp_resnet_blocks = nn.ModuleList(nn.Module() for _ in range(2))
-        for block in self.model.mlp_resnet_blocks:
-            block.ffn = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU())
+        self.model.mlp_resnet_blocks = nn.ModuleList(_Residual(width) for _ in range(2))
         self.model.layer_norm2 = nn.LayerNorm(width)
         self.model.fc2 = nn.Linear(width, actions)
 
@@ -339,5 +346,5 @@ class ActionHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.model.fc1(self.model.layer_norm1(x)))
         for block in self.model.mlp_resnet_blocks:
-            x = x + block.ffn(x)
+            x = block(x)
         return self.model.fc2(self.model.layer_norm2(x))
