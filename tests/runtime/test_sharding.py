@@ -21,6 +21,7 @@ from torch.distributed import fsdp  # noqa: F401
 
 from worldenv.config import Config
 from worldenv.envs.libero.robot import embodiment
+from worldenv.models.openvla import ActionHead
 from worldenv.models.policy import Policy
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
@@ -39,6 +40,11 @@ MODELS = {
         Reflector,
         replace(Config().reflector, encoder_channels=8, width=16),
         reflector_loss,
+    ),
+    "published action head": (
+        lambda part, robot: ActionHead(robot.A, part),
+        16,
+        lambda head, batch: head(torch.linspace(-1, 1, batch * 7 * 16).view(batch, -1)).var(),
     ),
 }
 
