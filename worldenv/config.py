@@ -133,6 +133,9 @@ class SimulatorConfig(PublishedSimulator):
     """Target frames per training window."""
     dynamics_batch: Shards = 256
     """Transitions per step that train the prediction of proprio alone."""
+    dynamics_beta: Annotated[float, Range(1e-4, 10.0)] = 0.1
+    """Errors of that prediction above so many standard deviations count linearly (smooth L1). Less
+    is nearer to the median: some motions, as against an obstacle, no proprio foretells."""
     explored: bool = True
     """Train on the policy's own episodes as well, not on demonstrations alone (to learn what they
     are worth)."""

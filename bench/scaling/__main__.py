@@ -145,8 +145,8 @@ def whole() -> dict[str, Any]:
     for name, (processes, threads) in ((n, s) for n, s in arms().items() if n in (TWO, threaded())):
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
-            words = ["-m", "worldenv", *WHOLE.split(), "--run-dir", str(run), "--threads", str(threads)]
-            subprocess.run([*LAUNCH, str(processes), *words], check=True)
+            words = [str(processes), "-m", "worldenv", *WHOLE.split(), "--run-dir", str(run)]
+            subprocess.run([*LAUNCH, *words, "--threads", str(threads)], check=True)
             stages = json.loads((run / "results.json").read_text())["stages"]
             found["stages"][name] = {stage: of["seconds"] for stage, of in stages.items()}
             found["total_seconds"][name] = sum(found["stages"][name].values())
