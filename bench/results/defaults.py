@@ -284,8 +284,10 @@ def _suite_verdict(runs: Sequence[Trained], tasks: dict[int, str]) -> str:
     fell = [task for task, change in changes.items() if change.mean < 0]
     each = listed([f"{points(run.difference.mean)} (seed {run.seed})" for run in runs])
     minutes = listed([f"{run.results['total_seconds'] / 60:.0f}" for run in runs])
+    forced = [f"seed {run.seed} ({listed(run.refused)})" for run in runs if run.refused]
     return prose(
         f"Points by seed: {each}; minutes: {minutes}. Errors clustered by seed, task and start.",
+        f"The gate refused the world, and was overruled: {listed(forced)}." if forced else "",
         f"Tasks with fewer successes than imitation: {listed(sorted(fell))}." if fell else "",
         f"Significantly below imitation: {listed(sorted(below))}."
         if below

@@ -69,6 +69,12 @@ class Trained:
         outcomes = [pair[policy].get("success_no_oracle") for pair in self.pairs]
         return "-" if None in outcomes else str(sum(outcomes))
 
+    @property
+    def refused(self) -> list[str]:
+        """What of its worlds is beyond the gate's limits, where it trained in them nevertheless."""
+        gates = [stage["gate"] for stage in self.results["stages"].values() if "gate" in stage]
+        return [row["what"] for gate in gates for row in gate["measures"] if not row["passed"]]
+
     @cached_property
     def difference(self) -> Interval:
         """Post-trained minus imitated, paired, errors clustered by task and start."""

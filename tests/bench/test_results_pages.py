@@ -140,6 +140,8 @@ def test_ten_tasks_have_a_row_each_over_all_seeds(tmp_path):
     run = json.loads(path.read_text())
     for episode in run["evaluation"]["posttrained"]:
         episode["success"] &= episode["task"] != 3
+    hand = {"what": "end-effector error", "passed": False}
+    run["stages"]["posttrain-0"]["gate"] = {"verdict": "forced", "measures": [hand]}
     path.write_text(json.dumps(run))
     add(tmp_path, "libero_spatial/one/seed-0.json", 0, "wwww", "llll", tasks=10)
     both, one = defaults.suite(tmp_path).split("`results/libero_spatial/one`")
@@ -148,6 +150,11 @@ def test_ten_tasks_have_a_row_each_over_all_seeds(tmp_path):
     assert "| all | 30 of 120 | 58 of 120 | **+23.3 points**" in both
     assert "No task is significantly below" in both
     assert "+20.0 (seed 2)" in both
+    assert (
+        "The gate refused the world, and was overruled: seed 2 (end-effector error)."
+        in " ".join(both.split())
+    )
+    assert "The gate refused" not in one
     assert "Significantly below imitation: 0 to 9." in one
 
 
