@@ -34,9 +34,10 @@ def clip_loss(world: World, batch: Batch, generator: torch.Generator) -> tuple[T
     frames, states = world.denoised(z, sigma, given)
     truth = (batch["proprio"][:, 1:] - world.proprio_mean) / world.proprio_std
     image = _velocity_error(frames, target, sigma)
-    poses = [F.smooth_l1_loss(p, truth, beta=0.1) for p in (given.condition.proprio, states)]
+    dynamics = world.dynamics_error(given.condition.proprio, truth)
+    refined = F.smooth_l1_loss(states, truth, beta=0.1)
     mse = (frames - target).detach().square().mean()
-    loss = image + 0.3 * sum(poses)
+    loss = image + 0.3 * (dynamics + refined)
     return loss, {"loss": loss.detach(), "psnr": -10 * torch.log10(mse / 4)}
 
 

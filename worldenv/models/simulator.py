@@ -116,7 +116,7 @@ class World(Network):
         else:  # Wan's: the error of the velocity
             image = (error / s).square().mean()
         truth = self._normalise(proprio[:, 1:])
-        dynamics = F.smooth_l1_loss(predicted, truth, beta=self.config.dynamics_beta)
+        dynamics = self.dynamics_error(predicted, truth)
         refined = F.smooth_l1_loss(states, truth, beta=0.1)
         loss = image + 0.3 * (dynamics + refined)
         mse = error.detach().square().mean()
@@ -133,7 +133,10 @@ class World(Network):
         """
         names = ("proprio", "previous_proprio", "previous_action", "action")
         _, predicted = self._dynamics(*(batch[name] for name in names))
-        truth = self._normalise(batch["next_proprio"])
+        return self.dynamics_error(predicted, self._normalise(batch["next_proprio"]))
+
+    def dynamics_error(self, predicted: Tensor, truth: Tensor) -> Tensor:
+        """Of proprio `[..., P]` as an action alone foretells it; both normalised."""
         return F.smooth_l1_loss(predicted, truth, beta=self.config.dynamics_beta)
 
     def _targets(
