@@ -139,7 +139,7 @@ def gradients(
     done = [part for made, _ in told for piece in made for part in piece]
     given = [any(each) for each in zip(*(given for _, given in told), strict=True)]
     grads = [grads for grads, _ in pieces]
-    if ranks.count() > 1:
+    if ranks.count() > 1 and any(given):
         grads = [_summed(parameters, grads, given)]
     parts = _parts(parameters)
 
