@@ -38,12 +38,13 @@ SECONDS = 8.0
 
 @dataclass(frozen=True)
 class Work:
-    """A unit of a kind of work; one of the `SHARDS` pieces that it is cut into, by itself; and what
-    is left without the pieces."""
+    """A unit of a kind of work; one of the `SHARDS` pieces that it is cut into, by itself; what is
+    left without the pieces; and the bytes that all ranks are told of each piece."""
 
     step: Callable[[], list[Tensor]]  # returns the gradients, if there are any
     piece: Callable[[], object]
     rest: Callable[[], object] = lambda: None
+    told: int = 0
 
     def __call__(self) -> list[Tensor]:
         return self.step()

@@ -6,7 +6,7 @@
     python -m bench.scaling --check  nothing is measured: the model beside what the file has
 
 Each arm is started by torchrun: one process of one thread, one of a thread for each core, and two
-and four processes of one thread, one after the other in every round; of all rounds the quietest
+and four processes of one thread, one after the other in every round; of two rounds the quieter
 figure counts. A step's gradients are compared with those of one process, bit for bit. The model
 (`bench.scaling.model`) predicts every other step from those of the first arm; one that is off by
 more than 15%, or other bits, end this with 1. The machine must be quiet otherwise; on a shared one
@@ -160,7 +160,7 @@ def main() -> int:
     parser.add_argument("--paper", action="store_true", help="FLOPs and bytes at full size")
     parser.add_argument("--check", action="store_true", help="of what was measured before")
     parser.add_argument("--seconds", type=float, default=1.5, help="that each thing is repeated")
-    parser.add_argument("--rounds", type=int, default=4, help="of all arms")
+    parser.add_argument("--rounds", type=int, default=2, help="of all arms")
     parser.add_argument("--preset", default="default", help="whose sizes; others write nothing")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)

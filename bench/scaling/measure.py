@@ -5,7 +5,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,16 +19,9 @@ LARGE = 16  # blocks of a large sum, and of a large gather: 16 MB
 LEAST = 3  # times that anything is timed
 
 
-@dataclass(frozen=True)
-class Rollout(Work):
-    """Of whole episodes, as `rl.rollout_shards` divides them."""
-
-    told: int = 0  # bytes that every rank gets of each piece
-
-
-def rollout(imagine: Callable[[], object], config: Config) -> Rollout:
-    """As many decisions as an episode has, and then what the policy saw goes to all ranks; imagine:
-    one decision of a piece's rows."""
+def rollout(imagine: Callable[[], object], config: Config) -> Work:
+    """Whole episodes, as `rl.rollout_shards` divides them: as many decisions as one has, and then
+    what the policy saw goes to all ranks. imagine: one decision of a piece's rows."""
     count, env = decisions(config), config.env
     rows = config.posttrain.rows // parallel.SHARDS
     shape = (rows * count, env.views, 3, env.image_size, env.image_size)
@@ -43,7 +35,7 @@ def rollout(imagine: Callable[[], object], config: Config) -> Rollout:
         parallel.shared([piece] * parallel.SHARDS)
         return []
 
-    return Rollout(step, piece, told=math.prod(shape))
+    return Work(step, piece, told=math.prod(shape))
 
 
 def decisions(config: Config) -> int:
@@ -79,8 +71,7 @@ def arm(works: Mapping[str, Work], threads: int, budget: float) -> dict[str, dic
 
 
 def messages(budget: float) -> dict[str, float]:
-    """Of ranks that have nothing else to do; sums of as many parts as a step's, half a megabyte
-    and more each."""
+    """Of ranks that have nothing else to do; sums are of as many parts as a step's."""
     one, many = torch.ones(1), torch.ones(LARGE * BLOCK)
     blocks = [*many.split(BLOCK)]
     small, large, least, most = seconds(
@@ -130,6 +121,6 @@ def measured(work: Work, threads: int, budget: float) -> dict[str, object]:
         "exchange_seconds": exchange,
         "numbers": sum(g.numel() for g in grads),
         "pieces": parallel.SHARDS,
-        "told_bytes": parallel.SHARDS * work.told if isinstance(work, Rollout) else 0,
+        "told_bytes": parallel.SHARDS * work.told,
         "gradients": bits if grads else None,
     }
