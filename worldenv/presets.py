@@ -1,9 +1,9 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop half an hour, `metaworld` less, `libero-spatial-small` two hours
-for ten tasks; `smoke` shows in two minutes that every part works, `published-tiny` with published
-models in miniature; the other `libero-*` presets run all ten tasks of a suite with the official
-assets on a GPU, `openvla-oft-*` with published models as downloaded.
+`default` takes a two-core laptop half an hour, `metaworld` less, `libero-spatial-small` two to
+three hours for ten tasks; `smoke` shows in two minutes that every part works, `published-tiny` with
+published models in miniature; the other `libero-*` presets run all ten tasks of a suite with the
+official assets on a GPU, `openvla-oft-*` with published models as downloaded.
 """
 
 from dataclasses import replace
@@ -101,7 +101,7 @@ def _published_tiny() -> Config:
 def _libero_spatial_small() -> Config:
     """One policy, world and judge of all ten tasks, with the small models: 50 explored episodes a
     task. Imitation and the world get a few times the default's steps, not ten: two cores do it in
-    two hours."""
+    two to three hours."""
     base = Config()
     return replace(
         base,
@@ -110,7 +110,7 @@ def _libero_spatial_small() -> Config:
         env=replace(base.env, tasks=tuple(range(10)), max_steps=_MAX_STEPS["libero_spatial"]),
         collect=replace(base.collect, episodes=50),
         sft=replace(base.sft, steps=4000),
-        # Over a wide table an error in standard deviations is a larger one in centimetres.
+        # With .1 the hand was too far off for the gate (results/lab-notes.md).
         simulator=replace(base.simulator, steps=4000, dynamics_beta=0.01),
         reflector=replace(base.reflector, steps=1800),
         # Four contexts of each task in an iteration.
