@@ -235,7 +235,7 @@ class PosttrainConfig:
     epochs: Passes = 1
     """Passes over the rollouts per iteration."""
     minibatch: Batch = 256
-    """Chunks per optimiser step."""
+    """Chunks per optimiser step at most; an iteration's are divided evenly."""
     micro_batch: FromZero = 0
     """Chunks per forward and backward pass of the policy at most; gradients add up. 0: as many as
     there are to a thread, on a GPU the whole minibatch."""

@@ -226,6 +226,19 @@ def test_equal_rewards_move_no_policy_by_the_critics_noise(advantage, limit):
     assert not any(p.any() for p in agent.policy.parameters())
 
 
+def test_no_step_is_made_by_the_few_decisions_that_are_left_over():
+    whole = learner(minibatch=10_000)
+    episodes = rollout(ToyEnv(8), whole.policy, starts(32, 6), seeds=seeds(32))
+    decisions = int(update(whole, episodes, 0, 0)["steps"]) // 2  # a chunk has two
+    agent, sizes = learner(minibatch=decisions - 1), [0]
+    agent.policy.register_forward_hook(
+        lambda _, given, said: sizes.append(sizes.pop() + len(given[0]["proprio"]))
+    )
+    agent.optimizer.register_step_post_hook(lambda *_: sizes.append(0))
+    update(agent, episodes, 0, 0)
+    assert sizes[:-1] == [-(-decisions // 2), decisions // 2]
+
+
 def test_an_update_that_ends_in_nan_is_undone():
     agent = learner(lr=1e30, minibatch=8)
     episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32))

@@ -112,7 +112,7 @@ def _descend(
     logged: list[dict[str, float]] = []
     for epoch in range(config.epochs):
         order = torch.randperm(len(rows), generator=generator(seed, "minibatch", step, epoch))
-        for part in rows[order.to(rows.device)].split(config.minibatch):
+        for part in _minibatches(rows[order.to(rows.device)], config.minibatch):
 
             def shard(own: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
                 batch = _minibatch(learner, trajectories, own, advantage)
@@ -146,6 +146,12 @@ def _merged(parts: list[Tensor], weights: list[float]) -> dict[str, float]:
     numbers["ratio_max"] = float(table[:, METRICS.index("ratio_max")].max())
     numbers["steps"] = float(table[:, METRICS.index("steps")].sum())
     return numbers
+
+
+def _minibatches(rows: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Rows in parts of at most `most`, as equal as can be: the optimiser makes a step of full size
+    by each, and a rest of one decision would make it by chance."""
+    return rows.tensor_split(math.ceil(len(rows) / most))
 
 
 def _pieces(rows: Tensor, most: int = 0) -> list[Tensor]:
@@ -226,7 +232,7 @@ def _critic_update(
 
     parameters = [p for p in critic.parameters() if p.requires_grad]
     order = torch.randperm(len(everything), generator=generator(seed, "critic", step))
-    for part in everything[order.to(everything.device)].split(config.minibatch):
+    for part in _minibatches(everything[order.to(everything.device)], config.minibatch):
         owns = _pieces(part)
         losses, weights = [partial(shard, own) for own in owns], [len(o) / len(part) for o in owns]
         loss, _, norm = parallel.gradients(parameters, losses, weights)
