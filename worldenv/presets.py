@@ -54,6 +54,7 @@ def _smoke() -> Config:
             group=4,
             rows=8,
             reward="continuous",
+            task_gap=1.0,
         ),
         gate=GateConfig(on=False),  # such a world is fit for nothing but a try
         evaluate=EvaluateConfig(starts=(20, 22), fixture_seeds=(1000,)),

@@ -131,6 +131,37 @@ def test_who_goes_on_how(tmp_path, capsys, record, on, force, verdict):
     )
 
 
+def test_tasks_of_which_the_world_is_wrong_are_left_out(tmp_path, capsys):
+    run = at_gate(tmp_path, {**spoiled("hand_cm"), "trained_in": GOOD})
+    run.config = replace(run.config, env=replace(run.config.env, tasks=(2, 7, 8)))
+    rates = {
+        "2": {"real": {"value": 0.5}, "imagined": {"value": 0.4}},
+        "7": {"real": {"value": 0.5}, "imagined": {"value": 0.9}},
+    }  # of task 8 nothing is known
+
+    def asked(limit: float) -> tuple[int, ...]:
+        part = replace(run.config.posttrain, task_gap=limit)
+        run.config = replace(run.config, posttrain=part)
+        return gate.tasks(run, 0)
+
+    path = run.path("stages", "reflector-0.json")
+    write_record(path, {})
+    assert asked(0.25) == (2, 7, 8)
+    write_record(path, {"success_by_task": rates})
+    assert (asked(0.0), asked(0.25), asked(0.5)) == ((8,), (2, 8), (2, 7, 8))
+    with pytest.raises(UserError, match="end-effector error"):
+        gate.check(run, 0)  # all three: the whole record
+    asked(0.25)
+    found = gate.check(run, 0)
+    assert (found["verdict"], found["tasks"]) == ("passed", [2, 8])
+    assert "tasks 7 are left out" in capsys.readouterr().out
+    write_record(path, {"success_by_task": {**rates, "8": rates["7"]}})
+    asked(0.0)
+    with pytest.raises(UserError, match=r"right about none of the tasks.*posttrain\.task_gap"):
+        gate.check(run, 0)
+    run.close()
+
+
 def test_posttraining_is_refused_before_anything_is_read(tmp_path):
     run = at_gate(tmp_path, spoiled("judge_auc"))
     with pytest.raises(UserError, match=r"reflector\.steps"):

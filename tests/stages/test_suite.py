@@ -17,7 +17,8 @@ from worldenv.envs.libero import benchmark
 from worldenv.presets import preset
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.logging import read_metrics
-from worldenv.stages import collect, pipeline, posttrain, results
+from worldenv.stages import collect, pipeline, posttrain, results, thresholds
+from worldenv.stages.measures import by_task
 from worldenv.stages.run import Run, open_run
 
 SUITE, TASKS = "libero_goal", (2, 7)
@@ -78,8 +79,21 @@ def trained(config: Config) -> dict:
         run.close()
 
 
-def test_two_tasks_share_a_world_and_are_told_apart_in_what_is_said_of_it(config):
+def test_two_tasks_share_a_world_and_are_told_apart_in_what_is_said_of_it(config, monkeypatch):
+    def wrong_about_the_second(tasks, hits):
+        rates = by_task(tasks, hits)
+        for task, wrong in zip(TASKS, (0.0, 0.5), strict=True):
+            rates[str(task)]["imagined"]["value"] = rates[str(task)]["real"]["value"] + wrong
+        return rates
+
+    monkeypatch.setattr(thresholds, "by_task", wrong_about_the_second)
+    config = replace(config, posttrain=replace(config.posttrain, task_gap=0.25))
     found = trained(config)
+    learned = found["stages"]["posttrain-0"]
+    assert learned["gate"]["tasks"] == [TASKS[0]]
+    assert learned["contexts"] == 2 + 3  # first frames of its demonstrations and explored episodes
+    assert (found["fidelity"]["episodes"], found["fidelity"]["trained_in"]["episodes"]) == (2, 1)
+    assert found["fidelity"]["trained_in"]["false_stops"]["n"] == 4
     assert [task["id"] for task in found["tasks"]] == [*TASKS]
     for kind in ("sft", "posttrained"):
         assert [task[kind]["episodes"] for task in found["tasks"]] == [2, 2]
@@ -90,8 +104,8 @@ def test_two_tasks_share_a_world_and_are_told_apart_in_what_is_said_of_it(config
     assert found["sampled"]["no_oracle"]["sft"]["episodes"] == 4
     used = {"demonstrations": 4, "explored": 8, "checks": 0, "rl": 0}
     assert (found["real_episodes"], found["real_episodes_used"]) == (used, 12)
-    by_task = found["stages"]["reflector-0"]["success_by_task"]
-    assert {t: v["real"]["n"] for t, v in by_task.items()} == {"2": 3, "7": 3}
+    rates = found["stages"]["reflector-0"]["success_by_task"]
+    assert {t: v["real"]["n"] for t, v in rates.items()} == {"2": 3, "7": 3}
     agreed = found["fidelity"]["outcome_agreement_by_task"]
     assert {t: v["agreement"]["n"] for t, v in agreed.items()} == {"2": 1, "7": 1}
     page = (config.run_dir / "report.html").read_text()
@@ -99,6 +113,7 @@ def test_two_tasks_share_a_world_and_are_told_apart_in_what_is_said_of_it(config
         "With the noise of post-training",
         "Ended by the reflector",
         "Replays that agree",
+        f"Of the tasks only {TASKS[0]} were trained in",
     ):
         assert page.count(words) == 1
 

@@ -19,11 +19,24 @@ def section(results: dict[str, Any]) -> str:
     rounds = _rounds(results)
     if not rounds:
         return absent("gate")
-    said = "".join(f"<p>{_SAID[g['verdict']].format(n=n)}</p>" for n, g in rounds.items())
+    said = "".join(
+        f"<p>{_SAID[g['verdict']].format(n=n)}{_tasks(g)}</p>" for n, g in rounds.items()
+    )
     titles = ("Round", "Measure", "Limit", "Measured (95% interval)", "")
     head = "".join(f"<th>{title}</th>" for title in titles)
     rows = "".join(_row(n, row) for n, gate in rounds.items() for row in gate["measures"])
     return f'{said}<div class="scroll"><table><tr>{head}</tr>{rows}</table></div>'
+
+
+def _tasks(gate: dict[str, Any]) -> str:
+    """Which tasks were trained in, and so measured, if not all."""
+    if "tasks" not in gate:
+        return ""
+    named = ", ".join(str(task) for task in gate["tasks"])
+    return (
+        f" Of the tasks only {named} were trained in, and are measured here: of the others the "
+        "world is not right, as the table of tasks says."
+    )
 
 
 def warning(results: dict[str, Any]) -> str:

@@ -3,19 +3,22 @@
 Per horizon: PSNR of replayed real actions against the real frames, beside copying the first frame,
 and the end-effector's error. Outcomes: does the reflector say of an imagined replay what happened
 in reality? Reflector on real frames: ROC, false stops. Whether that is enough to train in, the gate
-says (gate.py).
+says (gate.py), by the tasks that are trained in where they are not all.
 """
+
+from collections.abc import Container
 
 import torch
 from torch import Tensor
 
+from worldenv.data.episode import Episode
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
 from worldenv.report.statistics import roc_curve, wilson
 from worldenv.runtime.errors import UserError
 from worldenv.runtime.seeds import derive
-from worldenv.stages import measures, store, thresholds
+from worldenv.stages import gate, measures, store, thresholds
 from worldenv.stages.collect import load_round
 from worldenv.stages.measures import HORIZONS, auc, by_task, decibels
 from worldenv.stages.reflector import rewards, score
@@ -36,14 +39,24 @@ def run(run: Run, mark: str, number: int) -> dict:
         "reflector", checkpoints / f"reflector-{number}.safetensors", run.device
     )
     measured = measure(run, number, simulator, reflector)
+    tasks = gate.tasks(run, number)
+    if 0 < len(tasks) < len(run.config.env.tasks):
+        measured["trained_in"] = measure(run, number, simulator, reflector, tasks)
     for horizon, value in measured["psnr_per_horizon"].items():
         run.logger.log(f"fidelity-{number}", int(horizon), psnr=value)
     return measured
 
 
-def measure(run: Run, number: int, simulator: Simulator, reflector: Reflector) -> dict:
-    """The measurements of a world on the episodes held out up to a round."""
-    config, real = run.config, held_out(run, number)
+def measure(
+    run: Run,
+    number: int,
+    simulator: Simulator,
+    reflector: Reflector,
+    tasks: Container[int] | None = None,
+) -> dict:
+    """The measurements of a world on the episodes held out up to a round, or on those of some
+    tasks."""
+    config, real = run.config, held_out(run, number, tasks)
     steps = config.sampling_steps(number)
     imagined = replay(simulator, real, steps, derive(config.seed, "fidelity", number))
     world = World(config, run.embodiment, simulator, reflector, real, number, imagined)
@@ -55,22 +68,23 @@ def measure(run: Run, number: int, simulator: Simulator, reflector: Reflector) -
         **world.frames(STILL),
         "event": {"placing": world.placings(FEW_LEADS)},
         "reflector": reflector_quality(reflector, real),
-        "false_stops": false_stops(run, number, reflector, real),
+        "false_stops": false_stops(run, number, reflector, real, tasks),
     }
 
 
 STAGE = Stage(
     "fidelity",
     run,
-    settings=lambda config, n: (config.sampling_steps(n),),
+    settings=lambda config, n: (config.sampling_steps(n), config.posttrain.task_gap),
     needs=lambda config, n: (*data_up_to(n), world_of(config, n), f"reflector-{n}"),
     wanted=lambda config: config.learned,
 )
 
 
-def held_out(run: Run, number: int) -> list[FrameSequence]:
-    """The round's episodes kept from training, from their first steps. UserError if none."""
-    _, _, episodes = load_round(run, number)
+def held_out(run: Run, number: int, tasks: Container[int] | None = None) -> list[FrameSequence]:
+    """The round's episodes (of some tasks) kept from training, from their first steps. UserError if
+    none."""
+    episodes = _of(tasks, load_round(run, number)[2])
     if not episodes:
         raise UserError(
             "fidelity: no held-out episodes. Raise collect.episodes or collect.held_out."
@@ -149,12 +163,20 @@ def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
     }
 
 
+def _of(tasks: Container[int] | None, episodes: list[Episode]) -> list[Episode]:
+    return episodes if tasks is None else [e for e in episodes if e.task in tasks]
+
+
 def false_stops(
-    run: Run, number: int, reflector: Reflector, real: list[FrameSequence]
+    run: Run,
+    number: int,
+    reflector: Reflector,
+    real: list[FrameSequence],
+    tasks: Container[int] | None = None,
 ) -> measures.Figure:
-    """By the threshold for real frames, of all explored episodes. Those trained on are among them:
-    a reflector that has learned from them makes few."""
-    _, explored, _ = load_round(run, number)
+    """By the threshold for real frames, of all explored episodes (of some tasks). Those trained on
+    are among them: a reflector that has learned from them makes few."""
+    explored = _of(tasks, load_round(run, number)[1])
     own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
     scores = [*rewards(run, reflector, own), *score(reflector, real)]
     found = thresholds.peaks(scores, [*own, *real])

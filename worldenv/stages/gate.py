@@ -6,6 +6,8 @@ interval that speaks against the world: that it can be trusted is to be shown, a
 episodes show less than two hundred. What cannot be measured, for want of a success or a failure
 among them, has not been shown either. `--force` goes on regardless; it changes no fingerprint, so
 nothing is measured or made again.
+
+One world of several tasks may be right about some alone: a policy is trained in those (`tasks`).
 """
 
 from collections.abc import Callable
@@ -110,19 +112,44 @@ def judged(record: dict, part: GateConfig) -> list[dict]:
     return rows
 
 
+def tasks(run: Run, number: int) -> tuple[int, ...]:
+    """Those that a policy is post-trained in: where the one that explored succeeds in imagination
+    about as often as it really did (`posttrain.task_gap`). All, where that was not asked: of a
+    single task, or a judge that was not calibrated."""
+    every = run.config.env.tasks
+    if len(every) == 1:
+        return every
+    rates = run.record(f"reflector-{number}").get("success_by_task") or {}
+    gaps = {t: abs(r["imagined"]["value"] - r["real"]["value"]) for t, r in rates.items()}
+    return tuple(t for t in every if gaps.get(str(t), 0.0) <= run.config.posttrain.task_gap)
+
+
 def check(run: Run, number: int) -> dict:
     """What the record of `posttrain-N` says of the gate: how it was passed ("verdict": passed,
-    forced or off) and the rows of `judged`. UserError if the world fails and nothing goes on
-    regardless."""
-    part = run.config.gate
-    rows = judged(run.record(f"fidelity-{number}"), part)
+    forced or off), the rows of `judged`, of the tasks that are trained in alone, and these where
+    they are not all. UserError if the world fails and nothing goes on regardless, or if no task is
+    left."""
+    part, trained, every = run.config.gate, tasks(run, number), run.config.env.tasks
+    if not trained:
+        raise UserError(
+            f"the world of round {number} is right about none of the tasks: in each the policy "
+            f"that explored succeeds in imagination by more than {run.config.posttrain.task_gap:g} "
+            f"more or less often than it did (stages/reflector-{number}.json, success_by_task). "
+            f"To mend it, {MORE}, or a longer simulator.steps; or raise posttrain.task_gap."
+        )
+    record, left = run.record(f"fidelity-{number}"), {}
+    if len(trained) < len(every):
+        record, left = record["trained_in"], {"tasks": list(trained)}
+        without = ", ".join(str(t) for t in every if t not in trained)
+        print(f"posttrain-{number}: tasks {without} are left out, of which the world is not right")
+    rows = judged(record, part)
     failed = [row for row in rows if not row["passed"]]
     if failed and part.on and not run.force:
         raise UserError(refusal(number, failed))
     verdict = "passed" if not failed else "forced" if part.on else "off"
     if failed:
         print(f"posttrain-{number}: goes on ({verdict}) in a world that fails: {_names(failed)}")
-    return {"verdict": verdict, "measures": rows}
+    return {"verdict": verdict, "measures": rows, **left}
 
 
 def _names(rows: list[dict]) -> str:
