@@ -62,6 +62,9 @@ def copied(source: Path, work: Path) -> Config:
     own.run_dir.mkdir(parents=True, exist_ok=True)
     if not (own.run_dir / "data").exists():
         (own.run_dir / "data").symlink_to((source / "data").resolve())
+    judged = read_record(source / "stages" / "reflector-0.json")
+    if judged is not None:  # it says in which tasks the round is trained
+        write_record(own.run_dir / "stages" / "reflector-0.json", judged)
     old, last = open_run(source), config.posttrain.rounds - 1
     for kind, names in {
         "policy": ["policy-sft"],
