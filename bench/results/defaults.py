@@ -285,9 +285,13 @@ def _suite_verdict(runs: Sequence[Trained], tasks: dict[int, str]) -> str:
     each = listed([f"{points(run.difference.mean)} (seed {run.seed})" for run in runs])
     minutes = listed([f"{run.results['total_seconds'] / 60:.0f}" for run in runs])
     forced = [f"seed {run.seed} ({listed(run.refused)})" for run in runs if run.refused]
+    chosen = [f"{listed(run.trained_in)} (seed {run.seed})" for run in runs if run.trained_in]
     return prose(
         f"Points by seed: {each}; minutes: {minutes}. Errors clustered by seed, task and start.",
         f"The gate refused the world, and was overruled: {listed(forced)}." if forced else "",
+        f"Post-trained in tasks {listed(chosen)} alone, of which the world is right."
+        if chosen
+        else "",
         f"Tasks with fewer successes than imitation: {listed(sorted(fell))}." if fell else "",
         f"Significantly below imitation: {listed(sorted(below))}."
         if below

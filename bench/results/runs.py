@@ -72,8 +72,16 @@ class Trained:
     @property
     def refused(self) -> list[str]:
         """What of its worlds is beyond the gate's limits, where it trained in them nevertheless."""
-        gates = [stage["gate"] for stage in self.results["stages"].values() if "gate" in stage]
-        return [row["what"] for gate in gates for row in gate["measures"] if not row["passed"]]
+        return [row["what"] for g in self._gates for row in g["measures"] if not row["passed"]]
+
+    @property
+    def trained_in(self) -> list[int]:
+        """The tasks that a round was post-trained in; nothing if in all of them."""
+        return sorted({task for gate in self._gates for task in gate.get("tasks", ())})
+
+    @property
+    def _gates(self) -> list[dict]:
+        return [stage["gate"] for stage in self.results["stages"].values() if "gate" in stage]
 
     @cached_property
     def difference(self) -> Interval:
