@@ -111,7 +111,7 @@ def _libero_spatial_small() -> Config:
         env=replace(base.env, tasks=tuple(range(10)), max_steps=_MAX_STEPS["libero_spatial"]),
         collect=replace(base.collect, episodes=50),
         sft=replace(base.sft, steps=4000),
-        # With .1 the hand was too far off for the gate (results/lab-notes.md).
+        # With .1 the hand was .48 cm off one chunk ahead, with .01 .32 (results/lab-notes.md).
         simulator=replace(base.simulator, steps=4000, dynamics_beta=0.01),
         reflector=replace(base.reflector, steps=1800),
         # At least four contexts of each task in an iteration; after 20, tuning starts were worse.

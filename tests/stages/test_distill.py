@@ -62,7 +62,7 @@ def episode(seed: int, steps: int = 20) -> Episode:
 def _episodes(monkeypatch):
     found = [episode(0)], [episode(1), episode(2)], [episode(3)]
     for stage in (simulator, fidelity):
-        monkeypatch.setattr(stage, "load_round", lambda run, number: found)
+        monkeypatch.setattr(stage, "load_round", lambda run, number, tasks=None: found)
 
 
 def make(folder, config: Config, *stages) -> dict:

@@ -7,7 +7,7 @@ are both kept. Episodes already on disk are not collected again.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -301,8 +301,11 @@ def split_held_out(episodes: list[Episode], fraction: float) -> tuple[list[Episo
     )
 
 
-def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], list[Episode]]:
-    """(demonstrations, policy episodes to train on, held-out policy episodes) up to a round."""
+def load_round(
+    run: Run, number: int, tasks: Container[int] | None = None
+) -> tuple[list[Episode], list[Episode], list[Episode]]:
+    """(demonstrations, policy episodes to train on, held-out policy episodes) up to a round, of all
+    tasks or of some."""
     demonstrations = recorded(run, "demonstrations")
     train: list[Episode] = []
     held_out: list[Episode] = []
@@ -311,6 +314,10 @@ def load_round(run: Run, number: int) -> tuple[list[Episode], list[Episode], lis
         episodes.sort(key=lambda e: (e.task, e.seed))  # whatever order they were finished in
         a, b = split_held_out(episodes, run.config.collect.held_out)
         train, held_out = train + a, held_out + b
+    if tasks is not None:
+        demonstrations, train, held_out = (
+            [e for e in part if e.task in tasks] for part in (demonstrations, train, held_out)
+        )
     return demonstrations, train, held_out
 
 

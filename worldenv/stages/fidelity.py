@@ -11,7 +11,6 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from worldenv.data.episode import Episode
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
@@ -84,7 +83,7 @@ STAGE = Stage(
 def held_out(run: Run, number: int, tasks: Container[int] | None = None) -> list[FrameSequence]:
     """The round's episodes (of some tasks) kept from training, from their first steps. UserError if
     none."""
-    episodes = _of(tasks, load_round(run, number)[2])
+    _, _, episodes = load_round(run, number, tasks)
     if not episodes:
         raise UserError(
             "fidelity: no held-out episodes. Raise collect.episodes or collect.held_out."
@@ -163,10 +162,6 @@ def reflector_quality(reflector: Reflector, real: list[FrameSequence]) -> dict:
     }
 
 
-def _of(tasks: Container[int] | None, episodes: list[Episode]) -> list[Episode]:
-    return episodes if tasks is None else [e for e in episodes if e.task in tasks]
-
-
 def false_stops(
     run: Run,
     number: int,
@@ -176,7 +171,7 @@ def false_stops(
 ) -> measures.Figure:
     """By the threshold for real frames, of all explored episodes (of some tasks). Those trained on
     are among them: a reflector that has learned from them makes few."""
-    explored = _of(tasks, load_round(run, number)[1])
+    _, explored, _ = load_round(run, number, tasks)
     own = from_first_step(chunk_sequences(explored, run.config.env.chunk))
     scores = [*rewards(run, reflector, own), *score(reflector, real)]
     found = thresholds.peaks(scores, [*own, *real])

@@ -115,7 +115,7 @@ def judged(record: dict, part: GateConfig) -> list[dict]:
 def tasks(run: Run, number: int) -> tuple[int, ...]:
     """Those that a policy is post-trained in: where the one that explored succeeds in imagination
     about as often as it really did (`posttrain.task_gap`). All, where that was not asked: of a
-    single task, or a judge that was not calibrated."""
+    single task, or by a judge that this run has not calibrated."""
     every = run.config.env.tasks
     if len(every) == 1:
         return every

@@ -169,10 +169,8 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     """The imagined environments of a round, with the indices of its first-frame and its
     middle-of-episode contexts; of the tasks alone of which its world is right.
     """
-    config, robot, trained = run.config, run.embodiment, gate.tasks(run, number)
-    demonstrations, explored, _ = (
-        [e for e in episodes if e.task in trained] for episodes in load_round(run, number)
-    )
+    config, robot = run.config, run.embodiment
+    demonstrations, explored, _ = load_round(run, number, gate.tasks(run, number))
     own = chunk_sequences(explored, config.env.chunk)
     shown = chunk_sequences(demonstrations, config.env.chunk)
     firsts: list[Context] = [*first_frames(shown), *first_frames(own)]
