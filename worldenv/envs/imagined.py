@@ -1,4 +1,4 @@
-"""Imagined LIBERO: the learned world behind the same VectorEnv interface as the real benchmark.
+"""The imagined benchmark: the learned world behind the same VectorEnv interface as the real benchmark.
 
 Rows begin in contexts taken from real episodes (their first frame, or two frames from their
 middle), a world model generates one frame per chunk of actions, a reward model gives reward and
@@ -138,7 +138,7 @@ def imagined_envs(
 
 
 class ImaginedVectorEnv(VectorEnv):
-    """B imagined episodes. Observations and actions as in `envs.libero`, as tensors.
+    """B imagined episodes. Observations and actions as the real benchmark has them, as tensors.
 
     Reward: R in [0, 1] after each frame (0 for finished rows). terminated: R > the reflector's eta;
     truncated: the episode has `max_chunks` chunks, those before its context included.

@@ -1,9 +1,9 @@
 """PPO inside the learned world (World-Env section 3.5): the policy learns nothing in the real one.
 
 Each iteration draws contexts, rolls out G imagined episodes from each (without a critic, until
-enough of them can teach), and makes one guarded update. Now and then the policy is checked in the
-real benchmark on tuning starts: imagined success goes on rising where real success falls, so a
-round keeps the policy that did best there. The checks train nothing.
+enough of them can teach), and makes one guarded update. Imagined success goes on rising where real
+success falls: with `real_check_every` the policy is now and then checked in the real benchmark, on
+tuning starts, and a round keeps the one that did best there. The checks train nothing.
 """
 
 import os
