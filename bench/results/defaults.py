@@ -261,8 +261,10 @@ def suite(results: Path, folder: str = "libero_spatial") -> str:
         ]
         head = ("task", "imitation", "post-trained", "difference (95% interval)", "won, lost")
         rows.append(_suite_row("all", runs))
+        if noisy := [run.noisy for run in runs if run.noisy]:
+            rows.append(_suite_row("all, acting with the noise of post-training", noisy))
         parts += [f"`results/{name}`, {seeds(runs)}:", _spent_in_words(runs), table(head, rows)]
-        parts.append(_suite_verdict(runs, tasks))
+        parts.append(_suite_verdict(runs, noisy, tasks))
     return "\n\n".join(parts) or NOT_YET
 
 
@@ -277,19 +279,23 @@ def _suite_row(name: str, runs: Sequence[Trained]) -> tuple[str, ...]:
     return (name, *counts, gain(difference(runs)), f"{won}, {fell}")
 
 
-def _suite_verdict(runs: Sequence[Trained], tasks: dict[int, str]) -> str:
+def _suite_verdict(runs: Sequence[Trained], noisy: Sequence[Trained], tasks: dict[int, str]) -> str:
     """Which tasks fell, and the spread over seeds."""
     changes = {t: difference([r.of_task(t) for r in runs if _has(r, t)]) for t in tasks}
     below = [task for task, change in changes.items() if change.high < 0]
     fell = [task for task, change in changes.items() if change.mean < 0]
-    each = listed([f"{points(run.difference.mean)} (seed {run.seed})" for run in runs])
+    each, shaken = (
+        listed([f"{points(run.difference.mean)} (seed {run.seed})" for run in some])
+        for some in (runs, noisy)
+    )
     minutes = listed([f"{run.results['total_seconds'] / 60:.0f}" for run in runs])
     forced = [f"seed {run.seed} ({listed(run.refused)})" for run in runs if run.refused]
     chosen = [f"{listed(run.trained_in)} (seed {run.seed})" for run in runs if run.trained_in]
     return prose(
-        f"Points by seed: {each}; minutes: {minutes}. Errors clustered by seed, task and start.",
+        f"Points by seed: {each}{f'; with noise: {shaken}' if noisy else ''}; minutes: {minutes}.",
+        "Errors clustered by seed, task and start.",
         f"The gate refused the world, and was overruled: {listed(forced)}." if forced else "",
-        f"Post-trained in tasks {listed(chosen)} alone, of which the world is right."
+        f"Post-trained in tasks {listed(chosen)} alone, where imagined and real success were alike."
         if chosen
         else "",
         f"Tasks with fewer successes than imitation: {listed(sorted(fell))}." if fell else "",

@@ -58,7 +58,17 @@ class Trained:
             policy: [e for e in episodes if e["task"] == task]
             for policy, episodes in self.results["evaluation"].items()
         }
-        return Trained(self.folder, self.variant, self.results | {"evaluation": kept})
+        return self._with(kept)
+
+    @property
+    def noisy(self) -> "Trained | None":
+        """The same run, its policies acting with the noise of post-training, where they were asked
+        to."""
+        sampled = self.results.get("sampled")
+        return self._with(sampled["evaluation"]) if sampled else None
+
+    def _with(self, evaluation: dict[str, list[dict]]) -> "Trained":
+        return Trained(self.folder, self.variant, self.results | {"evaluation": evaluation})
 
     def successes(self, policy: int) -> int:
         """Of the imitated policy (0) or the post-trained one (1)."""

@@ -138,6 +138,7 @@ def test_ten_tasks_have_a_row_each_over_all_seeds(tmp_path):
         add(tmp_path, f"libero_spatial/seed-{seed}.json", seed, "wlll", "wwll", tasks=10)
     path = add(tmp_path, "libero_spatial/seed-2.json", 2, "wlll", "wwll", tasks=10)
     run = json.loads(path.read_text())
+    run["sampled"] = {"evaluation": deepcopy(run["evaluation"])}
     for episode in run["evaluation"]["posttrained"]:
         episode["success"] &= episode["task"] != 3
     hand = {"what": "end-effector error", "passed": False}
@@ -150,13 +151,16 @@ def test_ten_tasks_have_a_row_each_over_all_seeds(tmp_path):
     assert "| 3. do 3 | 3 of 12 | 4 of 12 | +8.3 points" in both
     assert "| all | 30 of 120 | 58 of 120 | **+23.3 points**" in both
     assert "+20.0 (seed 2)" in both
+    assert "| all, acting with the noise of post-training | 10 of 40 | 20 of 40 |" in both
     words = " ".join(both.split())
     for told in (
         "No task is significantly below",
         "The gate refused the world, and was overruled: seed 2 (end-effector error).",
-        "Post-trained in tasks 0, 1, 2 and 5 (seed 2) alone, of which the world is right.",
+        "Post-trained in tasks 0, 1, 2 and 5 (seed 2) alone, where imagined",
+        "with noise: +25.0 (seed 2);",
     ):
         assert told in words
+    assert "with noise" not in one
     assert "The gate refused" not in one
     assert "Post-trained in" not in one
     assert "Significantly below imitation: 0 to 9." in one
