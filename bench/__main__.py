@@ -120,9 +120,7 @@ def save(rows: list[Row], reach: dict[str, Limits]) -> Path:
     """results/bench/<processor>.json: the machine, its limits and every row."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     report = {
-        "command": " ".join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": machine(),
+        **origin("bench"),
         "matmul_flops": {dtype: limit.flops for dtype, limit in reach.items()},
         "copy_bytes_per_second": reach["float32"].bytes_per_second,
         "rows": [asdict(row) | {"ratios": row.ratios} for row in rows],

@@ -14,7 +14,6 @@ simulators stay in --work and are not trained twice.
 
 import argparse
 import itertools
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.__main__ import machine
+from bench.__main__ import origin
 from worldenv.config import Config, load
 from worldenv.data.episodes import read_episodes
 from worldenv.data.windows import FrameSequence, chunk_sequences, from_first_step
@@ -189,9 +188,8 @@ def main() -> None:
     whole = compared(rows)
     over_runs(whole, by_run)
     report = {
-        "command": " ".join(["python", "-m", "bench.action_map", *map(_bare, sys.argv[1:])]),
-        "commit": code,
-        "machine": {**machine(), "threads": 1},
+        **origin("bench.action_map", threads=1),
+        "commit": code,  # as it was when the first training began
         "config": to_dict(replace(config, run_dir=Path("."))),
         "trainings": trainings,
         "all": whole,
@@ -204,11 +202,6 @@ def main() -> None:
         for name in ("difference_percent", "over_runs_percent"):
             for arm, (d, low, high) in row[name].items():
                 print(f"    {arm}: {name} {d:+.1f} ({low:+.1f} to {high:+.1f})")
-
-
-def _bare(argument: str) -> str:
-    """An argument without the folders of this machine."""
-    return Path(argument).name if argument.startswith("/") else argument
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.__main__ import RESULTS, machine, machine_file
+from bench.__main__ import RESULTS, machine, machine_file, origin
 from worldenv.runtime.errors import UserError
-from worldenv.runtime.revision import commit
 from worldenv.stages.run import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -199,17 +198,15 @@ def main() -> int:
     unknown = [name for name in arguments.cases if name not in CASES]
     if unknown:
         parser.error(f"unknown case {unknown[0]!r}; known: {', '.join(CASES)}")
-    about = machine()
     for name in arguments.cases or CASES:
         try:
             row = run(name, arguments.scratch, arguments.small, arguments.keep)
         except UserError as error:
             parser.error(str(error))
-        command = f"python -m bench.full_size {name}"
-        report = {"command": command, "commit": commit(), "machine": about} | row
+        report = origin("bench.full_size") | row
         print(json.dumps(report, indent=2), flush=True)
         if not arguments.small:
-            write_json(RESULTS / f"full-size-{name}-{machine_file(about)}", report)
+            write_json(RESULTS / f"full-size-{name}-{machine_file(machine())}", report)
     return 0
 
 

@@ -11,11 +11,9 @@ nothing may be lost that a checkpoint, a record or a recorded episode held.
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -30,6 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from bench.__main__ import origin
+from bench.ranked import Ranks
 from worldenv import launch
 from worldenv.config import Config
 from worldenv.envs.benchmark import begun
@@ -75,26 +74,18 @@ def whole(folder: Path) -> None:
         pipeline.run_all(run)
 
 
-def _rank(folder: Path, number: int, stated: dict[str, str]) -> None:
-    os.environ.update(stated)
-    log = os.open(folder / f"rank-{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1), os.dup2(log, 2)
-    sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-    parallel._pool, parallel._count = None, 0  # its threads are the parent's
+def _rank(folder: Path) -> None:
     _told(folder)
 
     def exhausted(*_: object) -> None:
         raise MemoryError("asked for by bench.kills")
 
     signal.signal(signal.SIGUSR1, exhausted)
-    code = 0
     try:
         whole(folder)
     except BaseException as error:  # noqa: BLE001 - a rank ends with whatever it is
-        print(f"\nerror: {error}" if isinstance(error, UserError) else f"{error!r}")
-        code = 2
-    sys.stdout.flush()
-    os._exit(code)
+        print(f"\nerror: {error}" if isinstance(error, UserError) else f"{error!r}", flush=True)
+        os._exit(2)
 
 
 def _told(folder: Path) -> None:
@@ -128,24 +119,11 @@ def _told(folder: Path) -> None:
     evaluate.evaluate_policy = played
 
 
-class Group:
-    """Ranks of one start; the store is kept here, as torchrun keeps it."""
+class Group(Ranks):
+    """Ranks of one start of the run."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.store = torch.distributed.TCPStore("127.0.0.1", port, None, True,
-                                                wait_for_workers=False)  # fmt: skip
-        stated = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        stated |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLDENV_JOIN_SECONDS": "30"}
-        fork = multiprocessing.get_context("fork")
-        self.ranks = [
-            fork.Process(target=_rank, args=(folder, n, stated | {"RANK": str(n)}))
-            for n in range(count)
-        ]
-        for process in self.ranks:
-            process.start()
+        super().__init__(lambda _: _rank(folder), folder, count, WORLDENV_JOIN_SECONDS="30")
 
     def alive(self) -> list[int]:
         return [n for n, process in enumerate(self.ranks) if process.is_alive()]

@@ -32,7 +32,7 @@ import h5py
 import numpy as np
 import torch
 
-from bench.__main__ import RESULTS, machine, machine_file
+from bench.__main__ import RESULTS, machine, machine_file, origin
 from bench.lerobot import MANY, cameras, many
 from worldenv.data import windows as cut
 from worldenv.data.episode import Episode
@@ -42,7 +42,6 @@ from worldenv.data.libero_tasks import SUITES, instruction_of
 from worldenv.data.reading import on_disk
 from worldenv.data.windows import ActionWindows, FrameWindows, chunk_sequences
 from worldenv.runtime import parallel
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import generator
 from worldenv.stages.run import open_run, write_json
 from worldenv.stages.training import Batches
@@ -231,8 +230,7 @@ def main() -> None:
         draw_from(arguments.draw_from)
         return
     parallel.use_threads(1)
-    found: dict[str, object] = {"command": "python -m bench.large RUN", "commit": commit()}
-    found |= {"machine": machine(), "sampled": sampled(arguments.run)}
+    found = {**origin("bench.large"), "sampled": sampled(arguments.run)}
     print(found["sampled"], flush=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         found["planned"] = planned(Path(name) / "many")

@@ -24,13 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.__main__ import RESULTS, machine, machine_file
+from bench.__main__ import RESULTS, machine, machine_file, origin
 from worldenv.data.episode import Episode
 from worldenv.data.lerobot.layout import DataSet, open_dataset
 from worldenv.data.lerobot.reader import Reader
 from worldenv.data.lerobot.writer import DATA_PATH, VIDEO_PATH, LeRobotWriter, camera_key
 from worldenv.envs.libero.robot import embodiment
-from worldenv.runtime.revision import commit
 from worldenv.stages.run import write_json
 
 SIZE, ROWS, ROUNDS, MANY = 256, 200, 5, 100_000
@@ -182,8 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=16, help="of 200 rows each")
     arguments = parser.parse_args()
-    found: dict[str, object] = {"command": "python -m bench.lerobot", "commit": commit()}
-    found |= {"machine": machine(), "pixels": SIZE, "cameras": 2}
+    found = {**origin("bench.lerobot"), "pixels": SIZE, "cameras": 2}
     found |= {"episodes": arguments.episodes, "rows": ROWS, "pyarrow": pa.__version__}
     with tempfile.TemporaryDirectory() as name:
         for codec in ("av1", "h264"):

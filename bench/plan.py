@@ -12,10 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from bench.__main__ import RESULTS, machine, machine_file
+from bench.__main__ import RESULTS, machine, machine_file, origin
 from worldenv.config import load
 from worldenv.runtime.errors import UserError
-from worldenv.runtime.revision import commit
 from worldenv.stages import pipeline
 from worldenv.stages.plan import plan
 from worldenv.stages.run import read_record, write_json
@@ -56,11 +55,9 @@ def main() -> int:
         stages = compared(folder)
     except UserError as error:
         parser.error(str(error))
-    about, preset = machine(), load(folder / "config.json").preset
-    report = {"command": f"python -m bench.plan <run of {preset}>", "commit": commit()}
-    report |= {"machine": about, "stages": stages}
+    preset, report = load(folder / "config.json").preset, {**origin("bench.plan"), "stages": stages}
     print(json.dumps(report, indent=2))
-    write_json(RESULTS / f"plan-{preset}-{machine_file(about)}", report)
+    write_json(RESULTS / f"plan-{preset}-{machine_file(machine())}", report)
     return 0
 
 

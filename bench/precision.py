@@ -1,6 +1,6 @@
 """What imagining in bf16 changes in the worlds of finished runs.
 
-    python bench/precision.py runs/seed-0 runs/seed-1
+    python -m bench.precision runs/seed-0 runs/seed-1
 
 Replays the held-out episodes of each run's first round in both precisions, with the same noise, and
 prints and writes (results/default/precision.json) how far both are from reality, whether the
@@ -8,17 +8,15 @@ reflector says the same of both, and frames per second.
 """
 
 import argparse
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.__main__ import origin
 from worldenv.config import load
 from worldenv.data.windows import chunk_sequences, from_first_step
 from worldenv.models.reflector import Reflector
 from worldenv.models.simulator import Simulator
-from worldenv.runtime import device as devices
-from worldenv.runtime.revision import commit
 from worldenv.runtime.seeds import derive
 from worldenv.stages import store
 from worldenv.stages.collect import load_round
@@ -79,9 +77,7 @@ def main() -> None:
                 f"{part['frames_per_second']} frames/s"
             )
     report = {
-        "command": " ".join(["python", "bench/precision.py", *sys.argv[1:]]),
-        "commit": commit(),
-        "machine": devices.describe(),
+        **origin("bench.precision"),
         "runs": rows,
     }
     write_json(arguments.out, report)

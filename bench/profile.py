@@ -15,11 +15,10 @@ from pathlib import Path
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from bench.__main__ import machine, machine_file
+from bench.__main__ import machine, machine_file, origin
 from bench.steady import work
 from worldenv.config import Config
 from worldenv.runtime import parallel
-from worldenv.runtime.revision import commit
 from worldenv.stages.run import write_json
 
 FOLDER = Path(__file__).parents[1] / "results" / "profile"
@@ -59,10 +58,8 @@ def main() -> int:
     write_json(
         path,
         {
-            "command": " ".join(["python", "-m", "bench.profile", *sys.argv[1:]]),
-            "commit": commit(),
+            **origin("bench.profile"),
             "run": {k: results[k] for k in ("command", "commit", "seed", "machine")},
-            "machine": machine(),
             "stage_seconds": stages,
             "op_shares": shares,
         },

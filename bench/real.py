@@ -7,15 +7,15 @@ results/bench/real-<machine>.json. No gate: physics and rendering are MuJoCo's.
 
 from __future__ import annotations
 
-import json
 import time
 
 import numpy as np
 
-from bench.__main__ import RESULTS, machine, machine_file
+from bench.__main__ import RESULTS, machine, machine_file, origin
 from worldenv.envs.libero.assets import resolve_assets
 from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
+from worldenv.stages.run import write_json
 
 SUITE, TASK = "libero_spatial", 8
 EPISODES, CHUNKS, CHUNK = 6, 12, 8
@@ -60,12 +60,11 @@ def measure() -> dict[str, float]:
 
 def main() -> None:
     """Measures, prints the three figures and writes the file."""
-    about, figures = machine(), measure()
+    figures = measure()
     for name, value in figures.items():
         print(f"{name:14s} {value:8.2f}")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"real-{machine_file(about)}"
-    file.write_text(json.dumps({"machine": about, **figures}, indent=1) + "\n")
+    file = RESULTS / f"real-{machine_file(machine())}"
+    write_json(file, {**origin("bench.real"), **figures})
     print(file)
 
 

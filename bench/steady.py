@@ -22,12 +22,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.__main__ import RESULTS, machine, machine_file
+from bench.__main__ import RESULTS, machine, machine_file, origin
 from worldenv.config import Config
 from worldenv.envs.start import Start
 from worldenv.models.policy import Critic
 from worldenv.runtime import parallel
-from worldenv.runtime.revision import commit
 from worldenv.stages import estimate, store
 from worldenv.stages.reality import Reality, Watcher
 from worldenv.stages.run import write_json
@@ -180,9 +179,8 @@ def main() -> int:
     with closing(Reality(config)) as reality:
         works = {**work(config), "real episodes": episodes(reality)}
         rows = [measured(name, step) for name, step in works.items()]
-    about = {**machine(), "threads": parallel.threads()}
-    report = {"command": "python -m bench.steady", "commit": commit(), "machine": about}
-    write_json(RESULTS / f"steady-{machine_file(about)}", {**report, "work": rows})
+    report = {**origin("bench.steady", threads=parallel.threads()), "work": rows}
+    write_json(RESULTS / f"steady-{machine_file(machine())}", report)
     bad = [r["work"] for r in rows if r["ratio"] > LIMIT or r["same_bits"] is False]
     if arguments.check and bad:
         print(f"more than {LIMIT} times, or other bits: {', '.join(bad)}", file=sys.stderr)
