@@ -1,4 +1,4 @@
-"""The imagined benchmark: the learned world behind the same VectorEnv interface as the real benchmark.
+"""The imagined benchmark: the learned world behind the same VectorEnv interface as the real one.
 
 Rows begin in contexts taken from real episodes (their first frame, or two frames from their
 middle), a world model generates one frame per chunk of actions, a reward model gives reward and
