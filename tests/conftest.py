@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo  # brings Triton's LLVM, which after Mesa's, in one process, crashes
 
 from worldenv.runtime import graphics
 from worldenv.runtime.errors import UserError
