@@ -91,9 +91,9 @@ def origin(module: str, **facts: object) -> dict[str, object]:
     }
 
 
-def machine_file(about: dict[str, object]) -> str:
-    """Name of the file that holds a machine's results."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", str(about["processor"])).strip("-").lower() + ".json"
+def machine_file() -> str:
+    """Name of the file that holds this machine's results."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", str(machine()["processor"])).strip("-").lower() + ".json"
 
 
 def print_row(row: Row) -> None:
@@ -125,7 +125,7 @@ def save(rows: list[Row], reach: dict[str, Limits]) -> Path:
         "copy_bytes_per_second": reach["float32"].bytes_per_second,
         "rows": [asdict(row) | {"ratios": row.ratios} for row in rows],
     }
-    path = RESULTS / machine_file(machine())
+    path = RESULTS / machine_file()
     path.write_text(json.dumps(report, indent=1) + "\n")
     return path
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.__main__ import RESULTS, machine, machine_file, origin
+from bench.__main__ import RESULTS, machine_file, origin
 from worldenv.runtime.errors import UserError
 from worldenv.stages.run import write_json
 
@@ -206,7 +206,7 @@ def main() -> int:
         report = origin("bench.full_size") | row
         print(json.dumps(report, indent=2), flush=True)
         if not arguments.small:
-            write_json(RESULTS / f"full-size-{name}-{machine_file(machine())}", report)
+            write_json(RESULTS / f"full-size-{name}-{machine_file()}", report)
     return 0
 
 

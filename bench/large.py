@@ -32,7 +32,7 @@ import h5py
 import numpy as np
 import torch
 
-from bench.__main__ import RESULTS, machine, machine_file, origin
+from bench.__main__ import RESULTS, machine_file, origin
 from bench.lerobot import MANY, cameras, many
 from worldenv.data import windows as cut
 from worldenv.data.episode import Episode
@@ -236,7 +236,7 @@ def main() -> None:
         found["planned"] = planned(Path(name) / "many")
         print(found["planned"], flush=True)
         found["memory"] = memory(Path(name))
-    write_json(RESULTS / f"large-{machine_file(machine())}", found)
+    write_json(RESULTS / f"large-{machine_file()}", found)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bench.__main__ import RESULTS, machine, machine_file, origin
+from bench.__main__ import RESULTS, machine_file, origin
 from worldenv.data.episode import Episode
 from worldenv.data.lerobot.layout import DataSet, open_dataset
 from worldenv.data.lerobot.reader import Reader
@@ -190,7 +190,7 @@ def main() -> None:
         for version in ("v2.1", "v3.0"):
             found[f"open_{MANY}_{version}_s"] = opening(Path(name) / version, version)
             print(f"{MANY} episodes of {version}: {found[f'open_{MANY}_{version}_s']} s")
-    write_json(RESULTS / f"lerobot-{machine_file(machine())}", found)
+    write_json(RESULTS / f"lerobot-{machine_file()}", found)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench.__main__ import RESULTS, machine, machine_file, origin
+from bench.__main__ import RESULTS, machine_file, origin
 from worldenv.config import load
 from worldenv.runtime.errors import UserError
 from worldenv.stages import pipeline
@@ -57,7 +57,7 @@ def main() -> int:
         parser.error(str(error))
     preset, report = load(folder / "config.json").preset, {**origin("bench.plan"), "stages": stages}
     print(json.dumps(report, indent=2))
-    write_json(RESULTS / f"plan-{preset}-{machine_file(machine())}", report)
+    write_json(RESULTS / f"plan-{preset}-{machine_file()}", report)
     return 0
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
-from bench.__main__ import machine, machine_file, origin
+from bench.__main__ import machine_file, origin
 from bench.steady import work
 from worldenv.config import Config
 from worldenv.runtime import parallel
@@ -54,7 +54,7 @@ def main() -> int:
     for name, step in work(Config()).items():
         shares[name] = ops(step)
         print(f"{name}: " + ", ".join(f"{op} {share:.0%}" for op, share in shares[name].items()))
-    path = FOLDER / machine_file(machine())
+    path = FOLDER / machine_file()
     write_json(
         path,
         {

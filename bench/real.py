@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from bench.__main__ import RESULTS, machine, machine_file, origin
+from bench.__main__ import RESULTS, machine_file, origin
 from worldenv.envs.libero.assets import resolve_assets
 from worldenv.envs.libero.worker import LiberoSimulator
 from worldenv.envs.start import Start
@@ -63,7 +63,7 @@ def main() -> None:
     figures = measure()
     for name, value in figures.items():
         print(f"{name:14s} {value:8.2f}")
-    file = RESULTS / f"real-{machine_file(machine())}"
+    file = RESULTS / f"real-{machine_file()}"
     write_json(file, {**origin("bench.real"), **figures})
     print(file)
 

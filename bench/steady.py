@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.__main__ import RESULTS, machine, machine_file, origin
+from bench.__main__ import RESULTS, machine_file, origin
 from worldenv.config import Config
 from worldenv.envs.start import Start
 from worldenv.models.policy import Critic
@@ -180,7 +180,7 @@ def main() -> int:
         works = {**work(config), "real episodes": episodes(reality)}
         rows = [measured(name, step) for name, step in works.items()]
     report = {**origin("bench.steady", threads=parallel.threads()), "work": rows}
-    write_json(RESULTS / f"steady-{machine_file(machine())}", report)
+    write_json(RESULTS / f"steady-{machine_file()}", report)
     bad = [r["work"] for r in rows if r["ratio"] > LIMIT or r["same_bits"] is False]
     if arguments.check and bad:
         print(f"more than {LIMIT} times, or other bits: {', '.join(bad)}", file=sys.stderr)

@@ -169,7 +169,7 @@ def main() -> int:
         rank(said.rank, said.out, said.preset, said.seconds)
         return 0
     about = machine()
-    path = RESULTS / f"scaling-{machine_file(about)}"
+    path = RESULTS / f"scaling-{machine_file()}"
     origin = {"commit": commit(), "machine": about | {"cores": devices.usable_cores()}}
     if said.paper:
         write_json(paper.FILE, {"command": "python -m bench.scaling --paper", **paper.costs()})
