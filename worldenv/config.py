@@ -267,8 +267,8 @@ class PosttrainConfig:
     """Fraction of contexts taken from real episodes that failed: there is most to gain."""
     task_gap: Fraction = 0.25
     """Of several tasks, only those are trained in where the policy that explored succeeds in
-    imagination within so much of how often it really did: elsewhere what pays is not what succeeds
-    (results/lab-notes.md). 1: all of them are."""
+    imagination within so much of how often it really did. A rule of one seed, which the next did
+    not bear out (results/lab-notes.md). 1: all of them are."""
     false_stops: Fraction = 0.0
     """Of imagined episodes, those in which the reflector wrongly says success, on purpose."""
     max_clip_fraction: Fraction = 0.5
