@@ -114,8 +114,8 @@ def _libero_spatial_small() -> Config:
         # With .1 the hand was .48 cm off one chunk ahead, with .01 .32 (results/lab-notes.md).
         simulator=replace(base.simulator, steps=4000, dynamics_beta=0.01),
         reflector=replace(base.reflector, steps=1800),
-        # At least four contexts of each task in an iteration; after 20, tuning starts were worse. The
-        # default's push taught one seed to bear the push, and less without it (results/push).
+        # At least four contexts of each task in an iteration; after 20, tuning starts were worse.
+        # The default's push taught one seed to bear the push, and little else (results/push).
         posttrain=replace(base.posttrain, contexts=40, iterations=12, push=0.0265),
         evaluate=EvaluateConfig(fixture_seeds=(1000,), sampled=True),
     )

@@ -1,6 +1,7 @@
 """The arithmetic of how long a run will take."""
 
-from dataclasses import replace
+from contextlib import closing
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -9,8 +10,9 @@ from worldenv.presets import preset
 from worldenv.runtime import parallel
 from worldenv.stages import estimate, pipeline
 from worldenv.stages.estimate import Costs
+from worldenv.stages.reality import Reality
 
-COST = Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01)
+COST = Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01, reset=0.5, chunk=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -34,18 +36,22 @@ def test_seconds_follow_from_costs():
     stages = estimate.estimate(Config(), COST)
     assert stages["sft"] == pytest.approx(1000 * 32 * 0.01)
     assert stages["simulator-0"] == pytest.approx(1000 * 0.1)
-    slower = estimate.estimate(Config(), replace(COST, sample=0.03))
+    slower = estimate.estimate(Config(), replace(COST, sample=0.03, reset=1.5, chunk=0.3))
     assert slower["explore-0"] == pytest.approx(3 * stages["explore-0"])
     assert slower["simulator-0"] == stages["simulator-0"]
+    instant = estimate.estimate(Config(), replace(COST, sample=0, reset=0, chunk=0))
+    assert instant["explore-0"] == 0
+    assert instant["simulator-0"] == stages["simulator-0"]
 
 
 def test_simulators_of_reality_are_one_to_a_thread():
-    """Costs are on all threads: twice as many at the same cost are half as fast each."""
+    """What one environment takes is known: two take half as long, if there are two threads."""
+    cost = replace(COST, sample=0)
     one = replace(Config(), env=replace(Config().env, workers=1))
-    two = estimate.estimate(Config(), COST)["evaluate"]
-    assert estimate.estimate(one, COST)["evaluate"] == pytest.approx(2 * two)
+    two = estimate.estimate(Config(), cost)["evaluate"]
+    assert estimate.estimate(one, cost)["evaluate"] == pytest.approx(2 * two)
     parallel.use_threads(1)
-    assert estimate.estimate(Config(), COST)["evaluate"] == pytest.approx(two)
+    assert estimate.estimate(Config(), cost)["evaluate"] == pytest.approx(2 * two)
 
 
 def test_checks_in_reality_are_counted_once():
@@ -72,8 +78,9 @@ def test_in_reality_a_run_is_its_real_episodes():
 
 def test_calibration_times_every_kind_of_work_and_says_it_in_one_line():
     config = preset("smoke")
-    costs = estimate.calibrate(config)
-    assert min(costs.sample, costs.window, costs.judged, costs.frame) > 0
+    with closing(Reality(config)) as reality:
+        costs = estimate.calibrate(config, reality)
+    assert min(asdict(costs).values()) > 0
     line = estimate.describe(estimate.estimate(config, costs))
     assert "\n" not in line
     assert "2 threads" in line

@@ -1,9 +1,9 @@
 """How long a run will take on this machine, from a calibration of a few seconds.
 
 A step of each model and a batch of imagined frames are timed on all threads, at the configuration's
-own sizes on random pictures; the rest is arithmetic. The physics is not started for it: its cost
-follows that of imitation by the ratio of the profiled run (results/profile). Fetching batches and
-writing files is not counted: a twentieth of that run.
+own sizes on random pictures, and one environment of the real benchmark by itself; the rest is
+arithmetic. Fetching batches and writing files is not counted: a twentieth of the profiled run
+(results/profile).
 """
 
 import time
@@ -21,26 +21,26 @@ from worldenv.models.simulator import Simulator
 from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store
+from worldenv.stages.reality import Reality
 
 LENGTH = 0.8  # of max_chunks that an episode lasts, on average
 IMAGINED = 0.6  # of max_chunks: contexts begin in mid-episode, and some are drawn twice
-# A chunk of 8 control steps with both cameras at 64 px on the primitive pack, and the policy's
-# answer, in gradients of the default policy on one sample; each on one thread.
-REAL_CHUNK = 11.5
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds on all threads of what a run consists of."""
+    """Seconds of what a run consists of: of reality in one environment, else on all threads."""
 
     sample: float  # of imitation
     window: float  # a step of the simulator's training
     judged: float  # a step of the reflector's
     frame: float  # imagined, acted on and judged, in one row
+    reset: float  # of a real episode
+    chunk: float  # of a real episode, without the policy
 
 
-def calibrate(config: Config) -> Costs:
-    """Time the models of a configuration, on the CPU."""
+def calibrate(config: Config, reality: Reality) -> Costs:
+    """Time the models of a configuration, on the CPU, and its benchmark."""
     policy, simulator = store.build("policy", config), store.build("simulator", config)
     reflector = store.build("reflector", config)
     trained = config.simulator.kind != "wovr"
@@ -55,6 +55,7 @@ def calibrate(config: Config) -> Costs:
         _step(simulator, lambda: simulator_loss(simulator, windows)) if trained else 0.0,
         _judged(reflector, judged),
         _seconds(lambda: parallel.run(imagination)) / (rows * n),
+        *reality.pace(),
     )
 
 
@@ -64,7 +65,8 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
     sft, sim, ref, rl = config.sft, config.simulator, config.reflector, config.posttrain
     tasks, chunks = len(config.env.tasks), LENGTH * config.max_chunks
     workers = min(config.env.workers, parallel.threads())
-    real = REAL_CHUNK * cost.sample * threads * chunks / workers
+    answer = cost.sample * threads / 3  # forward alone, on one thread
+    real = (cost.reset + chunks * (cost.chunk + answer)) / workers
     decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
     networks = 2 if rl.critic and rl.value == "network" else 1  # as large as each other
     iteration = decisions * (cost.frame + networks * cost.sample)

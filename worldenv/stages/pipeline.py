@@ -91,7 +91,7 @@ def _announce(run: Run, marks: Mapping[str, str]) -> None:
     parts = (run.config.policy, run.config.simulator, run.config.reflector)
     folders = {part.folder for part in parts if part.kind != "small"}
     if left and run.device.type == "cpu" and sum(map(weight_bytes, folders)) < LARGEST_TIMED:
-        seconds = estimate.estimate(run.config, estimate.calibrate(run.config))
+        seconds = estimate.estimate(run.config, estimate.calibrate(run.config, run.reality))
         print(estimate.describe({name: seconds.get(name, 0.0) for name in left}), flush=True)
 
 

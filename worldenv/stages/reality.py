@@ -6,6 +6,7 @@ episodes run beside it. While one worker moves its robot, another's policy think
 """
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -21,6 +22,8 @@ from worldenv.envs.start import Start
 from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Actor, Stop, Trajectories, rollout
 from worldenv.runtime import ranks
+
+CHUNKS = 5  # that are timed
 
 
 def benchmark(config: Config) -> Benchmark:
@@ -65,6 +68,24 @@ class Reality:
     def assets(self) -> dict[str, str]:
         """What scenes are drawn from, as {"assets": ...}: empty where it is not known (yet)."""
         return {k: v for env in self._envs[:1] for k, v in env.metadata.items() if k == "assets"}
+
+    def pace(self) -> tuple[float, float]:
+        """Seconds that one environment takes, beside no other, to begin an episode in a scene that
+        it has, and for a chunk of its robot standing still."""
+        start = Start(self.config.env.tasks[0], 0, 0)
+        self._envs = self._envs or [make_env(self.config)]
+        self._held = [start.task, *self._held[1:]]
+        env, times = self._envs[0], []
+        still = np.zeros(env.action_space.shape, np.float32)
+        env.reset(options={"starts": [start]})  # builds the scene
+        times.append(time.perf_counter())
+        env.reset(options={"starts": [start]})
+        times.append(time.perf_counter())
+        count = min(CHUNKS, self.config.max_chunks)
+        for _ in range(count):
+            env.step(still)
+        times.append(time.perf_counter())
+        return times[1] - times[0], (times[2] - times[1]) / count
 
     def roll_out(
         self,
