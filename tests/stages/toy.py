@@ -14,7 +14,9 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.stages import evaluate, pipeline, records, results
 from worldenv.stages.run import Run, Stage, Step, read_record
 
-COSTS = pipeline.estimate.Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01)
+COSTS = pipeline.estimate.Costs(
+    sample=0.01, window=0.1, judged=0.05, frame=0.01, reset=0.5, chunk=0.1
+)
 SMOKE = preset("smoke")
 NAMES = tuple(pipeline.steps(SMOKE))
 
@@ -61,7 +63,7 @@ class Toy:
         patch.setattr(results, "report", self._report)
         patch.setattr(logging, "SummaryWriter", Board)
         patch.setattr(records.devices, "PeakMemory", NoMemory)
-        patch.setattr(pipeline.estimate, "calibrate", lambda config: COSTS)  # it takes seconds
+        patch.setattr(pipeline.estimate, "calibrate", lambda *_: COSTS)  # it takes seconds
 
     def config(self, **changes) -> Config:
         """The smoke preset; changes: of top-level fields, or of a part's ("sft__lr")."""
