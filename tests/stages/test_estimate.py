@@ -12,7 +12,7 @@ from worldenv.stages import estimate, pipeline
 from worldenv.stages.estimate import Costs
 from worldenv.stages.reality import Reality
 
-COST = Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01, reset=0.5, chunk=0.1)
+COST = Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01, chunk=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -36,22 +36,12 @@ def test_seconds_follow_from_costs():
     stages = estimate.estimate(Config(), COST)
     assert stages["sft"] == pytest.approx(1000 * 32 * 0.01)
     assert stages["simulator-0"] == pytest.approx(1000 * 0.1)
-    slower = estimate.estimate(Config(), replace(COST, sample=0.03, reset=1.5, chunk=0.3))
+    slower = estimate.estimate(Config(), replace(COST, sample=0.03, chunk=0.3))
     assert slower["explore-0"] == pytest.approx(3 * stages["explore-0"])
     assert slower["simulator-0"] == stages["simulator-0"]
-    instant = estimate.estimate(Config(), replace(COST, sample=0, reset=0, chunk=0))
+    instant = estimate.estimate(Config(), replace(COST, sample=0, chunk=0))
     assert instant["explore-0"] == 0
     assert instant["simulator-0"] == stages["simulator-0"]
-
-
-def test_simulators_of_reality_are_one_to_a_thread():
-    """What one environment takes is known: two take half as long, if there are two threads."""
-    cost = replace(COST, sample=0)
-    one = replace(Config(), env=replace(Config().env, workers=1))
-    two = estimate.estimate(Config(), cost)["evaluate"]
-    assert estimate.estimate(one, cost)["evaluate"] == pytest.approx(2 * two)
-    parallel.use_threads(1)
-    assert estimate.estimate(Config(), cost)["evaluate"] == pytest.approx(2 * two)
 
 
 def test_checks_in_reality_are_counted_once():

@@ -14,9 +14,7 @@ from worldenv.runtime.logging import read_metrics
 from worldenv.stages import evaluate, pipeline, records, results
 from worldenv.stages.run import Run, Stage, Step, read_record
 
-COSTS = pipeline.estimate.Costs(
-    sample=0.01, window=0.1, judged=0.05, frame=0.01, reset=0.5, chunk=0.1
-)
+COSTS = pipeline.estimate.Costs(sample=0.01, window=0.1, judged=0.05, frame=0.01, chunk=0.1)
 SMOKE = preset("smoke")
 NAMES = tuple(pipeline.steps(SMOKE))
 

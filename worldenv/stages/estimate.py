@@ -1,9 +1,8 @@
 """How long a run will take on this machine, from a calibration of a few seconds.
 
 A step of each model and a batch of imagined frames are timed on all threads, at the configuration's
-own sizes on random pictures, and one environment of the real benchmark by itself; the rest is
-arithmetic. Fetching batches and writing files is not counted: a twentieth of the profiled run
-(results/profile).
+own sizes on random pictures, and a few chunks of the real benchmark; the rest is arithmetic.
+Fetching batches and writing files, a twentieth of the profiled run, are left out (results/profile).
 """
 
 import time
@@ -29,14 +28,13 @@ IMAGINED = 0.6  # of max_chunks: contexts begin in mid-episode, and some are dra
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of what a run consists of: of reality in one environment, else on all threads."""
+    """Seconds on all threads of what a run consists of."""
 
     sample: float  # of imitation
     window: float  # a step of the simulator's training
     judged: float  # a step of the reflector's
     frame: float  # imagined, acted on and judged, in one row
-    reset: float  # of a real episode
-    chunk: float  # of a real episode, without the policy
+    chunk: float  # of a real episode, decided on and executed
 
 
 def calibrate(config: Config, reality: Reality) -> Costs:
@@ -55,18 +53,15 @@ def calibrate(config: Config, reality: Reality) -> Costs:
         _step(simulator, lambda: simulator_loss(simulator, windows)) if trained else 0.0,
         _judged(reflector, judged),
         _seconds(lambda: parallel.run(imagination)) / (rows * n),
-        *reality.pace(),
+        reality.pace(policy),
     )
 
 
 def estimate(config: Config, cost: Costs) -> dict[str, float]:
     """Seconds that each stage of a run will take on this machine's threads, in their order."""
-    threads = min(parallel.threads(), parallel.SHARDS)
     sft, sim, ref, rl = config.sft, config.simulator, config.reflector, config.posttrain
     tasks, chunks = len(config.env.tasks), LENGTH * config.max_chunks
-    workers = min(config.env.workers, parallel.threads())
-    answer = cost.sample * threads / 3  # forward alone, on one thread
-    real = (cost.reset + chunks * (cost.chunk + answer)) / workers
+    real = chunks * cost.chunk
     decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
     networks = 2 if rl.critic and rl.value == "network" else 1  # as large as each other
     iteration = decisions * (cost.frame + networks * cost.sample)

@@ -23,7 +23,12 @@ from worldenv.rl.noise import Noise
 from worldenv.rl.rollout import Actor, Stop, Trajectories, rollout
 from worldenv.runtime import ranks
 
-CHUNKS = 5  # that are timed
+TIMED = 10  # chunks
+
+
+def _lanes(count: int) -> ThreadPoolExecutor:
+    """A thread for each of so many environments."""
+    return ThreadPoolExecutor(max(count, 1), "reality", torch.set_num_threads, (1,))
 
 
 def benchmark(config: Config) -> Benchmark:
@@ -69,23 +74,27 @@ class Reality:
         """What scenes are drawn from, as {"assets": ...}: empty where it is not known (yet)."""
         return {k: v for env in self._envs[:1] for k, v in env.metadata.items() if k == "assets"}
 
-    def pace(self) -> tuple[float, float]:
-        """Seconds that one environment takes, beside no other, to begin an episode in a scene that
-        it has, and for a chunk of its robot standing still."""
-        start = Start(self.config.env.tasks[0], 0, 0)
-        self._envs = self._envs or [make_env(self.config)]
-        self._held = [start.task, *self._held[1:]]
-        env, times = self._envs[0], []
-        still = np.zeros(env.action_space.shape, np.float32)
-        env.reset(options={"starts": [start]})  # builds the scene
-        times.append(time.perf_counter())
-        env.reset(options={"starts": [start]})
-        times.append(time.perf_counter())
-        count = min(CHUNKS, self.config.max_chunks)
-        for _ in range(count):
-            env.step(still)
-        times.append(time.perf_counter())
-        return times[1] - times[0], (times[2] - times[1]) / count
+    def pace(self, policy: Actor) -> float:
+        """Seconds for a chunk of real episodes, all environments at work: of two, half of what
+        either takes. The first scene of each is built before."""
+        part, count = self.config.env, self.config.env.workers
+        self._grow(count)
+        self._held[:count] = [part.tasks[k % len(part.tasks)] for k in range(count)]
+        most = min(TIMED, self.config.max_chunks) * part.chunk
+
+        def stop(_: Any, info: Any, live: np.ndarray) -> np.ndarray:
+            return info["steps"] >= most
+
+        def lane(number: int) -> None:
+            starts = [Start(self._held[number], 0, number)]
+            env = self._envs[number]
+            rollout(env, policy, starts, seeds=[0], noise=None, stop=stop, images=False)
+
+        with _lanes(count) as pool:
+            for _ in range(2):
+                begun = time.perf_counter()
+                list(pool.map(lane, range(count)))
+        return (time.perf_counter() - begun) * part.chunk / (most * count)
 
     def roll_out(
         self,
@@ -111,8 +120,7 @@ class Reality:
         waiting, turn = claims.order, threading.Lock()
         done: dict[int, Trajectories] = {}
         count = min(self.config.env.workers, len(starts))
-        self._envs += [make_env(self.config) for _ in range(count - len(self._envs))]
-        self._held += [None] * (len(self._envs) - len(self._held))
+        self._grow(count)
 
         def take(number: int) -> int | None:
             """The next episode: of the task whose scene this environment has, else of one that no
@@ -156,7 +164,7 @@ class Reality:
                     features=features,
                 )
 
-        with ThreadPoolExecutor(max(count, 1), "reality", torch.set_num_threads, (1,)) as pool:
+        with _lanes(count) as pool:
             lanes = [pool.submit(lane, number) for number in range(count)]
             try:
                 for ended in lanes:
@@ -166,6 +174,11 @@ class Reality:
                     waiting.clear()
                 raise
         return ranks.merge(done)
+
+    def _grow(self, count: int) -> None:
+        """Have so many environments, or more."""
+        self._envs += [make_env(self.config) for _ in range(count - len(self._envs))]
+        self._held += [None] * (len(self._envs) - len(self._held))
 
     def close(self) -> None:
         """End the simulators' processes."""
