@@ -41,7 +41,7 @@ def test_the_preset_takes_less_than_the_default():
     """Fewer real control steps, fewer imagined frames, no more training; whatever starts hold."""
     config = preset("metaworld")
     assert check(config) is find("metaworld")
-    costs = estimate.Costs(sample=0.016, window=0.84, judged=0.4, frame=0.02)  # of one thread
+    costs = estimate.Costs(sample=0.016, window=0.84, judged=0.4, frame=0.02, chunk=0.18)
     totals = [sum(estimate.estimate(c, costs).values()) for c in (config, preset("default"))]
     assert totals[0] < 0.9 * totals[1]
     assert 2 <= len(config.env.tasks) <= 3
