@@ -1,7 +1,7 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop half an hour, `metaworld` less, `libero-spatial-small` two to
-three hours for ten tasks; `smoke` shows in two minutes that every part works, `published-tiny` with
+`default` takes a two-core laptop half an hour, `metaworld` less, `libero-spatial-small` about two
+hours for ten tasks; `smoke` shows in two minutes that every part works, `published-tiny` with
 published models in miniature; the other `libero-*` presets run all ten tasks of a suite with the
 official assets on a GPU, `openvla-oft-*` with published models as downloaded.
 """
@@ -102,7 +102,7 @@ def _published_tiny() -> Config:
 def _libero_spatial_small() -> Config:
     """One policy, world and judge of all ten tasks, with the small models: 50 explored episodes a
     task. Imitation and the world get a few times the default's steps, not ten: two cores do it in
-    two to three hours."""
+    about two hours."""
     base = Config()
     return replace(
         base,

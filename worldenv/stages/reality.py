@@ -78,23 +78,26 @@ class Reality:
         """Seconds for a chunk of real episodes, all environments at work: of two, half of what
         either takes. The first scene of each is built before."""
         part, count = self.config.env, self.config.env.workers
+        chunks = min(TIMED, self.config.max_chunks)
         self._grow(count)
         self._held[:count] = [part.tasks[k % len(part.tasks)] for k in range(count)]
-        most = min(TIMED, self.config.max_chunks) * part.chunk
-
-        def stop(_: Any, info: Any, live: np.ndarray) -> np.ndarray:
-            return info["steps"] >= most
 
         def lane(number: int) -> None:
-            starts = [Start(self._held[number], 0, number)]
-            env = self._envs[number]
-            rollout(env, policy, starts, seeds=[0], noise=None, stop=stop, images=False)
+            rollout(
+                self._envs[number],
+                policy,
+                [Start(self._held[number], 0, number)],
+                seeds=[0],
+                noise=None,
+                stop=lambda _, info, live: info["steps"] >= chunks * part.chunk,
+                images=False,
+            )
 
         with _lanes(count) as pool:
             for _ in range(2):
                 begun = time.perf_counter()
                 list(pool.map(lane, range(count)))
-        return (time.perf_counter() - begun) * part.chunk / (most * count)
+        return (time.perf_counter() - begun) / (chunks * count)
 
     def roll_out(
         self,
