@@ -234,6 +234,8 @@ class PosttrainConfig:
     """Learning rate of the heads, where a policy trains these apart; unset: lr."""
     epochs: Passes = 1
     """Passes over the rollouts per iteration."""
+    critic_epochs: Passes = 5
+    """The critic's passes over them."""
     minibatch: Batch = 256
     """Chunks per optimiser step at most; an iteration's are divided evenly."""
     micro_batch: FromZero = 0

@@ -251,13 +251,33 @@ def test_an_update_that_ends_in_nan_is_undone():
 @pytest.mark.parametrize("advantage", ["gae", "loop-gae"])
 def test_gae_trains_policy_and_critic(advantage):
     agent = with_critic(learner(advantage=advantage))
-    before = agent.critic.net.bias.item()
-    rates = []
+    logged = []
     for step in range(15):
         episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32, step))
-        rates.append(update(agent, episodes, 0, step)["imagined_success"])
+        logged.append(update(agent, episodes, 0, step))
+    rates = [metrics["imagined_success"] for metrics in logged]
     assert np.mean(rates[-3:]) > np.mean(rates[:3]) + 0.2
-    assert agent.critic.net.bias.item() != before
+    explained = [metrics["explained_variance"] for metrics in logged]
+    assert max(explained[1:]) > explained[0]
+
+
+def test_a_critic_makes_as_many_passes_as_it_is_told_to():
+    agent, steps = with_critic(learner(advantage="gae", critic_epochs=3, minibatch=10_000)), []
+    agent.critic_optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    update(agent, rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32)), 0, 0)
+    assert len(steps) == 3
+
+
+def test_what_a_critic_says_before_it_has_learned_is_not_asked_for():
+    episodes = rollout(ToyEnv(8), ToyPolicy(), starts(32, 6), seeds=seeds(32))
+    moved = []
+    for step, bias in ((0, 0.0), (0, 100.0), (1, 0.0), (1, 100.0)):
+        agent = with_critic(learner(advantage="loop-gae", minibatch=10_000))
+        nn.init.constant_(agent.critic.net.weight, bias)
+        update(agent, episodes, 0, step)
+        moved.append(torch.cat([p.detach().flatten() for p in agent.policy.parameters()]))
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[2], moved[3])
 
 
 def test_a_nan_loss_names_the_step():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.config import PosttrainConfig
+from worldenv.ops import leave_one_out
 from worldenv.ops.action_loss import METRICS
 from worldenv.rl.loss import (
     episode_rewards,
@@ -63,7 +64,7 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         advantage, keep = advantage[trajectories.episode], live[trajectories.episode]
         groups = int(live.sum()) // config.group
     else:
-        advantage, keep = _critic_update(learner, trajectories, reward, seed, step)
+        advantage, keep, explained = _critic_update(learner, trajectories, reward, seed, step)
         groups = int(has_signal(reward, config.group).sum()) // config.group
     metrics = {
         "imagined_success": float(trajectories.terminated.float().mean()),
@@ -72,6 +73,8 @@ def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -
         "length": float(trajectories.length.float().mean()),
         "decisions": len(trajectories.episode),
     }
+    if learner.critic is not None:
+        metrics["explained_variance"] = explained
     rows = keep.nonzero()[:, 0]
     if not len(rows):
         return {**metrics, "skipped": 1, **_rates(learner.optimizer)}
@@ -208,8 +211,9 @@ def _mu_change(learner: Learner, trajectories: Trajectories, rows: Tensor) -> fl
 
 def _critic_update(
     learner: Learner, trajectories: Trajectories, reward: Tensor, seed: int, step: int
-) -> tuple[Tensor, Tensor]:
-    """Advantages by GAE, and which carry signal; then one pass of regression on value targets."""
+) -> tuple[Tensor, Tensor, float]:
+    """Advantages by GAE, which carry signal, and how much of the outcomes the critic explained;
+    then its regression on value targets."""
     config, critic = learner.config, learner.critic
     everything = torch.arange(len(trajectories.episode), device=reward.device)
 
@@ -222,7 +226,11 @@ def _critic_update(
     with torch.no_grad():
         pieces = [partial(value_of, own) for batch in batches for own in _pieces(batch)]
         value = torch.cat(parallel.shared(pieces))
+    outcome = reward[trajectories.episode]
+    explained = float(1 - (outcome - value).var() / outcome.var().clamp_min(1e-6))
     group = config.group if config.advantage == "loop-gae" else 1
+    if not step and group > 1:  # what it says before it has learned anything is noise
+        value = (reward - leave_one_out(reward, group))[trajectories.episode]
     advantage, target, live = gae_advantages(
         trajectories, reward, value, config.gamma, config.gae_lambda, group
     )
@@ -231,15 +239,17 @@ def _critic_update(
         return (value_of(own) - target[own]).square().mean(), None
 
     parameters = [p for p in critic.parameters() if p.requires_grad]
-    order = torch.randperm(len(everything), generator=generator(seed, "critic", step))
-    for part in _minibatches(everything[order.to(everything.device)], config.minibatch):
-        owns = _pieces(part)
-        losses, weights = [partial(shard, own) for own in owns], [len(o) / len(part) for o in owns]
-        loss, _, norm = parallel.gradients(parameters, losses, weights)
-        check_finite("critic loss", loss, step)
-        check_finite("critic gradient", norm, step)
-        learner.critic_optimizer.step()
-    return advantage, live
+    for epoch in range(config.critic_epochs):
+        order = torch.randperm(len(everything), generator=generator(seed, "critic", step, epoch))
+        for part in _minibatches(everything[order.to(everything.device)], config.minibatch):
+            owns = _pieces(part)
+            losses = [partial(shard, own) for own in owns]
+            weights = [len(own) / len(part) for own in owns]
+            loss, _, norm = parallel.gradients(parameters, losses, weights)
+            check_finite("critic loss", loss, step)
+            check_finite("critic gradient", norm, step)
+            learner.critic_optimizer.step()
+    return advantage, live, explained
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
