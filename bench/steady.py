@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from bench.__main__ import RESULTS, machine_file, origin
 from worldenv.config import Config
 from worldenv.envs.start import Start
-from worldenv.models.policy import Critic
 from worldenv.runtime import parallel
 from worldenv.stages import estimate, store
 from worldenv.stages.reality import Reality, Watcher
@@ -76,7 +75,6 @@ def work(config: Config) -> dict[str, Work]:
     policy, simulator, reflector = (
         store.build(kind, config) for kind in ("policy", "simulator", "reflector")
     )
-    critic = Critic(config.policy, policy.embodiment).trunk
     shard = lambda batch: batch // parallel.SHARDS  # noqa: E731
     rows, minibatch = shard(config.posttrain.rows), shard(config.posttrain.minibatch)
 
@@ -100,9 +98,6 @@ def work(config: Config) -> dict[str, Work]:
         ),
         "update of the policy": training_step(
             policy, lambda _: estimate.policy_loss(policy, minibatch)
-        ),
-        "update of the critic": training_step(
-            critic, lambda _: estimate.policy_loss(critic, minibatch)
         ),
         "imagination": Work(frames, imagine),
     }

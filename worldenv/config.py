@@ -235,7 +235,7 @@ class PosttrainConfig:
     epochs: Passes = 1
     """Passes over the rollouts per iteration."""
     critic_epochs: Passes = 5
-    """The critic's passes over them."""
+    """The critic's passes over them: a head on the policy's features, it takes next to no time."""
     minibatch: Batch = 256
     """Chunks per optimiser step at most; an iteration's are divided evenly."""
     micro_batch: FromZero = 0
@@ -291,9 +291,6 @@ class PosttrainConfig:
     `worldenv-eval --simulator`."""
     rows: Batch = 32
     """B, imagined environments running side by side."""
-    value: Literal["network", "head"] = "network"
-    """The critic: a network as large as the small policy, or for a large policy a head on its
-    features, which costs no forward pass."""
     gamma: Fraction = 1.0
     """Discount (with a critic)."""
     gae_lambda: Fraction = 0.9
@@ -380,8 +377,6 @@ class Config:
         for name, part in (("collect", collect), ("posttrain", self.posttrain)):
             wish = "0 for a policy whose actions are tokens, which explore by temperature"
             yield not (tokens and part.push), f"{name}.push", wish
-        head = "head for a policy this large: a network would be a second one in memory"
-        yield not self.policy.large or self.posttrain.value == "head", "posttrain.value", head
         for part, name in _CUT if self.shards else ():
             whole = getattr(getattr(self, part), name) % self.shards == 0
             yield whole, f"{part}.{name}", f"a multiple of shards {self.shards}"

@@ -44,8 +44,10 @@ class GateConfig:
 
 
 def without_older(values: Any) -> Any:
-    """What a config.json holds, without the field of older ones that the gate stands for."""
+    """What a config.json holds, without the fields of older ones: the gate stands for one, and a
+    critic is always a head on the policy's features."""
     part = values.get("posttrain") if isinstance(values, dict) else None
     if isinstance(part, dict):
-        part.pop("require_fidelity", None)
+        for name in ("require_fidelity", "value"):
+            part.pop(name, None)
     return values

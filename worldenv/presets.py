@@ -93,9 +93,7 @@ def _published_tiny() -> Config:
             refresh_steps=3,
             batch=12,
         ),
-        posttrain=replace(
-            base.posttrain, rounds=1, iterations=1, value="head", head_lr=1e-5, micro_batch=8
-        ),
+        posttrain=replace(base.posttrain, rounds=1, iterations=1, head_lr=1e-5, micro_batch=8),
     )
 
 
@@ -216,7 +214,6 @@ def _openvla_oft(world: str) -> Config:
             clip_high=0.1,
             push=0,
             scale=1.0,
-            value="head",
             rows=64,
             micro_batch=4,
         ),

@@ -26,7 +26,7 @@ import torch
 
 from bench.__main__ import RESULTS, machine, machine_file
 from bench.scaling import measure, paper
-from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, UPDATES, against, compared, worth
+from bench.scaling.model import ALONE, ROLLOUT, TOLERANCE, TWO, UPDATE, against, compared, worth
 from bench.steady import work
 from worldenv.config import Config
 from worldenv.presets import preset
@@ -83,8 +83,7 @@ def iteration(config: Config) -> dict[str, float]:
     rl = config.posttrain
     episodes = rl.contexts * rl.group
     decisions = episodes * measure.decisions(config)
-    updates = (rl.epochs * decisions / rl.minibatch, bool(rl.critic) * decisions / rl.minibatch)
-    return {ROLLOUT: episodes / rl.rows, **dict(zip(UPDATES, updates, strict=True))}
+    return {ROLLOUT: episodes / rl.rows, UPDATE: rl.epochs * decisions / rl.minibatch}
 
 
 def quieter(one: Any, other: Any) -> Any:

@@ -24,7 +24,7 @@ BYTES = 4  # of a number in it
 TOLERANCE = 0.15
 PAPER = "paper-scaling.json"  # the costs of a `Kind` each, in results/bench
 ALONE, TWO = "1 process of 1 thread", "2 processes of 1 thread"
-ROLLOUT, UPDATES = "rollout", ("update of the policy", "update of the critic")
+ROLLOUT, UPDATE = "rollout", "update of the policy"
 
 
 @dataclass(frozen=True)

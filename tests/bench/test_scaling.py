@@ -65,7 +65,7 @@ def arms(exchange: float, slow: float) -> dict:
     two["exchange_seconds"] = exchange
     told = {"gather_seconds": 0.0, "sum_of_one_seconds": 0.0, "sum_seconds": exchange}
     told |= {"numbers": 16 * BLOCK, "gather_large_seconds": 1.0, "gather_large_bytes": 10**9}
-    kinds = (model.ROLLOUT, *model.UPDATES)
+    kinds = (model.ROLLOUT, model.UPDATE)
     return {
         model.ALONE: {
             "processes": 1,
@@ -84,7 +84,7 @@ def arms(exchange: float, slow: float) -> dict:
 
 def test_steps_are_predicted_from_one_process_and_messages_alone():
     found = arms(exchange=0.3, slow=1.2)
-    assert [row["error"] for row in model.compared(found)] == pytest.approx([0] * 3)
+    assert [row["error"] for row in model.compared(found)] == pytest.approx([0] * 2)
     found[model.TWO]["work"][model.ROLLOUT]["seconds"] *= 2
     assert model.compared(found)[0]["error"] == pytest.approx(-0.5)
 
@@ -100,7 +100,7 @@ def test_staleness_takes_the_longer_and_sharing_half_and_its_messages():
     rl = Config().posttrain
     assert times[model.ROLLOUT] * rl.rows == rl.contexts * rl.group
     decisions = times[model.ROLLOUT] * rl.rows * measure.decisions(Config())
-    assert times[model.UPDATES[0]] * rl.minibatch == pytest.approx(decisions * rl.epochs)
+    assert times[model.UPDATE] * rl.minibatch == pytest.approx(decisions * rl.epochs)
 
 
 # --- on paper

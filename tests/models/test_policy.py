@@ -4,7 +4,7 @@ import torch
 
 from worldenv.config import PolicyConfig
 from worldenv.envs.libero.robot import embodiment
-from worldenv.models.policy import Critic, Policy, ValueHead, augment, random_shift
+from worldenv.models.policy import Policy, ValueHead, augment, random_shift
 from worldenv.rl.policy import Policy as Protocol
 from worldenv.rl.policy import parameter_groups
 from worldenv.runtime.seeds import generator
@@ -73,8 +73,7 @@ def test_imitation_sees_images_and_proprio_disturbed_by_its_generator():
     )
 
 
-def test_critics_give_one_value_per_row():
-    assert Critic(SMALL, embodiment(32))(observation()).shape == (3,)
+def test_a_value_head_gives_one_value_per_row():
     features = Policy(SMALL, embodiment(32)).both(observation())[2]
     assert ValueHead(32)(features.bfloat16()).shape == (3,)
 

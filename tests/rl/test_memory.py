@@ -101,7 +101,7 @@ def learner(**changes) -> Learner:
     torch.manual_seed(0)
     policy = Large()
     changes = {"max_mu_change": 100.0, "max_clip_fraction": 1.0, "micro_batch": 4, **changes}
-    config = PosttrainConfig(group=4, lr=1e-3, head_lr=1e-2, value="head", **changes)
+    config = PosttrainConfig(group=4, lr=1e-3, head_lr=1e-2, **changes)
     groups = parameter_groups(policy, config.lr, config.head_lr)
     agent = Learner(
         policy, torch.optim.AdamW(groups, weight_decay=0), config, Laplace(1.0, 0.0, ())
@@ -263,9 +263,8 @@ def test_imitation_writes_no_frozen_tensor_and_has_two_rates(tmp_path, monkeypat
     assert rates[1] == pytest.approx(10 * rates[0])
 
 
-def test_the_critic_is_a_head_where_one_is_asked_for(tmp_path):
+def test_the_critic_is_a_head_on_the_policys_features(tmp_path):
     run = Run(replace(preset("smoke"), run_dir=tmp_path, device="cpu"))
-    run.config = replace(run.config, posttrain=replace(run.config.posttrain, value="head"))
     policy = store.build("policy", run.config)
     agent = posttrain._learner(run, policy, 0)
     run.close()

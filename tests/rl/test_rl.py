@@ -8,9 +8,10 @@ from torch import nn
 from toy_world import ToyEnv, ToyPolicy, seeds, starts
 
 from worldenv.config import PosttrainConfig
+from worldenv.envs.start import Start
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages
 from worldenv.rl.noise import Laplace, sample_laplace
-from worldenv.rl.rollout import join, rollout
+from worldenv.rl.rollout import Trajectories, join, rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime.errors import UserError
 
@@ -205,8 +206,8 @@ class Value(nn.Module):
         super().__init__()
         self.net = nn.Linear(2, 1)
 
-    def forward(self, observation):
-        return self.net(observation["proprio"])[:, 0]
+    def forward(self, features):
+        return self.net(features)[:, 0]
 
 
 def with_critic(agent: Learner) -> Learner:
@@ -215,11 +216,16 @@ def with_critic(agent: Learner) -> Learner:
     return agent
 
 
+def seen(agent: Learner, begin: list[Start], salt: int = 0) -> Trajectories:
+    own = seeds(len(begin), salt)
+    return rollout(ToyEnv(8), agent.policy, begin, seeds=own, features=agent.features)
+
+
 @pytest.mark.parametrize("advantage", ["gae", "loop-gae"])
 @pytest.mark.parametrize("limit", [1000, -1000])  # nothing succeeds, or everything at once
 def test_equal_rewards_move_no_policy_by_the_critics_noise(advantage, limit):
     agent = with_critic(learner(advantage=advantage))
-    episodes = rollout(ToyEnv(8), agent.policy, starts(16, limit), seeds=seeds(16))
+    episodes = seen(agent, starts(16, limit))
     assert episodes.terminated.float().std() == 0
     metrics = update(agent, episodes, 0, 0)
     assert metrics["skipped"] == 1
@@ -253,8 +259,7 @@ def test_gae_trains_policy_and_critic(advantage):
     agent = with_critic(learner(advantage=advantage))
     logged = []
     for step in range(15):
-        episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32, step))
-        logged.append(update(agent, episodes, 0, step))
+        logged.append(update(agent, seen(agent, starts(32, 6), step), 0, step))
     rates = [metrics["imagined_success"] for metrics in logged]
     assert np.mean(rates[-3:]) > np.mean(rates[:3]) + 0.2
     explained = [metrics["explained_variance"] for metrics in logged]
@@ -264,17 +269,16 @@ def test_gae_trains_policy_and_critic(advantage):
 def test_a_critic_makes_as_many_passes_as_it_is_told_to():
     agent, steps = with_critic(learner(advantage="gae", critic_epochs=3, minibatch=10_000)), []
     agent.critic_optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    update(agent, rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32)), 0, 0)
+    update(agent, seen(agent, starts(32, 6)), 0, 0)
     assert len(steps) == 3
 
 
 def test_what_a_critic_says_before_it_has_learned_is_not_asked_for():
-    episodes = rollout(ToyEnv(8), ToyPolicy(), starts(32, 6), seeds=seeds(32))
     moved = []
-    for step, bias in ((0, 0.0), (0, 100.0), (1, 0.0), (1, 100.0)):
+    for step, weight in ((0, 0.0), (0, 100.0), (1, 0.0), (1, 100.0)):
         agent = with_critic(learner(advantage="loop-gae", minibatch=10_000))
-        nn.init.constant_(agent.critic.net.weight, bias)
-        update(agent, episodes, 0, step)
+        nn.init.constant_(agent.critic.net.weight, weight)
+        update(agent, seen(agent, starts(32, 6)), 0, step)
         moved.append(torch.cat([p.detach().flatten() for p in agent.policy.parameters()]))
     assert torch.equal(moved[0], moved[1])
     assert not torch.equal(moved[2], moved[3])

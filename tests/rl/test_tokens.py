@@ -109,7 +109,7 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(temperature):
         {},
         {"advantage": "grpo", "temperature": 1.5, "micro_batch": 5},
         {"kl_weight": 0.01, "entropy_weight": 0.001},
-        {"advantage": "loop-gae", "value": "head"},
+        {"advantage": "loop-gae"},
     ],
     ids=["loop", "grpo", "kl", "value head"],
 )
@@ -143,7 +143,7 @@ def test_the_probability_of_a_rewarded_token_rises(changes):
 
 
 def test_a_value_head_costs_no_forward_pass():
-    agent = learner(advantage="loop-gae", value="head", minibatch=10_000)
+    agent = learner(advantage="loop-gae", minibatch=10_000)
     agent.critic = ValueHead(TokenPolicy.feature_width)
     agent.critic_optimizer = torch.optim.Adam(agent.critic.parameters(), 0.05)
     episodes = rollout(
@@ -226,11 +226,3 @@ def test_tokens_cannot_be_pushed(monkeypatch):
         replace(config, collect=half)
     rl = replace(config.posttrain, push=0.0)
     assert replace(config, collect=half, posttrain=rl).policy.distribution == "categorical"
-
-
-def test_a_large_policy_has_no_second_network_beside_it(monkeypatch):
-    config = Config()
-    monkeypatch.setattr(PolicyConfig, "large", True)
-    with pytest.raises(UserError, match=r"posttrain\.value.*head"):
-        replace(config, seed=1)
-    replace(config, posttrain=replace(config.posttrain, value="head"))

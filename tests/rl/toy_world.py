@@ -52,6 +52,9 @@ class ToyPolicy(nn.Module):
         mu = self.net(observation["proprio"]).view(-1, 2, 2)
         return mu, torch.full_like(mu, -1.0)
 
+    def both(self, observation):
+        return *self(observation), observation["proprio"]
+
 
 def seeds(n: int, salt: int = 0) -> list[int]:
     return [derive("toy", salt, k) for k in range(n)]

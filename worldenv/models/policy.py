@@ -9,7 +9,6 @@ the full-size ones use SigLIP, DINOv2 and Llama.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -141,22 +140,10 @@ def augment(views: Tensor, pad: int, generator: torch.Generator) -> Tensor:
     return x * contrast.to(x.device) + cast.to(x.device)
 
 
-class Critic(nn.Module):
-    """Value of an observation, for PPO with GAE: the policy's encoders and a scalar head."""
-
-    def __init__(self, config: PolicyConfig, embodiment: Embodiment) -> None:
-        super().__init__()
-        single = replace(embodiment, chunk=1, action=embodiment.action[:1])
-        self.trunk = Policy(config, single)
-
-    def forward(self, observation: Mapping[str, Any]) -> Tensor:
-        """Value `[B]`."""
-        return self.trunk(observation)[0][:, 0, 0]
-
-
 class ValueHead(nn.Module):
-    """Value of an observation from the features that a policy has made of it anyway: the critic of
-    a policy too large to have a second one beside it."""
+    """The critic of PPO with GAE: the value of an observation, from the features that a policy has
+    made of it anyway. (A network of its own, as large as the small policy, explained nothing of ten
+    tasks' outcomes: results/lab-notes.md.)"""
 
     def __init__(self, width: int, hidden: int = 512) -> None:
         super().__init__()

@@ -37,8 +37,8 @@ class Learner:
     """A policy and what trains it.
 
     noise: how rollouts explore, and what updates score. reference: a frozen policy (see
-    `rl.policy.twin`), where the KL has a weight. critic: from observations to values `[n]`, or with
-    `config.value` "head" from the features that rollouts then record.
+    `rl.policy.twin`), where the KL has a weight. critic: from the policy's features, which rollouts
+    then record, to values `[n]`.
     """
 
     policy: nn.Module
@@ -52,7 +52,7 @@ class Learner:
     @property
     def features(self) -> bool:
         """Whether rollouts must record the policy's features."""
-        return self.critic is not None and self.config.value == "head"
+        return self.critic is not None
 
 
 def update(learner: Learner, trajectories: Trajectories, seed: int, step: int) -> dict[str, float]:
@@ -218,9 +218,7 @@ def _critic_update(
     everything = torch.arange(len(trajectories.episode), device=reward.device)
 
     def value_of(rows: Tensor) -> Tensor:
-        if learner.features:
-            return critic(trajectories.features[rows])
-        return critic(_observation(trajectories, rows))
+        return critic(trajectories.features[rows])
 
     batches = everything.split(config.minibatch)
     with torch.no_grad():

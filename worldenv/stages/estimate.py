@@ -63,10 +63,9 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
     tasks, chunks = len(config.env.tasks), LENGTH * config.max_chunks
     real = chunks * cost.chunk
     decisions = rl.contexts * rl.group * IMAGINED * config.max_chunks
-    networks = 2 if rl.critic and rl.value == "network" else 1  # as large as each other
-    iteration = decisions * (cost.frame + networks * cost.sample)
+    iteration = decisions * (cost.frame + rl.epochs * cost.sample)
     if not config.learned:
-        episode = real + chunks * networks * rl.epochs * cost.sample
+        episode = real + chunks * rl.epochs * cost.sample
         iteration = rl.contexts * rl.group * episode
     held_out = (config.evaluate.starts[1] - config.evaluate.starts[0]) * tasks
     scripted = 0 if config.data.paths else config.collect.demonstrations

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from worldenv.config import Config
 from worldenv.models import blank
 from worldenv.models.distillation import conversion_loss, distillation_loss
-from worldenv.models.policy import Critic, ValueHead
+from worldenv.models.policy import ValueHead
 from worldenv.models.published_sizes import image_text
 from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
@@ -110,9 +110,7 @@ class Costs:
         self.critic: nn.Module | None = None
         if rl.critic:
             with torch.device("meta"):
-                head = rl.value == "head"
-                wide = self.net.feature_width
-                self.critic = ValueHead(wide) if head else Critic(config.policy, self.robot)
+                self.critic = ValueHead(self.net.feature_width)
         self._lines: dict[str, Line] = {}
 
     def line(self, name: str, most: int, work: Callable[[int], Callable[[], object]]) -> Line:
@@ -165,13 +163,9 @@ class Costs:
         """Of a decision in the rollout buffer."""
         robot = self.robot
         image = robot.V * robot.image_size**2 * 3
-        features = 4 * self.net.feature_width if self._heads else 0
+        features = 0 if self.critic is None else 4 * self.net.feature_width
         own = sum(x.nbytes for x in self.decision().values())
         return image + 4 * robot.P + own + features + 8 + 8 + 4  # episode, step, reward
-
-    @property
-    def _heads(self) -> bool:
-        return self.critic is not None and self.config.posttrain.value == "head"
 
     def improve(self, count: int) -> Line:
         """The clipped loss on so many decisions, and its gradient."""
@@ -203,7 +197,7 @@ class Costs:
         wide = self.net.feature_width
 
         def work(n: int) -> object:
-            value = self.critic(_meta(n, wide) if self._heads else self.seen(n))
+            value = self.critic(_meta(n, wide))
             return _gradient(self.critic, (value - _meta(n)).square().mean())
 
         return self.line("value", count, lambda n: partial(work, n))

@@ -24,7 +24,7 @@ from worldenv.envs.imagined import (
     middle_frames,
 )
 from worldenv.envs.start import Start
-from worldenv.models.policy import Critic, Policy, ValueHead
+from worldenv.models.policy import Policy, ValueHead
 from worldenv.rl.loss import episode_rewards, group_advantages
 from worldenv.rl.noise import exploration
 from worldenv.rl.policy import parameter_groups, twin
@@ -207,12 +207,7 @@ def _learner(run: Run, policy: Policy, number: int) -> Learner:
         learner.reference = twin(policy, store.read("policy", imitated, run.device)[0])
     if rl.critic:
         torch.manual_seed(derive(config.seed, "critic weights", number))
-        if rl.value == "head":
-            critic = ValueHead(policy.feature_width)
-        else:
-            critic = Critic(config.policy, run.embodiment)
-            critic.trunk.set_statistics(policy.proprio_mean, policy.proprio_std)
-        learner.critic = critic.to(run.device)
+        learner.critic = critic = ValueHead(policy.feature_width).to(run.device)
         learner.critic_optimizer = torch.optim.AdamW(critic.parameters(), 1e-3, weight_decay=0)
     return learner
 

@@ -267,7 +267,7 @@ def _facts(kind: str, metadata: dict, path: Path) -> tuple[object, Embodiment]:
             Config(),
             env=EnvConfig(image_size=robot.image_size, chunk=robot.chunk),
             collect=CollectConfig(record_every=1, push=0),
-            posttrain=PosttrainConfig(value="head", push=0),
+            posttrain=PosttrainConfig(push=0),
             **{"simulator": SimulatorConfig(patch=1), kind: part},
         )
     except UserError as error:
