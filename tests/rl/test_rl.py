@@ -273,17 +273,6 @@ def test_a_critic_makes_as_many_passes_as_it_is_told_to():
     assert len(steps) == 3
 
 
-def test_what_a_critic_says_before_it_has_learned_is_not_asked_for():
-    moved = []
-    for step, weight in ((0, 0.0), (0, 100.0), (1, 0.0), (1, 100.0)):
-        agent = with_critic(learner(advantage="loop-gae", minibatch=10_000))
-        nn.init.constant_(agent.critic.net.weight, weight)
-        update(agent, seen(agent, starts(32, 6)), 0, step)
-        moved.append(torch.cat([p.detach().flatten() for p in agent.policy.parameters()]))
-    assert torch.equal(moved[0], moved[1])
-    assert not torch.equal(moved[2], moved[3])
-
-
 def test_a_nan_loss_names_the_step():
     agent = learner()
     episodes = rollout(ToyEnv(8), agent.policy, starts(32, 6), seeds=seeds(32))

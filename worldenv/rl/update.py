@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from worldenv.config import PosttrainConfig
-from worldenv.ops import leave_one_out
 from worldenv.ops.action_loss import METRICS
 from worldenv.rl.loss import (
     episode_rewards,
@@ -227,8 +226,6 @@ def _critic_update(
     outcome = reward[trajectories.episode]
     explained = float(1 - (outcome - value).var() / outcome.var().clamp_min(1e-6))
     group = config.group if config.advantage == "loop-gae" else 1
-    if not step and group > 1:  # what it says before it has learned anything is noise
-        value = (reward - leave_one_out(reward, group))[trajectories.episode]
     advantage, target, live = gae_advantages(
         trajectories, reward, value, config.gamma, config.gae_lambda, group
     )
