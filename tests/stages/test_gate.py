@@ -238,6 +238,7 @@ def test_too_few_held_out_episodes_are_refused_before_anything_is_trained():
 def test_a_config_of_before_the_gate_is_read(tmp_path):
     values = to_dict(Config())
     values["posttrain"]["require_fidelity"] = True
+    values["posttrain"]["value"] = "network"
     path = tmp_path / "config.json"
     path.write_text(json.dumps(values))
     assert load(path) == Config()
