@@ -142,8 +142,7 @@ def augment(views: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 
 class ValueHead(nn.Module):
     """The critic of PPO with GAE: the value of an observation, from the features that a policy has
-    made of it anyway. (A network of its own, as large as the small policy, explained nothing of ten
-    tasks' outcomes: results/lab-notes.md.)"""
+    made of it anyway. A network of its own explains less and takes longer (results/critic)."""
 
     def __init__(self, width: int, hidden: int = 512) -> None:
         super().__init__()

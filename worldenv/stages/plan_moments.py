@@ -308,7 +308,7 @@ def iteration_flops(config: Config, costs: Costs) -> dict[str, dict[str, float]]
         frame, judge = 0.0, 0.0
     update = rl.epochs * costs.improve(1).flops
     if costs.critic is not None:
-        update += costs.value(1).flops
+        update += rl.critic_epochs * costs.value(1).flops
     parts: dict[str, float] = {}
     seen = config.reflector.precision if config.reflector.kind != "small" else "float32"
     for kind, flops in ((world, frame), (policy, act + update), (seen, judge)):
