@@ -137,7 +137,7 @@ def _metaworld() -> Config:
             max_steps=104,
         ),
         collect=replace(base.collect, episodes=80),
-        posttrain=replace(base.posttrain, contexts=24),  # eight of each task
+        posttrain=replace(base.posttrain, contexts=24, iterations=16),  # eight of each task
         evaluate=EvaluateConfig(fixture_seeds=(1000,)),
     )
 
