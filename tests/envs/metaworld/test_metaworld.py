@@ -38,12 +38,12 @@ def test_what_it_lacks_is_named_with_the_command(monkeypatch):
 
 
 def test_the_preset_takes_less_than_the_default():
-    """Fewer real control steps, fewer imagined frames, no more training; whatever starts hold."""
+    """Fewer real control steps, no more training of the world; twice the iterations, all told."""
     config = preset("metaworld")
     assert check(config) is find("metaworld")
     costs = estimate.Costs(sample=0.016, window=0.84, judged=0.4, frame=0.02, chunk=0.18)
     totals = [sum(estimate.estimate(c, costs).values()) for c in (config, preset("default"))]
-    assert totals[0] < 0.9 * totals[1]
+    assert totals[0] < totals[1]
     assert 2 <= len(config.env.tasks) <= 3
     assert len(config.evaluate.fixture_seeds) == 1  # a start says everything of an episode
 
