@@ -47,7 +47,7 @@ from worldenv.stages.run import open_run, write_json
 from worldenv.stages.training import Batches
 
 DEVICE_MS = 10
-BATCHES, EPISODES, STEPS, SIZE, FILE = 60, (100, 1000, 10_000), 80, 64, 1000
+BATCHES, EPISODES, STEPS, SIZE, FILE = 400, (100, 1000, 10_000), 80, 64, 1000
 
 
 def sampled(run: Path) -> dict[str, object]:
