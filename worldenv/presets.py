@@ -1,9 +1,9 @@
 """Named configurations, in one place.
 
-`default` takes a two-core laptop half an hour, `metaworld` less, `libero-spatial-small` about two
-hours for ten tasks; `smoke` shows in two minutes that every part works, `published-tiny` with
-published models in miniature; the other `libero-*` presets run all ten tasks of a suite with the
-official assets on a GPU, `openvla-oft-*` with published models as downloaded.
+`default` takes two cores ten minutes to half an hour, `metaworld` no longer, `libero-spatial-small`
+one to two hours for ten tasks; `smoke` shows in two minutes that every part works,
+`published-tiny` with published models in miniature; the other `libero-*` presets run all ten tasks
+of a suite with the official assets on a GPU, `openvla-oft-*` with published models as downloaded.
 """
 
 from dataclasses import replace
@@ -121,7 +121,7 @@ def _libero_spatial_small() -> Config:
 
 def _metaworld() -> Config:
     """Another benchmark with another arm: one policy, world and judge of three of Meta-World's
-    tasks, of which five demonstrations teach about half, in less time than the default takes.
+    tasks, of which five demonstrations teach about half, in no more time than the default takes.
     Nothing there stands elsewhere from the same start: one fixture seed."""
     base = Config()
     tasks = ("push", "coffee-push", "sweep-into")
