@@ -3,10 +3,11 @@
     python -m bench.arms RUNS [--arms full real] [--seeds 0 1 2] [-- FLAG...]
 
 Each arm is `worldenv-train --preset libero-spatial-small` with the flags of ARMS, in the folder
-RUNS/seed-N-ARM; whatever follows `--` goes to all of them. The same command resumes. What arms have
-in common (demonstrations, imitation, with a learned world the first exploration) is copied from the
-first of a seed that has it. Results are kept in results/libero_spatial as seed-N-ARM.json (full:
-seed-N.json), and the table is of all that lie there.
+RUNS/seed-N-ARM; whatever follows `--` goes to all of them. The same command resumes. What two arms
+have in common (demonstrations, imitation, with a learned world the first exploration and, where it
+is trained alike, the simulator) is copied from the one of a seed that has most of it. Results are
+kept in results/libero_spatial as seed-N-ARM.json (full: seed-N.json), and the table is of all that
+lie there.
 
 All arms use as many real episodes; in `real` those go to the policy itself, with about as many
 optimiser steps as the learned world's larger iterations make.
@@ -45,7 +46,8 @@ ARMS: dict[str, tuple[str, ...]] = {
 the judge likewise; a world that the gate refuses is forced, which its results say), and
 post-training in the benchmark itself."""
 STARTED = ("data/demonstrations", "checkpoints/policy-sft.safetensors")
-RECORDS = ("stages/demonstrations.json", "stages/sft.json")
+EXPLORED = ("data/explore-0",)
+WORLD = ("checkpoints/simulator-0.safetensors",)
 
 
 def arguments(arm: str, seed: int, folder: Path, more: Sequence[str] = ()) -> list[str]:
@@ -54,16 +56,31 @@ def arguments(arm: str, seed: int, folder: Path, more: Sequence[str] = ()) -> li
     return [*own, *ARMS[arm], *more]
 
 
-def common(arm: str) -> tuple[str, ...]:
-    """What an arm has in common with others, its records last."""
-    if arm == "real":
-        return (*STARTED, *RECORDS)
-    return (*STARTED, "data/explore-0", *RECORDS, "stages/explore-0.json")
+def common(arm: str, other: str) -> list[tuple[str, ...]]:
+    """What two arms have in common, the most of it first; in each the stages' records last."""
+    kinds = [(*STARTED, "stages/demonstrations.json", "stages/sft.json")]
+    if "real" not in (arm, other):
+        kinds.insert(0, (*EXPLORED, *kinds[0], "stages/explore-0.json"))
+        alike = (_NO_EXPLORED[0] in ARMS[arm]) == (_NO_EXPLORED[0] in ARMS[other])
+        if alike:
+            kinds.insert(0, (*WORLD, *kinds[0], "stages/simulator-0.json"))
+    return kinds
 
 
-def share(source: Path, target: Path, arm: str) -> None:
-    """Copy that into an arm's new folder."""
-    for name in common(arm):
+def share(runs: Path, seed: int, arm: str) -> None:
+    """Copy that into an arm's new folder, if another arm of the seed has any."""
+    target = runs / f"seed-{seed}-{arm}"
+    found = [
+        (source, names)
+        for other in ARMS
+        if other != arm
+        for names in common(arm, other)
+        if all(((source := runs / f"seed-{seed}-{other}") / name).exists() for name in names)
+    ]
+    if not found or (target / "stages").exists():
+        return
+    source, names = max(found, key=lambda pair: len(pair[1]))
+    for name in names:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (source / name).is_dir() else shutil.copy2
         copy(source / name, target / name)
@@ -72,10 +89,7 @@ def share(source: Path, target: Path, arm: str) -> None:
 def run(arm: str, seed: int, runs: Path, more: Sequence[str]) -> None:
     """Train an arm, and keep its results."""
     folder = runs / f"seed-{seed}-{arm}"
-    others = [runs / f"seed-{seed}-{other}" for other in ARMS]
-    whole = [other for other in others if all((other / name).exists() for name in common(arm))]
-    if whole and not (folder / "stages").exists():
-        share(whole[0], folder, arm)
+    share(runs, seed, arm)
     code = "import sys; from worldenv.entry import train; sys.argv[0] = 'worldenv-train'; train()"
     words = arguments(arm, seed, folder, more)
     subprocess.run([sys.executable, "-c", code, *words], check=True)

@@ -81,14 +81,20 @@ def test_the_table_has_a_row_for_every_kept_run(tmp_path):
     assert "seed-0-real" in written.getvalue()
 
 
-@pytest.mark.parametrize("arm", ["neither", "real"])
-def test_what_arms_have_in_common_is_made_once(tmp_path, monkeypatch, arm):
-    source, target = tmp_path / "seed-0-full", tmp_path / f"seed-0-{arm}"
-    for name in (*arms.common("full"), "stages/simulator-0.json"):
-        path = source / name if name.endswith((".json", "tensors")) else source / name / "a.hdf5"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(name)
-    ran = []
+@pytest.mark.parametrize(
+    ("arm", "explored", "simulated"),
+    [("neither", True, False), ("untrained-judge", True, True), ("real", False, False)],
+)
+def test_what_arms_have_in_common_is_made_once(tmp_path, monkeypatch, arm, explored, simulated):
+    whole, less = tmp_path / "seed-0-full", tmp_path / "seed-0-no-explored"
+    imitated, _, simulator = sorted(arms.common("full", "untrained-judge"), key=len)
+    for folder, names in ((whole, (*simulator, "stages/reflector-0.json")), (less, imitated)):
+        for name in names:
+            file = name.endswith((".json", "tensors"))
+            path = folder / name if file else folder / name / "a.hdf5"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(folder.name)
+    target, ran = tmp_path / f"seed-0-{arm}", []
 
     def train(command, check):
         ran.append(command[3:])
@@ -98,7 +104,10 @@ def test_what_arms_have_in_common_is_made_once(tmp_path, monkeypatch, arm):
     monkeypatch.setattr(arms, "KEPT", tmp_path / "kept")
     arms.run(arm, 0, tmp_path, ["--threads", "1"])
     assert ran == [arms.arguments(arm, 0, target, ["--threads", "1"])]
-    assert all((target / name).exists() for name in arms.common(arm))
-    assert (target / "data" / "explore-0").exists() == (arm != "real")
-    assert not (target / "stages" / "simulator-0.json").exists()
+    assert all((target / name).exists() for name in arms.STARTED)
+    assert (target / "data" / "explore-0").exists() == explored
+    assert (target / "stages" / "explore-0.json").exists() == explored
+    for name in (*arms.WORLD, "stages/simulator-0.json"):
+        assert (target / name).exists() == simulated
+    assert not (target / "stages" / "reflector-0.json").exists()
     assert (tmp_path / "kept" / f"seed-0-{arm}.json").exists()
