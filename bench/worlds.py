@@ -1,11 +1,12 @@
 """What makes the learned world right about the grasp: one change of its training at a time.
 
-    python -m bench.worlds RUN... [--variants NAME...] [--work DIR] [--out FILE]
+    python -m bench.worlds RUN... [--variants NAME...] [--passes 1 2 4] [--work DIR] [--out FILE]
 
 Of each finished run the first round's simulator is trained anew with one change, and asked about
 the same 100 fresh real episodes of the imitated policy, which no training sees: is the thing
 carried off after the last closing of the gripper, as it was? The run's own simulator is the
-baseline. The run folders are only read; they may be of older versions.
+baseline. --passes: of sampling a frame. The run folders are only read; they may be of older
+versions.
 """
 
 import argparse
@@ -41,6 +42,12 @@ VARIANTS: dict[str, Callable[[SimulatorConfig], SimulatorConfig]] = {
     "data 5x, steps 4x": lambda part: replace(part, steps=4 * part.steps),
     "near successes": lambda part: part,  # half of the episodes pushed at the closing alone
     "window 2": lambda part: replace(part, window=2),
+    "window 2, equal time": lambda part: replace(part, window=2, steps=round(part.steps / 1.5)),
+    # A clip must be longer than the window for training to show what the cache then holds.
+    "window 4": lambda part: replace(part, window=4, frames=5),
+    "window 4, equal time": lambda part: replace(
+        part, window=4, frames=5, steps=round(part.steps / 2.5)
+    ),
     "window 2, history": lambda part: replace(part, window=2, history_gradient=True),
 }
 
@@ -118,11 +125,12 @@ def fresh(source: Path, work: Path, sources: list[Path]) -> list[Episode]:
         old.close()
 
 
-def measured(source: Path, work: Path, name: str, sources: list[Path]) -> dict:
-    """Figures of one variant's world; kept."""
+def measured(source: Path, work: Path, name: str, sources: list[Path], passes: int) -> dict:
+    """Figures of one variant's world, each frame of it sampled in so many passes; kept."""
     run = opened(source, work, name, sources)
-    path = run.dir / "stages" / "measured.json"
-    mark = fingerprint("worlds", run.config.simulator, EPISODES)
+    path = run.dir / "stages" / f"measured-{passes}.json"
+    config = replace(run.config, posttrain=replace(run.config.posttrain, sampling_steps=passes))
+    mark = fingerprint("worlds", config.simulator, passes, EPISODES)
     record = read_record(path)
     if record is not None and record["mark"] == mark:
         run.close()
@@ -140,11 +148,12 @@ def measured(source: Path, work: Path, name: str, sources: list[Path]) -> dict:
         # An older judge lacks the threshold that its verdicts on real frames need.
         calibrate_on_real(run, 0, judge, collect.load_round(run, 0)[1])
         episodes = fresh(source, work, sources)
-        real = from_first_step(chunk_sequences(episodes, run.config.env.chunk))
-        asked = World(run.config, run.embodiment, world, judge, real, 0)
+        real = from_first_step(chunk_sequences(episodes, config.env.chunk))
+        asked = World(config, run.embodiment, world, judge, real, 0)
         record = {
             "mark": mark,
-            "simulator": to_dict(run.config.simulator),
+            "simulator": to_dict(config.simulator),
+            "passes": passes,
             **trial.about_things(run, asked, episodes),
             "frames": asked.frames(8),
         }
@@ -168,6 +177,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="finished runs of different seeds")
     parser.add_argument("--only", type=Path, nargs="+", help="of those, the ones to work on")
     parser.add_argument("--variants", nargs="+", default=["as it is"], choices=VARIANTS)
+    parser.add_argument("--passes", type=int, nargs="+", default=[1], help="of sampling a frame")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "worlds")
     parser.add_argument("--out", type=Path, default=ROOT / "results/worlds/results.json")
     given = parser.parse_args()
@@ -175,8 +185,10 @@ def main() -> None:
     for source in given.only or given.runs:
         own = seeds[str(load(source / "config.json").seed)] = {}
         for name in given.variants:
-            own[name] = measured(source, given.work, name, given.runs)
-            print(source.name, name, told(own[name]), flush=True)
+            for passes in given.passes:
+                label = name if passes == 1 else f"{name}, {passes} passes"
+                own[label] = measured(source, given.work, name, given.runs, passes)
+                print(source.name, label, told(own[label]), flush=True)
     write_json(
         given.out,
         {
