@@ -125,6 +125,10 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
     assert placing["near"]["n"] == 3  # no failure had carried anything
     assert set(measured["closed_loop"]) == {"explored_with_noise", "explored", "posttrained"}
     assert measured["closed_loop"]["explored_with_noise"]["real"]["value"] == 0.5
+    assert [*measured["gain"]] == ["on its mean", "with noise"]
+    assert all([*worlds] == ["imagined", "real"] for worlds in measured["gain"].values())
+    gain = measured["gain"]["on its mean"]["real"]  # both really succeed from the same starts
+    assert (gain["value"], gain["n"]) == (0, 6)
     policies = measured["ranking"]["policies"]
     assert [*policies] == [
         "policy-sft", "policy-0", "policy-sft weakened 0.1", "policy-0 weakened 0.1"
@@ -140,9 +144,11 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
     assert "6 fresh episodes" in title
     assert body.count("data:image/png") == 2
     assert body in (run.dir / "report.html").read_text()
-    assert "imagined - real success, posttrained" in trial.told(measured)
+    told = trial.told(measured)
+    assert "imagined - real success, posttrained" in told
+    assert "gain of post-training, real, with noise: 0" in told
 
-    assert run.asked == [6] * 4
+    assert run.asked == [6] * 6
     with monkeypatch.context() as patch:
         patch.setattr(trial.World, "frames", lambda self: {})
         patch.setattr(trial.World, "succeeds", lambda self, policy, chosen, *noise: [True] * 6)
@@ -150,7 +156,7 @@ def test_a_trial_from_beginning_to_end(run, monkeypatch):
         patch.setattr(drawing, "draw", lambda *a: None)
         patch.setattr(trial, "write_report", lambda folder: None)
         again = trial.run_trial(run, replace(ASKED, round=0))
-    assert run.asked[4:] == [0] * 4  # no policy's episodes are repeated either
+    assert run.asked[6:] == [0] * 6  # no policy's episodes are repeated either
     assert [*again["ranking"]["policies"]] == [*policies]
 
 

@@ -82,6 +82,11 @@ def _numbers(measured: dict[str, Any]) -> str:
             (f"Gap, {name.replace('_', ' ')}", _share(gap["difference"]), "imagined minus real")
             for name, gap in gaps.items()
         ),
+        *(
+            (f"Gain, {where}", _share(figure), f"of post-training, acting {acting}")
+            for acting, worlds in measured.get("gain", {}).items()  # older records have none
+            for where, figure in worlds.items()
+        ),
     ]
     return tiles(entries)
 

@@ -23,6 +23,7 @@ from worldenv.report.statistics import (
     area_under_curve,
     bootstrap_mean,
     difference_of_rates,
+    paired_difference,
     pearson,
     spearman,
     wilson,
@@ -316,6 +317,12 @@ def gap(imagined: Sequence[bool], real: Sequence[bool]) -> dict:
     one, other = (wilson(sum(map(bool, x)), len(x)) for x in (imagined, real))
     difference = _figure(difference_of_rates(one, other), min(len(imagined), len(real)))
     return {"imagined": rate(imagined), "real": rate(real), "difference": difference}
+
+
+def gained(before: Sequence[bool], after: Sequence[bool]) -> Figure:
+    """What one policy succeeds in more often than another, from the same starts."""
+    pair = ([float(x) for x in each] for each in (before, after))
+    return _figure(paired_difference(*pair, range(len(before))), len(before))
 
 
 def ranking(gaps: Mapping[str, dict]) -> dict:

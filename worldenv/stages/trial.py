@@ -32,6 +32,7 @@ from worldenv.ranges import Episodes, FromZero
 from worldenv.report import measures as drawing
 from worldenv.report.page import write_report
 from worldenv.report.statistics import wilson
+from worldenv.rl.noise import Noise, exploration
 from worldenv.rl.policy import trainable
 from worldenv.runtime import device as devices
 from worldenv.runtime import parallel, progress
@@ -47,6 +48,7 @@ from worldenv.stages.scene import Things, World, fixed_camera
 
 FEWEST = 6  # values of which no half can all lie on one side of the middle by chance (95%)
 POLICIES = 8
+Outcomes = tuple[list[bool], list[bool]]  # by start, imagined and real
 WEAKER = (0.1, 0.14, 0.07, 0.18)  # noise in deviations of each tensor; 0.2 leaves nothing
 
 
@@ -121,10 +123,16 @@ def told(measured: dict) -> str:
         return f"{name}: {figure['value']} (95% {span}, n = {figure['n']})"
 
     event, gaps, order = (measured[k] for k in ("event", "closed_loop", "ranking"))
+    gains = {
+        f"{where}, {acting}": figure
+        for acting, worlds in measured["gain"].items()
+        for where, figure in worlds.items()
+    }
     return "\n".join(
         [
             *(line(f"{kind}, 1 chunk before, agree", event[kind].get("1", {})) for kind in event),
             *(line(f"imagined - real success, {k}", g["difference"]) for k, g in gaps.items()),
+            *(line(f"gain of post-training, {how}", figure) for how, figure in gains.items()),
             *(line(f"ranking, {k}", order[k]) for k in ("pearson", "spearman") if k in order),
         ]
     )
@@ -301,9 +309,9 @@ def about_things(run: Run, world: World, episodes: list[Episode]) -> dict:
 def _policies(
     run: Run, world: World, explorer: Policy, episodes: list[Episode], asked: Trial
 ) -> dict:
-    """Closed loop and ranking: success of policies in both worlds, from the same first frames."""
-    config = run.config
-    noise = collect.exploration_noise(config, explorer)
+    """Closed loop and ranking: success of policies in both worlds, from the same first frames; and
+    what the post-trained one gains in each."""
+    noise = collect.exploration_noise(run.config, explorer)
     noisy = world.succeeds(explorer.to(run.device), range(len(episodes)), noise)
     counted: dict[int, int] = {}
     chosen = []
@@ -312,28 +320,50 @@ def _policies(
         if counted[e.task] <= asked.policy_starts:
             chosen.append(k)
     starts = [Start(episodes[k].task, None, episodes[k].seed) for k in chosen]
-    gaps = {}
+
+    def both(name: str, policy: Policy, noise: Noise | None = None) -> Outcomes:
+        imagined = world.succeeds(policy.to(run.device), chosen, noise)
+        return imagined, _really(run, policy, starts, name, noise)
+
     policies, same = ranked(run, asked.policies, world.number)
-    for name, policy in policies.items():
-        imagined = world.succeeds(policy.to(run.device), chosen)
-        digest = store.digest(policy)
-        path = run.path("measures", "policies", f"{digest[:16]}.json")
-        mark = fingerprint("trial", digest, config.seed, collect.world(config))
-        done = resumed(run, policy.to(run.acting), starts, name, path, mark)
-        asked_for = {(s.task, s.seed) for s in starts}
-        real = [e["success"] for e in done if (e["task"], e["seed"]) in asked_for]
-        gaps[name] = measures.gap(imagined, real)
-    gaps_of = {**gaps, **{name: gaps[twin] for name, twin in same.items()}}
-    before, after = policy_before(world.number), f"policy-{world.number}"
+    outcomes = {name: both(name, policy) for name, policy in policies.items()}
+    gaps = {name: measures.gap(*pair) for name, pair in outcomes.items()}
     closed = {"explored_with_noise": measures.gap(noisy, [e.success for e in episodes])}
-    closed |= {
-        k: gaps_of[n] for k, n in (("explored", before), ("posttrained", after)) if n in gaps_of
-    }
+    names = {"explored": policy_before(world.number), "posttrained": f"policy-{world.number}"}
+    own = {k: same.get(name, name) for k, name in names.items()}
+    closed |= {k: gaps[name] for k, name in own.items() if name in gaps}
+    gains = {}
+    if all(name in policies for name in own.values()):
+        how = exploration(
+            explorer.distribution, run.config.posttrain, run.embodiment.actions("translate")
+        )
+        pushed = [both(f"{n}, with noise", policies[n], how) for n in own.values()]
+        for acting, pair in (
+            ("on its mean", [outcomes[name] for name in own.values()]),
+            ("with noise", pushed),
+        ):
+            worlds = zip(("imagined", "real"), zip(*pair, strict=True), strict=True)
+            gains[acting] = {where: measures.gained(*won) for where, won in worlds}
     enough = len(gaps) >= 4
     return {
         "closed_loop": closed,
+        "gain": gains,
         "ranking": {**(measures.ranking(gaps) if enough else {}), "policies": gaps, "same": same},
     }
+
+
+def _really(
+    run: Run, policy: Policy, starts: list[Start], name: str, noise: Noise | None
+) -> list[bool]:
+    """Real success by start; kept, by the policy's numbers and the noise."""
+    digest = store.digest(policy)
+    acting = () if noise is None else (noise,)
+    mark = fingerprint("trial", digest, run.config.seed, collect.world(run.config), *acting)
+    kept = f"{digest[:16]}{'-noise' if acting else ''}.json"
+    path = run.path("measures", "policies", kept)
+    done = resumed(run, policy.to(run.acting), starts, name, path, mark, noise=noise)
+    won = {(e["task"], e["seed"]): e["success"] for e in done}
+    return [won[s.task, s.seed] for s in starts]
 
 
 def _shown(world: World) -> list[tuple[str, Tensor, Tensor]]:
