@@ -315,7 +315,7 @@ class EvaluateConfig:
 
     starts: StartRange = (20, 50)
     """Half-open range of the benchmark's numbered starts; LIBERO's 0-19 are for tuning."""
-    fixture_seeds: FixtureSeeds = (1000, 2000, 3000, 4000, 5000, 6000)
+    fixture_seeds: FixtureSeeds = (1000, 2000, 3000)
     """Seeds of the fixture placement; every start runs once with each."""
     sampled: bool = False
     """Evaluate both policies a second time, acting with the noise of post-training."""
