@@ -77,25 +77,35 @@ def _distill(folder: Path) -> str:
 
 
 def _measures(folder: Path) -> str:
-    """A sentence for each world that `worldenv-eval --simulator` measured."""
-    said = []
-    for path in sorted(folder.glob("*.json")):
-        found = read(path)
-        parts = [
-            f"{what} called rightly one chunk before in {rate(found['event'][what]['1'])}"
-            for what in ("grasp", "placing")
-            if what in found["event"]
-        ]
-        gap = found["closed_loop"]["explored_with_noise"]["difference"]
-        value, low, high = (points(gap[key], 0) for key in ("value", "low", "high"))
-        parts.append(f"imagined minus real success {value} points ({low} to {high})")
-        if "ranking" in found:
-            r = found["ranking"]["pearson"]
-            parts.append(
-                f"Pearson of {r['n']} policies {r['value']:.2f} ({r['low']:.2f} to {r['high']:.2f})"
-            )
-        said.append(f"World `{path.stem}` on {found['episodes']['n']} episodes: {listed(parts)}.")
-    return " ".join(said)
+    """A sentence about the worlds that `worldenv-eval --simulator` measured, one of each seed."""
+    worlds = [read(path) for path in sorted(folder.glob("seed-*.json"))]
+
+    def each(figure: Callable[[dict], dict], say: Callable[[float], str]) -> str:
+        return listed([say(figure(world)["value"]) for world in worlds])
+
+    def called(what: str) -> str:
+        return each(lambda world: world["event"][what]["1"], "{:.0%}".format)
+
+    def apart(who: str) -> str:
+        return each(lambda world: world["closed_loop"][who]["difference"], whole)
+
+    def gained(where: str) -> str:
+        return each(lambda world: world["gain"]["on its mean"][where], whole)
+
+    def whole(share: float) -> str:
+        return points(share, 0)
+
+    order = each(lambda world: world["ranking"]["pearson"], "{:.2f}".format)
+    seeds = listed([world["seed"] for world in worlds])
+    return (
+        f"The default's world in seeds {seeds}, {worlds[0]['episodes']['n']} fresh episodes each: "
+        f"one chunk before, the grasp is called rightly in {called('grasp')} and the placing in "
+        f"{called('placing')}; imagined minus real success of the policy that explored is "
+        f"{apart('explored_with_noise')} points, of the post-trained one {apart('posttrained')}; "
+        f"of the {gained('imagined')} points that post-training gains in imagination "
+        f"{gained('real')} are real; Pearson of {worlds[0]['ranking']['pearson']['n']} policies "
+        f"{order}."
+    )
 
 
 DRAWN: dict[str, Callable[[Path], str]] = {
