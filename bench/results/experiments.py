@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.results.defaults import NOT_YET
-from bench.results.runs import gain, listed, points, processor, prose, rate, read, table
+from bench.results.runs import gain, listed, points, processor, prose, read, table
 from worldenv.report.statistics import difference_of_rates, wilson
 
 
