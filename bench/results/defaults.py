@@ -21,7 +21,7 @@ from bench.results.runs import (
     table,
     trained,
 )
-from worldenv.report.statistics import wilson
+from worldenv.report.statistics import Interval, wilson
 
 NOT_YET = "Not yet run."
 _WORK = {  # what stages, by the beginning of their names, are called below the table of times
@@ -249,9 +249,10 @@ def lost(results: Path) -> str:
 
 
 def suite(results: Path, folder: str = "libero_spatial") -> str:
-    """The ten tasks of a suite: a row for each, all seeds pooled; one table for each arm."""
-    parts = []
-    for name, runs in groups(trained(results, folder)).items():
+    """The tasks of a suite: a row for each, all seeds pooled; then a row for each arm, beside the
+    runs of the same seeds as they are."""
+    found, parts = trained(results, folder), []
+    for name, runs in groups(run for run in found if not run.variant).items():
         tasks = {t["id"]: t["instruction"] for run in runs for t in run.results["tasks"]}
         rows = [
             _suite_row(
@@ -265,7 +266,37 @@ def suite(results: Path, folder: str = "libero_spatial") -> str:
             rows.append(_suite_row("all, acting with the noise of post-training", noisy))
         parts += [f"`results/{name}`, {seeds(runs)}:", _spent_in_words(runs), table(head, rows)]
         parts.append(_suite_verdict(runs, noisy, tasks))
+    if arms := [run for run in found if run.variant]:
+        of = {run.seed for run in arms}
+        whole = [run for run in found if not run.variant and run.seed in of]
+        parts.append(_arms([*whole, *arms]))
     return "\n\n".join(parts) or NOT_YET
+
+
+def _arms(runs: Sequence[Trained]) -> str:
+    """The ablation, and post-training in the benchmark itself: `bench.arms`."""
+    rows = []
+    for run in runs:
+        below = [
+            str(task["id"])
+            for task in run.results["tasks"]
+            if run.of_task(task["id"]).difference.high < 0
+        ]
+        quiet = run.results.get("no_oracle")
+        change = quiet and quiet["paired_difference"]
+        rows.append(
+            (
+                run.variant or "full",
+                run.seed,
+                run.verdict,
+                f"{run.successes(0)} → {run.successes(1)} of {len(run.pairs)}",
+                gain(run.difference),
+                gain(Interval(*(change[k] for k in ("mean", "low", "high")))) if change else "-",
+                listed(below) or "none",
+            )
+        )
+    head = ("arm", "seed", "the gate", "successes", "difference")
+    return table((*head, "without the benchmark's word", "tasks below imitation"), rows)
 
 
 def _has(run: Trained, task: int) -> bool:

@@ -85,6 +85,13 @@ class Trained:
         return [row["what"] for g in self._gates for row in g["measures"] if not row["passed"]]
 
     @property
+    def verdict(self) -> str:
+        """The gate's, in words; in the benchmark itself there is nothing to judge."""
+        if not self._gates:
+            return "no world"
+        return f"refuses: {listed(self.refused)}" if self.refused else "passes"
+
+    @property
     def trained_in(self) -> list[int]:
         """The tasks that a round was post-trained in; nothing if in all of them."""
         return sorted({task for gate in self._gates for task in gate.get("tasks", ())})

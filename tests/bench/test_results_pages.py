@@ -166,6 +166,31 @@ def test_ten_tasks_have_a_row_each_over_all_seeds(tmp_path):
     assert "Significantly below imitation: 0 to 9." in one
 
 
+def test_arms_of_ten_tasks_have_a_row_each_beside_the_same_seed(tmp_path):
+    for seed in (0, 1):
+        add(tmp_path, f"libero_spatial/seed-{seed}.json", seed, "wlll", "wwll", tasks=2)
+    for name, after in (("neither", "llll"), ("real", "wlll")):
+        path = add(tmp_path, f"libero_spatial/seed-0-{name}.json", 0, "wwww", after, tasks=2)
+        run = json.loads(path.read_text())
+        if name == "neither":
+            hand = {"what": "end-effector error", "passed": False}
+            run["stages"]["posttrain-0"]["gate"] = {"verdict": "forced", "measures": [hand]}
+            lost = {"mean": -0.25, "low": -0.4, "high": -0.1}
+            run["no_oracle"] = {"paired_difference": lost}
+        else:
+            run["stages"]["posttrain-0"].pop("gate", None)
+            run["no_oracle"] = None
+        path.write_text(json.dumps(run))
+    tasks, arms = defaults.suite(tmp_path).split("| arm |")
+    assert "| all | 4 of 16 | 8 of 16 |" in tasks, "the arms are none of its seeds"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in arms.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["full", "0"], ["neither", "0"], ["real", "0"]]
+    assert rows[1][2:4] == ["refuses: end-effector error", "8 → 0 of 8"]
+    assert rows[1][5:] == ["-25.0 points (-40.0 to -10.0)", "0 and 1"]
+    assert rows[2][2] == "no world"
+    assert rows[2][5] == "-"
+
+
 def test_an_experiment_is_shown_in_its_own_words(tmp_path):
     for name, text in (
         ("gate", "# The gate\n\nIn short: four of\nfour refused.\n\nMore"),
