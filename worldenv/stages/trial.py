@@ -12,6 +12,7 @@ What was collected is kept: the same command goes on, or measures again.
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -321,9 +322,9 @@ def _policies(
             chosen.append(k)
     starts = [Start(episodes[k].task, None, episodes[k].seed) for k in chosen]
 
-    def both(name: str, policy: Policy, noise: Noise | None = None) -> Outcomes:
-        imagined = world.succeeds(policy.to(run.device), chosen, noise)
-        return imagined, _really(run, policy, starts, name, noise)
+    def both(name: str, policy: Policy, how: Noise | None = None) -> Outcomes:
+        imagined = world.succeeds(policy.to(run.device), chosen, how)
+        return imagined, _really(run, policy, starts, name, how)
 
     policies, same = ranked(run, asked.policies, world.number)
     outcomes = {name: both(name, policy) for name, policy in policies.items()}
@@ -334,22 +335,26 @@ def _policies(
     closed |= {k: gaps[name] for k, name in own.items() if name in gaps}
     gains = {}
     if all(name in policies for name in own.values()):
-        how = exploration(
-            explorer.distribution, run.config.posttrain, run.embodiment.actions("translate")
-        )
-        pushed = [both(f"{n}, with noise", policies[n], how) for n in own.values()]
-        for acting, pair in (
-            ("on its mean", [outcomes[name] for name in own.values()]),
-            ("with noise", pushed),
-        ):
-            worlds = zip(("imagined", "real"), zip(*pair, strict=True), strict=True)
-            gains[acting] = {where: measures.gained(*won) for where, won in worlds}
+        moves = run.embodiment.actions("translate")
+        how = exploration(explorer.distribution, run.config.posttrain, moves)
+        gains = {
+            "on its mean": _gained([outcomes[name] for name in own.values()]),
+            "with noise": _gained(
+                [both(f"{name}, with noise", policies[name], how) for name in own.values()]
+            ),
+        }
     enough = len(gaps) >= 4
     return {
         "closed_loop": closed,
         "gain": gains,
         "ranking": {**(measures.ranking(gaps) if enough else {}), "policies": gaps, "same": same},
     }
+
+
+def _gained(pair: Sequence[Outcomes]) -> dict:
+    """What the second of two policies gains on the first, in both worlds."""
+    imagined, real = zip(*pair, strict=True)
+    return {"imagined": measures.gained(*imagined), "real": measures.gained(*real)}
 
 
 def _really(
