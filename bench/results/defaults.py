@@ -282,8 +282,10 @@ def _arms(runs: Sequence[Trained]) -> str:
             for task in run.results["tasks"]
             if run.of_task(task["id"]).difference.high < 0
         ]
-        quiet = run.results.get("no_oracle")
-        change = quiet and quiet["paired_difference"]
+        quiet = "-"
+        if said := run.results.get("no_oracle"):
+            change = Interval(*(said["paired_difference"][k] for k in ("mean", "low", "high")))
+            quiet = f"{run.without_oracle(0)} → {run.without_oracle(1)}, {gain(change)}"
         rows.append(
             (
                 run.variant or "full",
@@ -291,7 +293,7 @@ def _arms(runs: Sequence[Trained]) -> str:
                 run.verdict,
                 f"{run.successes(0)} → {run.successes(1)} of {len(run.pairs)}",
                 gain(run.difference),
-                gain(Interval(*(change[k] for k in ("mean", "low", "high")))) if change else "-",
+                quiet,
                 listed(below) or "none",
             )
         )

@@ -186,7 +186,7 @@ def test_arms_of_ten_tasks_have_a_row_each_beside_the_same_seed(tmp_path):
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in arms.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["full", "0"], ["neither", "0"], ["real", "0"]]
     assert rows[1][2:4] == ["refuses: end-effector error", "8 → 0 of 8"]
-    assert rows[1][5:] == ["-25.0 points (-40.0 to -10.0)", "0 and 1"]
+    assert rows[1][5:] == ["0 → 0, -25.0 points (-40.0 to -10.0)", "0 and 1"]
     assert rows[2][2] == "no world"
     assert rows[2][5] == "-"
 
