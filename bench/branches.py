@@ -74,10 +74,6 @@ class Looked:
     left: Tensor  # [N]
     won: Tensor  # [N] of their episodes
 
-    def value(self, of: Value) -> Tensor:
-        """Logits `[N]`."""
-        return of(self.features, self.left)
-
 
 @torch.no_grad()
 def looked_at(policy: Policy, sequences: Sequence[FrameSequence], chunks: int) -> Looked:
@@ -135,7 +131,7 @@ class World:
         for name, sequences in (("real", unseen), ("imagined", again[1])):
             seen = looked_at(self.imitated, sequences, self.chunks)
             with torch.no_grad():
-                said = seen.value(self.value)
+                said = self.value(seen.features, seen.left)
             self.auc[name] = measures.auc(said.tolist(), [bool(w) for w in seen.won])
         shown = chunk_sequences(demonstrations, self.chunk)
         sequences = chunk_sequences(explored, self.chunk)
@@ -194,19 +190,15 @@ class World:
         pieces = [partial(piece, *pair) for pair in zip(self.envs, shares, strict=False)]
         found = join(parallel.shared(pieces))
         elapsed = torch.tensor([bank[s.index].elapsed for s in starts]) + found.length
-        open_ = [
-            m
-            for m in range(len(starts))
-            if not found.terminated[m] and elapsed[m] < self.chunks and m in ends
-        ]
+        unfinished = (~found.terminated & (elapsed < self.chunks)).nonzero()[:, 0].tolist()
         worth = found.terminated.float()
-        if open_:
-            words = [found.instruction[m] for m in open_]
-            image, proprio = (torch.stack([ends[m][k] for m in open_]) for k in (0, 1))
+        if unfinished:
+            words = [found.instruction[m] for m in unfinished]
+            image, proprio = (torch.stack([ends[m][k] for m in unfinished]) for k in (0, 1))
             view = {"image": image, "proprio": proprio, "instruction": words}
-            left = 1 - elapsed[open_].float() / self.chunks
+            left = 1 - elapsed[unfinished].float() / self.chunks
             logits = self.value(self.imitated.both(view)[2].float(), left)
-            worth[open_] = torch.sigmoid(logits)
+            worth[unfinished] = torch.sigmoid(logits)
         return replace(found, final_reward=worth)
 
 
