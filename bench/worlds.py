@@ -38,6 +38,7 @@ PUSH = 3.0  # of a near success, in pushes
 VARIANTS: dict[str, Callable[[SimulatorConfig], SimulatorConfig]] = {
     "as it is": lambda part: part,
     "steps 4x": lambda part: replace(part, steps=4 * part.steps),
+    "steps 16x": lambda part: replace(part, steps=16 * part.steps),
     "data 5x": lambda part: part,  # the episodes of all runs
     "data 5x, steps 4x": lambda part: replace(part, steps=4 * part.steps),
     "near successes": lambda part: part,  # half of the episodes pushed at the closing alone

@@ -1,7 +1,9 @@
 """The model of a step on several ranks, by arithmetic; and what it is given."""
 
 import json
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,16 +142,22 @@ def test_messages_count_from_where_they_no_longer_end():
 
 
 def ranked(folder: Path) -> dict:
-    """An arm of a tiny kind of work."""
+    """An arm of tiny kinds of work that last, beside what a sum or a gather of nothing takes."""
     weight = torch.nn.Parameter(torch.ones(8))
-    losses = [lambda k=k: (weight.square().mean() * k, None) for k in range(4)]
+
+    def last(seconds: float, k: int = 0) -> tuple[torch.Tensor, None]:
+        time.sleep(seconds)
+        return weight.square().mean() * k, None
+
+    losses = [partial(last, 0.02, k) for k in range(4)]
 
     def step() -> list[torch.Tensor]:
         parallel.gradients([weight], losses)
         return [weight.grad]
 
     small = replace(Config(), posttrain=replace(Config().posttrain, rows=4))
-    works = {"tiny": steady.Work(step, losses[0]), "told": measure.rollout(lambda: None, small)}
+    told = measure.rollout(partial(last, 0.002), small)
+    works = {"tiny": steady.Work(step, losses[0]), "told": told}
     found = measure.arm(works, 1, 0.0)
     return {"found": json.dumps(found)}
 
