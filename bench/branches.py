@@ -32,8 +32,6 @@ from worldenv.envs.start import Start
 from worldenv.fields import fingerprint
 from worldenv.models.policy import Policy
 from worldenv.report.statistics import paired_difference
-from worldenv.rl.noise import exploration
-from worldenv.rl.policy import parameter_groups
 from worldenv.rl.rollout import Trajectories, join, rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime import parallel
@@ -41,7 +39,7 @@ from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import measures, store
 from worldenv.stages.collect import load_round
 from worldenv.stages.evaluate import resumed
-from worldenv.stages.posttrain import choose_contexts
+from worldenv.stages.posttrain import choose_contexts, new_learner
 from worldenv.stages.replay import replay
 from worldenv.stages.run import Run, read_record, world_of, write_json, write_record
 
@@ -220,10 +218,7 @@ def trained(source: Path, work: Path, length: int, world: World | None) -> tuple
         world = World(whole)
         whole.close()
     policy = store.load("policy", source / "checkpoints" / "policy-sft.safetensors")
-    groups = parameter_groups(policy, rl.lr, rl.head_lr)
-    optimizer = torch.optim.AdamW(groups, rl.lr, betas=(0.9, 0.95), weight_decay=0)
-    noise = exploration(policy.distribution, rl, run.embodiment.actions("translate"))
-    learner = Learner(policy, optimizer, rl, noise)
+    learner = new_learner(run, policy, 0)
     logged = []
     for step in range(ITERATIONS):
         episodes = world.branches(learner, length, step)

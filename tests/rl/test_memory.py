@@ -266,7 +266,7 @@ def test_imitation_writes_no_frozen_tensor_and_has_two_rates(tmp_path, monkeypat
 def test_the_critic_is_a_head_on_the_policys_features(tmp_path):
     run = Run(replace(preset("smoke"), run_dir=tmp_path, device="cpu"))
     policy = store.build("policy", run.config)
-    agent = posttrain._learner(run, policy, 0)
+    agent = posttrain.new_learner(run, policy, 0)
     run.close()
     assert agent.features
     assert agent.reference is None

@@ -39,7 +39,7 @@ def run(tmp_path):
 
 def learner(run: Run):
     policy = store.load("policy", run.path("checkpoints", "policy-sft.safetensors"))
-    return posttrain._learner(run, policy, 0)
+    return posttrain.new_learner(run, policy, 0)
 
 
 def test_groups_begin_where_exploration_would_and_tasks_take_turns(run, monkeypatch):

@@ -145,7 +145,7 @@ def test_an_iteration_of_post_training(config):
     run = Run(config)
     rl, robot = config.posttrain, run.embodiment
     policy = store.build("policy", config)
-    learner = posttrain._learner(run, policy, 0)
+    learner = posttrain.new_learner(run, policy, 0)
     world, judge = store.build("simulator", config), store.build("reflector", config)
     judge.threshold.fill_(1.0)
     rows = rl.rows

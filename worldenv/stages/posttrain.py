@@ -48,7 +48,7 @@ def run(run: Run, mark: str, number: int) -> dict:
     start = checkpoints / f"{starting_policy(rl, number)}.safetensors"
     policy: Policy = store.load("policy", start, run.device)
     policy = sharding.shard(policy, "policy" in config.fsdp)
-    learner = _learner(run, policy, number)
+    learner = new_learner(run, policy, number)
     envs, firsts, middles = make_world(run, number) if config.learned else ([], [], [])
     iterations = rl.refresh_iterations if number else rl.iterations
     name = f"posttrain-{number}"
@@ -196,7 +196,9 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     return envs, list(range(split)), list(range(split, split + len(middles)))
 
 
-def _learner(run: Run, policy: Policy, number: int) -> Learner:
+def new_learner(run: Run, policy: Policy, number: int) -> Learner:
+    """Of a round that begins with `policy`: its optimiser, its noise, a critic if advantages need
+    one, and the imitated policy if it is held near that."""
     config, rl = run.config, run.config.posttrain
     groups = parameter_groups(policy, rl.lr, rl.head_lr)
     optimizer = torch.optim.AdamW(groups, rl.lr, betas=(0.9, 0.95), weight_decay=0)
