@@ -42,7 +42,6 @@ VARIANTS: dict[str, Callable[[SimulatorConfig], SimulatorConfig]] = {
     "data 5x": lambda part: part,  # the episodes of all runs
     "data 5x, steps 4x": lambda part: replace(part, steps=4 * part.steps),
     "near successes": lambda part: part,  # half of the episodes pushed at the closing alone
-    "views in turn": lambda part: replace(part, views_in_turn=True),
     "window 2": lambda part: replace(part, window=2),
     "window 2, equal time": lambda part: replace(part, window=2, steps=round(part.steps / 1.5)),
     # A clip must be longer than the window for training to show what the cache then holds.

@@ -123,8 +123,6 @@ class SimulatorConfig(PublishedSimulator):
     further columns of the tokens (results/action-map says what that brings)."""
     ray_maps: bool = False
     """Beside the action map, how the cameras move: origin and direction of every pixel's ray."""
-    views_in_turn: bool = False
-    """Draw one camera's picture after another, each given those before it, not all at once."""
     steps: Count = 1000
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300

@@ -26,7 +26,6 @@ class Conditioning:
     action: Tensor  # [B, F, E'] embedded
     proprio: Tensor  # [B, F, P] predicted proprio of the frame itself
     columns: Tensor | None = None  # [B, F, S, M] beside the frame's latents: maps, features
-    known: Tensor | None = None  # bool, to [B, F, S, Z]: what of the noisy frame is not noisy
 
 
 class Network(nn.Module):
@@ -174,8 +173,6 @@ class Denoiser(Network):
         s, clean = sigma[..., None, None], self.config.prediction == "sample"
         # Pure noise says nothing about the clean frame; unscaled it shows as grain.
         seen = (1 - s) * noisy if clean else noisy
-        if condition.known is not None:
-            seen = torch.where(condition.known, noisy, seen)
         reference = reference[:, None].expand_as(last)
         x = self.patch_in(torch.cat([seen, last, reference], -1)) + self.position
         if condition.columns is not None:

@@ -107,18 +107,8 @@ class World(Network):
         sigma = self.sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
-        known = None
-        if self.config.views_in_turn:
-            turn = torch.randint(self.views, target.shape[:2], generator=generator)
-            known = self.known(turn.to(clean.device))
-            shown = 0.1 * torch.rand(s.shape, generator=generator).to(clean.device)
-            z = torch.where(known, target + shown * self._noise(target, generator), z)
-        frames, states, predicted = self._targets(
-            z, sigma, history, reference, q, action, before, known
-        )
+        frames, states, predicted = self._targets(z, sigma, history, reference, q, action, before)
         error = frames - target
-        if known is not None:
-            error = error.masked_fill(known, 0.0)
         if self.tokenizer.bounded:
             moved = moving(target, clean[:, :-1])
             weight = moved / s.clamp_min(0.25).square()
@@ -158,11 +148,9 @@ class World(Network):
         proprio: Tensor,
         action: Tensor,
         before: tuple[Tensor, Tensor],  # proprio [B, P] and action [B, C, A] before all of them
-        known: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
         given = self.given(history, reference, proprio, action, before)
-        given.condition.known = known
         return *self.denoised(noisy, sigma, given), given.condition.proprio
 
     def given(
@@ -221,11 +209,6 @@ class World(Network):
         rotary = self.rotary(position)
         self.denoise(frames, before, reference, zeros, condition, rotary, attends)
         return stored
-
-    def known(self, turn: Tensor) -> Tensor:
-        """Which tokens are of views drawn before view `turn`: `[...]` to bool `[..., S, 1]`."""
-        of = torch.arange(self.tokens, device=turn.device) // (self.tokens // self.views)
-        return (of < turn[..., None])[..., None]
 
     def sample_sigma(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Logit-normal noise levels, a fraction of them pure noise (for one-step sampling)."""
@@ -364,19 +347,12 @@ class World(Network):
         rotary = self.rotary(position[:, None])
         layers = range(len(self.blocks))
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
-        noise = counter_normal(seeds, count, last.shape[2:])[:, None]
-        frame = noise
-        for turn in range(self.views if self.config.views_in_turn else 1):
-            known = self.known(count.new_full((len(noise), 1), turn))
-            condition.known = known if turn else None
-            drawn, z = frame, torch.where(known, frame, noise)
-            for now, after in itertools.pairwise(self.sigmas(steps)):
-                level = z.new_full(z.shape[:2], now)
-                frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
-                frame = torch.where(known, drawn, frame)
-                z = frame + (after / now) * (z - frame)
-            frame = self.tokenizer.clip(frame)
-        condition.known = None
+        z = counter_normal(seeds, count, last.shape[2:])[:, None]
+        for now, after in itertools.pairwise(self.sigmas(steps)):
+            level = z.new_full(z.shape[:2], now)
+            frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
+            z = frame + (after / now) * (z - frame)
+        frame = self.tokenizer.clip(frame)
         if cache is not None:
             attends = [_over_cache(cache, i, remember=True) for i in layers]
             clean = torch.zeros_like(level)
