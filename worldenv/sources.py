@@ -61,8 +61,6 @@ class CollectConfig:
     """Without a push: multiple of the policy's Laplace scale."""
     temperature: Factor = 1.0
     """Of tokens: what their logits are divided by."""
-    quiet: Fraction = 0.0
-    """Fraction of policy episodes without noise, as the policy will act."""
     fresh: Fraction = 1.0
     """Fraction of policy episodes from freshly sampled placements; the others use starts 0-19. With
     half from those twenty starts the policy improved less on others."""

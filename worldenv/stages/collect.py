@@ -172,29 +172,18 @@ def _roll_out(
             won += record.success
             bar.advance(successes=won)
 
-        noise = exploration_noise(config, policy)
-        kinds = [(noise, [s for s in starts if not quiet(config, s)])]
-        kinds.append((None, [s for s in starts if quiet(config, s)]))
-        for how, chosen in kinds:
-            if not chosen:
-                continue
-            reality.roll_out(
-                policy.eval(),
-                chosen,
-                lambda env, chosen=chosen: EpisodeRecorder(config, chosen, keep, hold),
-                seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in chosen],
-                noise=how,
-                terminate="never",
-                record_every=config.collect.record_every,
-            )
+        reality.roll_out(
+            policy.eval(),
+            starts,
+            lambda env: EpisodeRecorder(config, starts, keep, hold),
+            seeds=[derive(config.seed, "explore", number, s.task, s.seed) for s in starts],
+            noise=exploration_noise(config, policy),
+            terminate="never",
+            record_every=config.collect.record_every,
+        )
         written = ranks.gather(writer.files)
         if ranks.lead():  # which merges them all, now that no rank adds any more
             writer.open(*itertools.chain(*written))
-
-
-def quiet(config: Config, start: Start) -> bool:
-    """Whether the policy explores from there without noise."""
-    return derive(config.seed, "quiet", start.task, start.seed) % 1000 < 1000 * config.collect.quiet
 
 
 def exploration_noise(config: Config, policy: Policy) -> Noise:
@@ -207,7 +196,7 @@ def recording(config: Config) -> tuple:
     """How a policy's episodes are made: its noise, which frames are kept, when they end."""
     part = config.collect
     noise = (part.push, 0 if part.push else part.scale, part.temperature)
-    return (*noise, part.quiet, part.record_every, part.hold_chunks)
+    return (*noise, part.record_every, part.hold_chunks)
 
 
 def _counts(folder: Path, mark: str) -> dict:
