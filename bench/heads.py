@@ -64,7 +64,7 @@ class Listening:
         simulator.norm.register_forward_hook(self._hear)
 
     def _hear(self, module: nn.Module, given: tuple, made: Tensor) -> None:
-        self.local.tokens = made
+        vars(self.local).setdefault("passes", []).append(made)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.simulator, name)
@@ -74,9 +74,11 @@ class Listening:
         return self
 
     def step(self, state: Any, action: Tensor, steps: int, active: np.ndarray) -> tuple:
-        """As the simulator's; the tokens `[B, S, E]` are kept."""
+        """As the simulator's; the tokens `[B, S, E]` of the last pass that drew are kept. With a
+        window one more follows, which fills the cache."""
+        self.local.passes = []
         made = self.simulator.step(state, action, steps, active)
-        self.seen.append(self.local.tokens[:, 0].half())
+        self.seen.append(self.local.passes[steps - 1][:, 0].half())
         return made
 
 

@@ -21,10 +21,10 @@ def real() -> list[FrameSequence]:
     return chunk_sequences([made_up(chunks=n, seed=n) for n in LENGTHS], ROBOT.chunk)
 
 
-@pytest.fixture(scope="module")
-def simulator() -> Simulator:
+@pytest.fixture(scope="module", params=[0, 2], ids=["no window", "window"])
+def simulator(request) -> Simulator:
     torch.manual_seed(0)
-    network = Simulator(SimulatorConfig(width=48, layers=1, heads=2), ROBOT)
+    network = Simulator(SimulatorConfig(width=48, layers=1, heads=2, window=request.param), ROBOT)
     with torch.no_grad():
         for weights in network.parameters():
             weights += 0.1 * torch.randn_like(weights)
