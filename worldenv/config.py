@@ -202,6 +202,10 @@ class PosttrainConfig:
     """Where episodes are rolled out: in the learned world, or in the benchmark itself, by whose
     success they are rewarded (what the learned one is compared with: nothing is explored then and
     no world or judge is trained; evaluation is by the benchmark's word alone)."""
+    worlds: Annotated[int, Range(1, 3)] = 1
+    """Worlds (a simulator and its judge) that a round learns from the same episodes, each with the
+    luck of its own first weights and batches; each imagines a like share of the groups. What one
+    of them wrongly rewards another does not (results/worlds-together)."""
     rounds: Annotated[int, Range(1, 1000)] = 1
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""
@@ -387,6 +391,10 @@ class Config:
         passes = {rl.sampling_steps, rl.refresh_sampling_steps}
         yield from self.distill.fits(self.simulator.kind, passes)
         yield from self.gate.fits(first, collect.held_out)
+        once = rl.worlds == 1 or not (self.distill.on or self.distill.clip_steps)
+        yield once, "posttrain.worlds", "1 where the simulator is distilled or converted"
+        taught = rl.worlds == 1 or self.simulator.kind != "wovr"
+        yield taught, "posttrain.worlds", "1 of a simulator that is taken as it is"
 
     def _sharded(self) -> Iterator[tuple[bool, str]]:
         """Which models can be."""

@@ -8,6 +8,7 @@ resumed. A stage run alone works on what stages before it made with the same con
 refused otherwise.
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -46,6 +47,7 @@ ROUND = (
     simulator.STAGE,
     distill.STAGE,
     reflector.STAGE,
+    *itertools.chain(*zip(simulator.MORE, reflector.MORE, strict=True)),
     fidelity.STAGE,
     posttrain.STAGE,
 )
