@@ -205,7 +205,7 @@ class PosttrainConfig:
     worlds: Annotated[int, Range(1, 3)] = 1
     """Worlds (a simulator and its judge) that a round learns from the same episodes, each with the
     luck of its own first weights and batches; each imagines a like share of the groups. What one
-    of them wrongly rewards another does not (results/worlds-together)."""
+    of them wrongly rewards another does not (results/lab-notes.md)."""
     rounds: Annotated[int, Range(1, 1000)] = 1
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""

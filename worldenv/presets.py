@@ -47,6 +47,7 @@ def _smoke() -> Config:
         ),
         reflector=ReflectorConfig(steps=5, refresh_steps=3, batch=12),
         posttrain=PosttrainConfig(
+            worlds=2,
             rounds=2,
             iterations=2,
             refresh_iterations=1,

@@ -134,8 +134,10 @@ def rollout_shards(
     noise: Noise | Literal["own"] | None = "own",
     images: bool = True,
     features: bool = False,
+    together: int = 1,
 ) -> Trajectories:
-    """`rollout` in several environments at once, each with a consecutive share of the episodes."""
+    """`rollout` in several environments at once, each with a consecutive share of the episodes;
+    every `together` of them in the same one."""
 
     def piece(env: VectorEnv, share: slice) -> Trajectories:
         return rollout(
@@ -148,7 +150,10 @@ def rollout_shards(
             features=features,
         )
 
-    shares = parallel.shares(len(starts), len(envs))
+    shares = [
+        slice(together * part.start, together * part.stop)
+        for part in parallel.shares(len(starts) // together, len(envs))
+    ]
     pieces = [partial(piece, *pair) for pair in zip(envs, shares, strict=False)]
     return join(parallel.shared(pieces))
 

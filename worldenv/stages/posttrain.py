@@ -285,6 +285,8 @@ def _imagine_contexts(
         seeds=seeds,
         noise=learner.noise,
         features=learner.features,
+        # A group is compared within itself, so it is imagined in one world.
+        together=rl.group if rl.worlds > 1 else 1,
     )
 
 
