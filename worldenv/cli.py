@@ -93,7 +93,8 @@ class TrainArguments:
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
     """
     simulator: Path | None = None
-    """Use this simulator checkpoint (file or repository) for the round, not training one."""
+    """Use this simulator checkpoint (file or repository) for the round, not training one: its
+    first world, with --posttrain.worlds 1 its only one."""
     reflector: Path | None = None
     """Use this reflector checkpoint (file or repository) for the round, not training one."""
     force: bool = False

@@ -90,7 +90,7 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
             # Replays of all episodes to train on, and new ones to calibrate the threshold.
             f"reflector-{n}": steps[1] * cost.judged + (explored + 2 * new) * chunks * cost.frame,
         }
-        for kind, k in itertools.product(("simulator", "reflector"), range(1, rl.worlds)):
+        for kind, k in itertools.product(("simulator", "reflector"), range(1, config.worlds)):
             world[of_world(kind, n, k)] = world[of_world(kind, n)]
         if config.distill.on:
             world[f"distill-{n}"] = _distillation(config) * cost.window

@@ -182,7 +182,7 @@ def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
         world = {
             of_world(kind, 0, k): getattr(costs, kind)
             for kind in ("simulator", "reflector")
-            for k in range(rl.worlds)
+            for k in range(config.worlds)
         }
     held = _held(here, policy=policy, **world)
     held["optimiser"] = 2 * policy.trained_bytes

@@ -146,7 +146,7 @@ STAGE = Stage(
         *(data_up_to(n) if config.learned else ()),
         *(
             name
-            for world in range(config.posttrain.worlds if config.learned else 0)
+            for world in range(config.worlds if config.learned else 0)
             for name in (world_of(config, n, world), of_world("reflector", n, world))
         ),
         *((f"fidelity-{n}",) if config.learned else ()),
@@ -187,7 +187,7 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
     ]
     names = [
         (world_of(config, number, world), of_world("reflector", number, world))
-        for world in range(config.posttrain.worlds)
+        for world in range(config.worlds)
     ]
 
     def load(kind: str, name: str) -> nn.Module:
@@ -286,7 +286,7 @@ def _imagine_contexts(
         noise=learner.noise,
         features=learner.features,
         # A group is compared within itself, so it is imagined in one world.
-        together=rl.group if rl.worlds > 1 else 1,
+        together=rl.group if config.worlds > 1 else 1,
     )
 
 

@@ -141,7 +141,7 @@ def stage(world: int) -> Stage:
             *((of_world("reflector", n - 1, world),) if n else ()),
         ),
         makes=(f"checkpoints/reflector{WORLDS[world]}-{{n}}.safetensors",),
-        wanted=lambda config: config.learned and world < config.posttrain.worlds,
+        wanted=lambda config: config.learned and world < config.worlds,
     )
 
 

@@ -91,7 +91,7 @@ def stage(world: int) -> Stage:
             *data_up_to(n),
             *((of_world("simulator", n - 1, world),) if n else ()),
         ),
-        wanted=lambda config: config.learned and world < config.posttrain.worlds,
+        wanted=lambda config: config.learned and world < config.worlds,
         makes=(f"checkpoints/simulator{suffix}-{{n}}.safetensors",),
         logs=lambda name, n: (
             name,
