@@ -139,7 +139,8 @@ class World:
         self.firsts = [*range(len(firsts))]
         self.middles = [*range(len(firsts), len(self.bank))]
         self.envs = imagined_envs(
-            [(simulator.for_generation(), reflector)],
+            simulator.for_generation(),
+            reflector,
             self.bank,
             config.posttrain.rows,
             max_chunks=self.chunks,

@@ -63,10 +63,6 @@ _Stage = Literal[
     "simulator",
     "distill",
     "reflector",
-    "simulator-b",
-    "reflector-b",
-    "simulator-c",
-    "reflector-c",
     "fidelity",
     "posttrain",
     "evaluate",
@@ -93,8 +89,7 @@ class TrainArguments:
     stage first makes what it needs and the run folder lacks, or what follows from the checkpoint.
     """
     simulator: Path | None = None
-    """Use this simulator checkpoint (file or repository) for the round, not training one: its
-    first world, with --posttrain.worlds 1 its only one."""
+    """Use this simulator checkpoint (file or repository) for the round, not training one."""
     reflector: Path | None = None
     """Use this reflector checkpoint (file or repository) for the round, not training one."""
     force: bool = False

@@ -202,12 +202,6 @@ class PosttrainConfig:
     """Where episodes are rolled out: in the learned world, or in the benchmark itself, by whose
     success they are rewarded (what the learned one is compared with: nothing is explored then and
     no world or judge is trained; evaluation is by the benchmark's word alone)."""
-    worlds: Annotated[int, Range(1, 3)] = 2
-    """Worlds (a simulator and its judge) that a round learns from the same episodes, each with the
-    luck of its own first weights and batches; each imagines a like share of the groups. What one
-    of them wrongly rewards another does not (results/lab-notes.md). The gate, the videos and
-    evaluation look at the first. A simulator that is taken as it is, distilled or converted stays
-    alone."""
     rounds: Annotated[int, Range(1, 1000)] = 1
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""
@@ -412,13 +406,6 @@ class Config:
     def learned(self) -> bool:
         """Whether there is a learned world, and a judge of it."""
         return self.posttrain.world == "learned"
-
-    @property
-    def worlds(self) -> int:
-        """How many worlds a round learns: one of a simulator that is not trained, or of which
-        another is made (distilled, converted)."""
-        one = self.simulator.kind == "wovr" or self.distill.on or self.distill.clip_steps
-        return 1 if one else self.posttrain.worlds
 
     @property
     def max_chunks(self) -> int:

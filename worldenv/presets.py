@@ -114,7 +114,7 @@ def _libero_spatial_small() -> Config:
         reflector=replace(base.reflector, steps=1800),
         # At least four contexts of each task in an iteration; after 20, tuning starts were worse.
         # The default's push taught one seed to bear the push, and little else (results/push).
-        posttrain=replace(base.posttrain, worlds=1, contexts=40, iterations=12, push=0.0265),
+        posttrain=replace(base.posttrain, contexts=40, iterations=12, push=0.0265),
         evaluate=EvaluateConfig(fixture_seeds=(1000,), sampled=True),
     )
 
@@ -137,8 +137,7 @@ def _metaworld() -> Config:
             max_steps=104,
         ),
         collect=replace(base.collect, episodes=80),
-        # Eight contexts of each task.
-        posttrain=replace(base.posttrain, worlds=1, contexts=24, iterations=16),
+        posttrain=replace(base.posttrain, contexts=24, iterations=16),  # eight of each task
         evaluate=EvaluateConfig(fixture_seeds=(1000,)),
     )
 
@@ -177,7 +176,6 @@ def _suite(suite: str) -> Config:
         reflector=replace(base.reflector, steps=10_000, refresh_steps=3_000, batch=256),
         posttrain=replace(
             base.posttrain,
-            worlds=1,
             rounds=2,
             restart=True,
             iterations=50,

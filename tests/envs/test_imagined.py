@@ -6,12 +6,7 @@ import torch
 
 from worldenv.config import ReflectorConfig, SimulatorConfig
 from worldenv.data.windows import FrameSequence
-from worldenv.envs.imagined import (
-    ImaginedVectorEnv,
-    first_frames,
-    imagined_envs,
-    middle_frames,
-)
+from worldenv.envs.imagined import ImaginedVectorEnv, first_frames, middle_frames
 from worldenv.envs.libero.robot import embodiment
 from worldenv.envs.start import Start
 from worldenv.models.reflector import Reflector
@@ -126,19 +121,6 @@ def mistaken(rows: int, rate: float, starts: list[Start], threshold: float = 0.9
     """Episodes of a reflector that is never sure, but for its mistakes."""
     env = make(rows, threshold=threshold, false_stops=rate)
     return rollout(env, actor, starts, seeds=[0] * len(starts))
-
-
-@pytest.mark.parametrize(("worlds", "rows"), [(1, 8), (2, 8), (3, 8), (2, 1)])
-def test_worlds_take_turns_with_a_like_share_of_the_rows(worlds, rows):
-    every = [(make(1).simulator, make(1).reflector) for _ in range(worlds)]
-    envs = imagined_envs(every, make(1).contexts, rows, max_chunks=4, sampling_steps=1)
-    assert sum(env.num_envs for env in envs) == rows
-    assert [env.simulator for env in envs] == [every[i % worlds][0] for i in range(len(envs))]
-    assert [env.reflector for env in envs] == [every[i % worlds][1] for i in range(len(envs))]
-    each = [sum(e.num_envs for e in envs[k::worlds]) for k in range(worlds)]
-    assert max(each) - min(each) <= len(envs)
-    if rows >= worlds:
-        assert min(each) > 0
 
 
 def test_false_stops_end_episodes_as_successes_at_chunks_of_their_own_seeds():

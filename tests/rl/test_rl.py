@@ -11,7 +11,7 @@ from worldenv.config import PosttrainConfig
 from worldenv.envs.start import Start
 from worldenv.rl.loss import episode_rewards, gae_advantages, group_advantages
 from worldenv.rl.noise import Laplace, sample_laplace
-from worldenv.rl.rollout import Trajectories, join, rollout, rollout_shards
+from worldenv.rl.rollout import Trajectories, join, rollout
 from worldenv.rl.update import Learner, update
 from worldenv.runtime.errors import UserError
 
@@ -32,31 +32,6 @@ def test_an_episode_is_the_same_in_any_row_and_company():
         assert torch.equal(got, want) if torch.is_tensor(want) else got == want, name
     few = rollout(ToyEnv(5), policy, starts(2), seeds=seeds(2))
     assert torch.equal(few.action, many.action[many.episode < 2])
-
-
-@pytest.mark.parametrize(("count", "envs"), [(12, 2), (12, 3), (4, 3), (20, 4)])
-def test_a_group_stays_in_one_environment_and_nothing_else_changes(count, envs):
-    every = [ToyEnv(2) for _ in range(envs)]
-    began: list[list[Start]] = []
-    for env in every:
-        own: list[Start] = []
-        began.append(own)
-
-        def reset(*, options, env=env, own=own, **given):
-            mask = options.get("reset_mask", np.ones(env.num_envs, bool))
-            own += [s for s, new in zip(options["starts"], mask, strict=True) if new]
-            return ToyEnv.reset(env, options=options, **given)
-
-        env.reset = reset
-    found = rollout_shards(every, ToyPolicy(), starts(count), seeds=seeds(count), together=4)
-    whole = rollout(ToyEnv(2), ToyPolicy(), starts(count), seeds=seeds(count))
-    for name in ("action", "episode", "step", "final_reward", "length"):
-        assert torch.equal(getattr(found, name), getattr(whole, name)), name
-    places = [[k for k, own in enumerate(began) if s in own] for s in starts(count)]
-    assert all(len(place) == 1 for place in places)
-    groups = [places[k : k + 4] for k in range(0, count, 4)]
-    assert all(group == [group[0]] * 4 for group in groups)
-    assert len({str(group[0]) for group in groups}) == min(envs, count // 4)
 
 
 def test_stop_ends_a_row_and_callbacks_see_every_episode():

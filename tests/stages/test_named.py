@@ -77,13 +77,10 @@ def test_posttraining_in_a_fresh_folder_makes_what_it_needs(toy, files):
     assert toy.run("posttrain", files=files) == [
         "demonstrations",
         "explore-0",
-        "simulator-b-0",  # the named one is the first of two worlds
-        "reflector-b-0",
         "fidelity-0",
         "posttrain-0",
     ]
     assert toy.run("posttrain", files=files) == []
-    assert toy.run("posttrain", files=files, posttrain__worlds=1) == ["posttrain-0"]
 
 
 def test_named_checkpoints_do_not_excuse_other_settings(toy, files):

@@ -7,7 +7,6 @@ Finished rows freeze until `reset_mask` refills them. Everything but the flags t
 needs to refill rows stays on the world model's device; noise is seeded per row.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -123,20 +122,18 @@ def _context(sequence: FrameSequence, t: int, frames: int, elapsed: int = 0) -> 
 
 
 def imagined_envs(
-    worlds: Sequence[tuple[WorldModel, RewardModel]],
+    simulator: WorldModel,
+    reflector: RewardModel,
     contexts: Sequence[Context],
     rows: int,
     **arguments: Any,
 ) -> list["ImaginedVectorEnv"]:
-    """`rows` rows as environments for `rl.rollout.rollout_shards`: one of each world on a GPU,
-    which wants large batches, else several that threads can share. Worlds take turns, so that each
-    gets a like share of the episodes. arguments: `ImaginedVectorEnv`'s.
+    """`rows` rows as environments for `rl.rollout.rollout_shards`: one on a GPU, which wants large
+    batches, else several that threads can share. arguments: `ImaginedVectorEnv`'s.
     """
-    turns = -(-parallel.shards(worlds[0][0].device) // len(worlds))
-    parts = parallel.shares(rows, turns * len(worlds))
     return [
-        ImaginedVectorEnv(*world, contexts, part.stop - part.start, **arguments)
-        for part, world in zip(parts, itertools.cycle(worlds))
+        ImaginedVectorEnv(simulator, reflector, contexts, part.stop - part.start, **arguments)
+        for part in parallel.shares(rows, parallel.shards(simulator.device))
     ]
 
 

@@ -134,10 +134,8 @@ def rollout_shards(
     noise: Noise | Literal["own"] | None = "own",
     images: bool = True,
     features: bool = False,
-    together: int = 1,
 ) -> Trajectories:
-    """`rollout` in several environments at once, each with a consecutive share of the episodes;
-    every `together` of them in the same one."""
+    """`rollout` in several environments at once, each with a consecutive share of the episodes."""
 
     def piece(env: VectorEnv, share: slice) -> Trajectories:
         return rollout(
@@ -150,10 +148,7 @@ def rollout_shards(
             features=features,
         )
 
-    shares = [
-        slice(together * part.start, together * part.stop)
-        for part in parallel.shares(len(starts) // together, len(envs))
-    ]
+    shares = parallel.shares(len(starts), len(envs))
     pieces = [partial(piece, *pair) for pair in zip(envs, shares, strict=False)]
     return join(parallel.shared(pieces))
 

@@ -5,7 +5,6 @@ own sizes on random pictures, and a few chunks of the real benchmark; the rest i
 Fetching batches and writing files, a twentieth of the profiled run, are left out (results/profile).
 """
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from worldenv.runtime import parallel
 from worldenv.runtime.seeds import generator
 from worldenv.stages import store
 from worldenv.stages.reality import Reality
-from worldenv.stages.run import of_world
 
 LENGTH = 0.8  # of max_chunks that an episode lasts, on average
 IMAGINED = 0.6  # of max_chunks: contexts begin in mid-episode, and some are drawn twice
@@ -90,8 +88,6 @@ def estimate(config: Config, cost: Costs) -> dict[str, float]:
             # Replays of all episodes to train on, and new ones to calibrate the threshold.
             f"reflector-{n}": steps[1] * cost.judged + (explored + 2 * new) * chunks * cost.frame,
         }
-        for kind, k in itertools.product(("simulator", "reflector"), range(1, config.worlds)):
-            world[of_world(kind, n, k)] = world[of_world(kind, n)]
         if config.distill.on:
             world[f"distill-{n}"] = _distillation(config) * cost.window
         tuning = checks * rl.real_check_episodes * tasks * real

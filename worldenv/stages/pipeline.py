@@ -1,14 +1,13 @@
 """The whole method, stage by stage, and its results.
 
-    demonstrations -> sft -> (explore -> (simulator [-> distill] -> reflector) x worlds ->
-    fidelity -> posttrain) x rounds -> evaluate -> videos -> results.json, report.html
+    demonstrations -> sft -> (explore -> simulator [-> distill] -> reflector -> fidelity ->
+    posttrain) x rounds -> evaluate -> videos -> results.json, report.html
 
 Every stage is skipped where its artifacts match the configuration, so this is also how a run is
 resumed. A stage run alone works on what stages before it made with the same configuration, and is
 refused otherwise.
 """
 
-import itertools
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -47,7 +46,6 @@ ROUND = (
     simulator.STAGE,
     distill.STAGE,
     reflector.STAGE,
-    *itertools.chain(*zip(simulator.MORE, reflector.MORE, strict=True)),
     fidelity.STAGE,
     posttrain.STAGE,
 )

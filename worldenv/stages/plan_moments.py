@@ -15,7 +15,6 @@ from worldenv.stages import reality
 from worldenv.stages.estimate import IMAGINED, LENGTH
 from worldenv.stages.plan_costs import Costs, Line, Model
 from worldenv.stages.plan_data import recorded
-from worldenv.stages.run import of_world
 
 REPLAYED = 16  # sequences that are replayed side by side
 KEPT = 0.1  # of what a step holds on a CPU: freed between steps, and not in one piece any more
@@ -179,11 +178,7 @@ def _posttrain(config: Config, costs: Costs, here: Machine) -> Iterator[Moment]:
     rl, policy = config.posttrain, costs.policy
     world = {}
     if config.learned:
-        world = {
-            of_world(kind, 0, k): getattr(costs, kind)
-            for kind in ("simulator", "reflector")
-            for k in range(config.worlds)
-        }
+        world = {"simulator": costs.simulator, "reflector": costs.reflector}
     held = _held(here, policy=policy, **world)
     held["optimiser"] = 2 * policy.trained_bytes
     trained = policy.trained_bytes

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldenv.config import Config, PosttrainConfig
 from worldenv.data.windows import chunk_sequences
@@ -38,7 +38,7 @@ from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import collect, gate, physics, store, training
 from worldenv.stages.collect import load_round
 from worldenv.stages.evaluate import evaluate_policy
-from worldenv.stages.run import Run, Stage, data_up_to, of_world, stage_before, world_of
+from worldenv.stages.run import Run, Stage, data_up_to, stage_before, world_of
 
 
 def run(run: Run, mark: str, number: int) -> dict:
@@ -143,13 +143,8 @@ STAGE = Stage(
     needs=lambda config, n: (
         "sft",
         stage_before(n),
-        *(data_up_to(n) if config.learned else ()),
-        *(
-            name
-            for world in range(config.worlds if config.learned else 0)
-            for name in (world_of(config, n, world), of_world("reflector", n, world))
-        ),
-        *((f"fidelity-{n}",) if config.learned else ()),
+        *((*data_up_to(n), world_of(config, n)) if config.learned else ()),
+        *((f"reflector-{n}", f"fidelity-{n}") if config.learned else ()),
     ),
     makes=(
         "checkpoints/policy-{n}.safetensors",
@@ -185,16 +180,12 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
         if robot.opening(c.proprio[-1].tolist()) > robot.gripper_open
         and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
-    names = [
-        (world_of(config, number, world), of_world("reflector", number, world))
-        for world in range(config.worlds)
-    ]
-
-    def load(kind: str, name: str) -> nn.Module:
-        return store.load(kind, run.path("checkpoints", f"{name}.safetensors"), run.device)
-
+    checkpoints = run.path("checkpoints")
+    world = checkpoints / f"{world_of(config, number)}.safetensors"
+    simulator = store.load("simulator", world, run.device)
     envs = imagined_envs(
-        [(load("simulator", s).for_generation(), load("reflector", r)) for s, r in names],
+        simulator.for_generation(),
+        store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),
         [*firsts, *middles],
         config.posttrain.rows,
         max_chunks=config.max_chunks,
@@ -285,8 +276,6 @@ def _imagine_contexts(
         seeds=seeds,
         noise=learner.noise,
         features=learner.features,
-        # A group is compared within itself, so it is imagined in one world.
-        together=rl.group if config.worlds > 1 else 1,
     )
 
 

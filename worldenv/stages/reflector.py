@@ -25,39 +25,30 @@ from worldenv.stages import store, thresholds, training
 from worldenv.stages.collect import load_round
 from worldenv.stages.features import DROPOUT, LATE_START, Features, encoded
 from worldenv.stages.replay import padded, replay
-from worldenv.stages.run import (
-    WORLDS,
-    Run,
-    Stage,
-    data_up_to,
-    of_world,
-    policy_before,
-    stage_before,
-    world_of,
-)
+from worldenv.stages.run import Run, Stage, data_up_to, policy_before, stage_before, world_of
 
 
-def run(run: Run, mark: str, number: int, policy_path: Path, world: int = 0) -> dict:
+def run(run: Run, mark: str, number: int, policy_path: Path) -> dict:
     """Stage `reflector-N`: writes checkpoints/reflector-N.safetensors.
 
     Later rounds continue from the weights of the round before, on all episodes so far.
-    policy_path: of the policy that explored in this round. world: which of `WORLDS`.
+    policy_path: of the policy that explored in this round.
     """
     config, part = run.config, run.config.reflector
     demonstrations, explored, _ = load_round(run, number)
-    name = of_world("reflector", number, world)
-    simulator_path = run.path("checkpoints", f"{world_of(config, number, world)}.safetensors")
+    simulator_path = run.path("checkpoints", f"{world_of(config, number)}.safetensors")
     shown, own = ([*demonstrations, *explored], explored) if part.explored else [demonstrations] * 2
-    reflector = training.begin(run, "reflector", number, shown, world)
+    reflector = training.begin(run, "reflector", number, shown)
     learned = {}
     if any(p.requires_grad for p in reflector.parameters()):  # of a prompted one nothing is trained
-        reflector, learned = _learn(run, mark, name, number, reflector, simulator_path, shown, own)
+        reflector, learned = _learn(run, mark, number, reflector, simulator_path, shown, own)
     if part.calibrate and explored:
         simulator = store.load("simulator", simulator_path, run.device)
         policy = store.load("policy", policy_path, run.device)
         learned |= thresholds.imagined(run, number, policy, simulator, reflector)
         reflector.threshold.fill_(learned["threshold"])
         learned |= calibrate_on_real(run, number, reflector, explored)
+    name = f"reflector-{number}"
     path = run.path("checkpoints", f"{name}.safetensors")
     store.save("reflector", reflector, path, config.env)
     training.finish(run, name)
@@ -70,7 +61,6 @@ def run(run: Run, mark: str, number: int, policy_path: Path, world: int = 0) -> 
 def _learn(
     run: Run,
     mark: str,
-    name: str,
     number: int,
     reflector: Reflector,
     simulator_path: Path,
@@ -104,7 +94,7 @@ def _learn(
     steps = part.refresh_steps if number else part.steps
     tail = training.train(
         run,
-        name,
+        f"reflector-{number}",
         mark,
         reflector,
         loss_at,
@@ -121,31 +111,26 @@ def _learn(
     }
 
 
-def stage(world: int) -> Stage:
-    """Of one of `WORLDS`."""
-    return Stage(
-        f"reflector{WORLDS[world]}",
-        lambda run_, mark, n: run(
-            run_, mark, n, run_.path("checkpoints", f"{policy_before(n)}.safetensors"), world
-        ),
-        settings=lambda config, n: (
-            config.reflector,
-            config.sampling_steps(n),
-            "two thresholds",  # one that was made before real frames had theirs is made anew
-            *store.digests(config.reflector),
-        ),
-        needs=lambda config, n: (
-            *data_up_to(n),
-            stage_before(n),
-            world_of(config, n, world),
-            *((of_world("reflector", n - 1, world),) if n else ()),
-        ),
-        makes=(f"checkpoints/reflector{WORLDS[world]}-{{n}}.safetensors",),
-        wanted=lambda config: config.learned and world < config.worlds,
-    )
-
-
-STAGE, *MORE = map(stage, range(len(WORLDS)))
+STAGE = Stage(
+    "reflector",
+    lambda run_, mark, n: run(
+        run_, mark, n, run_.path("checkpoints", f"{policy_before(n)}.safetensors")
+    ),
+    settings=lambda config, n: (
+        config.reflector,
+        config.sampling_steps(n),
+        "two thresholds",  # one that was made before real frames had theirs is made anew
+        *store.digests(config.reflector),
+    ),
+    needs=lambda config, n: (
+        *data_up_to(n),
+        stage_before(n),
+        world_of(config, n),
+        *((f"reflector-{n - 1}",) if n else ()),
+    ),
+    makes=("checkpoints/reflector-{n}.safetensors",),
+    wanted=lambda config: config.learned,
+)
 
 NEAR = 4  # frames before success, or before a failure's end, that are nearly one
 

@@ -171,19 +171,9 @@ def stage_before(number: int) -> str:
     return f"posttrain-{number - 1}" if number else "sft"
 
 
-def world_of(config: Config, number: int, world: int = 0) -> str:
+def world_of(config: Config, number: int) -> str:
     """Name of the step, and of its checkpoint, that made the world a round imagines in."""
-    return of_world("distill" if config.distill.on else "simulator", number, world)
-
-
-WORLDS = ("", "-b", "-c")
-"""What the simulators and judges of a round are told apart by: all learn from the same episodes,
-each with the luck of its own first weights and batches."""
-
-
-def of_world(kind: str, number: int, world: int = 0) -> str:
-    """Name of the step, and of its checkpoint, that made a round's simulator or reflector."""
-    return f"{kind}{WORLDS[world]}-{number}"
+    return f"{'distill' if config.distill.on else 'simulator'}-{number}"
 
 
 def data_up_to(number: int) -> tuple[str, ...]:

@@ -105,7 +105,8 @@ class World:
     ) -> list[bool]:
         """Whether the policy's imagined episodes succeed, from the first frames of `episodes`."""
         envs = imagined_envs(
-            [(self.simulator.for_generation(), self.reflector)],
+            self.simulator.for_generation(),
+            self.reflector,
             first_frames(self.real),
             self.config.posttrain.rows,
             max_chunks=self.config.max_chunks,

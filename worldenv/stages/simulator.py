@@ -13,32 +13,31 @@ from worldenv.models.distillation import clip_loss, conversion_loss
 from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime import sharding
-from worldenv.runtime.seeds import derive, generator
+from worldenv.runtime.seeds import generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import load_round
-from worldenv.stages.run import WORLDS, Run, Stage, data_up_to, of_world
+from worldenv.stages.run import Run, Stage, data_up_to
 
 
-def run(run: Run, mark: str, number: int, world: int = 0) -> dict:
+def run(run: Run, mark: str, number: int) -> dict:
     """Stage `simulator-N`: writes checkpoints/simulator-N.safetensors.
 
     Later rounds continue from the weights of the round before, on all episodes so far. WoVR's is
-    taken as it is. world: which of `WORLDS`.
+    taken as it is.
     """
-    config, part, name = run.config, run.config.simulator, of_world("simulator", number, world)
-    luck = derive(config.seed, "luck", world) if world else config.seed
+    config, part, name = run.config, run.config.simulator, f"simulator-{number}"
     path = run.path("checkpoints", f"{name}.safetensors")
     episodes = training_episodes(run, number)
     sequences = chunk_sequences(episodes, config.env.chunk)
     weights = balanced(sequences) if part.balance else None
     windows = FrameWindows(sequences, part.frames + 1, weights, padded=False).to(run.device)
-    simulator: World = training.begin(run, "simulator", number, episodes, world)
+    simulator: World = training.begin(run, "simulator", number, episodes)
     if part.kind == "wovr":
         store.save("simulator", simulator, path)
         return {"windows": 0, "parameters": 0}
     teacher, reached = None, {}
     if not number:
-        _train_tokenizer(run, mark, simulator, windows, f"tokenizer{WORLDS[world]}", luck)
+        _train_tokenizer(run, mark, simulator, windows)
     simulator = sharding.shard(simulator, "simulator" in config.fsdp)
     if not number and config.distill.clip_steps:
         teacher, reached = _clip_teacher(run, mark, simulator, windows)
@@ -48,7 +47,7 @@ def run(run: Run, mark: str, number: int, world: int = 0) -> dict:
     size = training.shard_size(run, part.batch)
     transitions = training.shard_size(run, part.dynamics_batch)
 
-    batches = training.Batches(windows, size, steps, luck, "simulator", number)
+    batches = training.Batches(windows, size, steps, config.seed, "simulator", number)
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         g, batch = batches(step, shard)
@@ -75,33 +74,19 @@ def run(run: Run, mark: str, number: int, world: int = 0) -> dict:
     return {"windows": len(windows), "parameters": parameters, **tail, **reached}
 
 
-def stage(world: int) -> Stage:
-    """Of one of `WORLDS`."""
-    suffix = WORLDS[world]
-    return Stage(
-        f"simulator{suffix}",
-        lambda run_, mark, n: run(run_, mark, n, world),
-        settings=lambda config, n: (
-            config.simulator,
-            *store.digests(config.simulator),
-            *_conversion(config, n),
-            *((f"world {world}",) if world else ()),
-        ),
-        needs=lambda config, n: (
-            *data_up_to(n),
-            *((of_world("simulator", n - 1, world),) if n else ()),
-        ),
-        wanted=lambda config: config.learned and world < config.worlds,
-        makes=(f"checkpoints/simulator{suffix}-{{n}}.safetensors",),
-        logs=lambda name, n: (
-            name,
-            *((f"tokenizer{suffix}",) if n == 0 else ()),
-            *(("clip",) if n == world == 0 else ()),
-        ),
-    )
-
-
-STAGE, *MORE = map(stage, range(len(WORLDS)))
+STAGE = Stage(
+    "simulator",
+    run,
+    settings=lambda config, n: (
+        config.simulator,
+        *store.digests(config.simulator),
+        *_conversion(config, n),
+    ),
+    needs=lambda config, n: (*data_up_to(n), *((f"simulator-{n - 1}",) if n else ())),
+    wanted=lambda config: config.learned,
+    makes=("checkpoints/simulator-{n}.safetensors",),
+    logs=lambda name, n: (name,) if n else (name, "tokenizer", "clip"),
+)
 
 
 def training_episodes(run: Run, number: int) -> list[Episode]:
@@ -142,9 +127,7 @@ def _clip_teacher(
     return teacher, {f"clip_{key}": value for key, value in tail.items()}
 
 
-def _train_tokenizer(
-    run: Run, mark: str, simulator: World, windows: FrameWindows, name: str, luck: int
-) -> None:
+def _train_tokenizer(run: Run, mark: str, simulator: World, windows: FrameWindows) -> None:
     """Fit the autoencoder tokenizer, if the configuration names it, and freeze it."""
     tokenizer, config = simulator.tokenizer, run.config
     if not isinstance(tokenizer, AutoencoderTokenizer):
@@ -153,13 +136,13 @@ def _train_tokenizer(
 
     size = training.shard_size(run, config.simulator.batch)
     steps = config.simulator.tokenizer_steps
-    batches = training.Batches(windows, size, steps, luck, "tokenizer")
+    batches = training.Batches(windows, size, steps, config.seed, "tokenizer")
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         _, batch = batches(step, shard)
         loss = tokenizer.loss(batch["image"][:, -1])
         return loss, {"loss": loss.detach()}
 
-    training.train(run, name, mark, tokenizer, loss_at, steps=steps, lr=2e-3)
-    training.finish(run, name)
+    training.train(run, "tokenizer", mark, tokenizer, loss_at, steps=steps, lr=2e-3)
+    training.finish(run, "tokenizer")
     tokenizer.requires_grad_(False)

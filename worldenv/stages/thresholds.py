@@ -48,7 +48,8 @@ def imagined(
     explored = load_round(run, number)[1][len(earlier) :]
     contexts = first_frames(chunk_sequences(explored, config.env.chunk))
     envs = imagined_envs(
-        [(simulator.for_generation(), reflector)],
+        simulator.for_generation(),
+        reflector,
         contexts,
         config.posttrain.rows,
         max_chunks=config.max_chunks,

@@ -24,7 +24,7 @@ from worldenv.runtime.partial import Partial
 from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store
 from worldenv.stages.collect import statistics
-from worldenv.stages.run import Run, of_world
+from worldenv.stages.run import Run
 
 # (step, shard) to the loss of a shard's samples and what to log.
 Loss = Callable[[int, int], tuple[Tensor, dict[str, Tensor]]]
@@ -76,14 +76,13 @@ class Batches:
         return g, self._windows.sample(g, self._size)
 
 
-def begin(run: Run, kind: str, number: int, episodes: list[Episode], world: int = 0) -> nn.Module:
+def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Module:
     """What round `number` trains (kind: simulator, reflector): the round before's, or a new one
-    that knows the proprio statistics of `episodes`. world: which of `WORLDS`.
+    that knows the proprio statistics of `episodes`.
     """
-    luck = (world,) if world else ()
-    torch.manual_seed(derive(run.config.seed, f"{kind} weights", *luck))
+    torch.manual_seed(derive(run.config.seed, f"{kind} weights"))
     if number:
-        previous = run.path("checkpoints", f"{of_world(kind, number - 1, world)}.safetensors")
+        previous = run.path("checkpoints", f"{kind}-{number - 1}.safetensors")
         return store.load(kind, previous, run.device)
     module = store.build(kind, run.config)
     module.set_statistics(*statistics(episodes))
