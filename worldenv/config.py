@@ -123,6 +123,10 @@ class SimulatorConfig(PublishedSimulator):
     further columns of the tokens (results/action-map says what that brings)."""
     ray_maps: bool = False
     """Beside the action map, how the cameras move: origin and direction of every pixel's ray."""
+    drawn_grasps: bool = False
+    """Draw how wide the gripper is open after it closes, and the frame after that."""
+    grasp_steps: Count = 500
+    """Optimiser steps of the network that draws it."""
     steps: Count = 1000
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from worldenv.config import SimulatorConfig
 from worldenv.data.embodiment import Embodiment
 from worldenv.models.action_map import ActionMap
-from worldenv.models.heads import FrameHead, zeroed
+from worldenv.models.heads import FrameHead, OpeningHead, zeroed
 from worldenv.models.layers import DenoiserBlock, Rotary3D, sinusoidal
 from worldenv.models.tokenizer import build_tokenizer
 
@@ -57,6 +57,11 @@ class Network(nn.Module):
         self.register_buffer("proprio_std", torch.ones(embodiment.P))
         grips = torch.tensor([kind == "grip" for kind in embodiment.action])
         self.register_buffer("grips", grips, persistent=False)  # [A] bool
+        fingers = torch.tensor(embodiment.entries("gripper"))
+        self.register_buffer("fingers", fingers, persistent=False)
+        self.opening: OpeningHead | None = None
+        self.told: Tensor | None = None
+        self.drawing = True
         self.action_map: ActionMap | None = None
         if config.action_map:
             self.action_map = ActionMap(embodiment, self.tokenizer.grid, config.ray_maps)
@@ -96,16 +101,31 @@ class Network(nn.Module):
         self.proprio_std.copy_(std)
 
     def condition(
-        self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor
+        self,
+        proprio: Tensor,
+        previous: Tensor,
+        led: Tensor,
+        action: Tensor,
+        opening: Tensor | None = None,
     ) -> Conditioning:
         """Predict the proprio a chunk leads to, and embed what leads there.
 
         proprio, previous `[B, F, P]` (raw, of the frame before and the one before that); led,
         action `[B, F, C, A]` as the policy commands them: the chunk that led to the frame before
-        (how fast the arm still moves is in neither pose) and the one from there.
+        (how fast the arm still moves is in neither pose) and the one from there. opening `[B, F]`
+        in m, if it is known: NaN where it is not.
         """
         known, predicted = self._dynamics(proprio, previous, led, action)
+        if opening is not None:
+            predicted = self._opened(predicted, opening)
+        elif self.opening is not None:
+            opening = proprio.new_full(proprio.shape[:2], torch.nan)
         embedded, columns = self.action_in(torch.cat([known, predicted.detach()], -1)), None
+        if self.opening is not None:
+            widths = opening, self.openings(proprio)
+            embedded = embedded + self.opening_in(
+                torch.cat([self.opening.smooth(width) for width in widths], -1)
+            )
         if self.action_map is not None:
             reached = predicted.detach() * self.proprio_std + self.proprio_mean
             columns = self.action_map(reached, proprio)
@@ -118,6 +138,23 @@ class Network(nn.Module):
         q1, q0 = self._normalise(proprio), self._normalise(previous)
         known = torch.cat([q1, q0, *(self._executed(a).flatten(-2) for a in (led, action))], -1)
         return known, q1 + self.dynamics(known)
+
+    def _opened(self, predicted: Tensor, opening: Tensor) -> Tensor:
+        """A predicted proprio with the fingers `opening` apart where that is a number."""
+        places = self.fingers
+        mean, std = self.proprio_mean[places], self.proprio_std[places]
+        entries = (opening[..., None] / len(places) * mean.sign() - mean) / std
+        entries = torch.where(entries.isnan(), predicted[..., places], entries)
+        return predicted.index_copy(-1, places, entries.to(predicted.dtype))
+
+    def openings(self, proprio: Tensor) -> Tensor:
+        """Distance of the fingers `[...]` in m."""
+        return proprio[..., self.fingers].abs().sum(-1)
+
+    def closes(self, action: Tensor) -> Tensor:
+        """Whether chunks `[..., C, A]` end with a command to close the gripper."""
+        last = action[..., -1, self.grips].mean(-1)
+        return (last > 0) if self.embodiment.gripper_closes > 0 else (last <= 0)
 
     def _executed(self, action: Tensor) -> Tensor:
         """What the robot does of a commanded chunk `[..., A]`: clipped, gripper open or closed."""
@@ -158,6 +195,12 @@ class Denoiser(Network):
         # Last, so that a model without one begins with the same numbers.
         if self.action_map is not None:
             self.columns_in = zeroed(nn.Linear(self.action_map.columns, e))
+        if config.drawn_grasps:
+            known = 2 * (embodiment.P + embodiment.chunk * embodiment.A)
+            self.opening = OpeningHead(
+                self.views, embodiment.image_size, known + 2 * OpeningHead.BINS
+            )
+            self.opening_in = nn.Linear(2 * OpeningHead.BINS, e, bias=False)
 
     def denoise(
         self,

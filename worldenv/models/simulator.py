@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from worldenv.models.denoiser import Conditioning, Denoiser, Network
-from worldenv.models.layers import Attend
+from worldenv.models.layers import Attend, views_to_channels
 from worldenv.ops import FrameCache, frame_attention, spatiotemporal_attention
 from worldenv.runtime.graphs import Captured
 from worldenv.runtime.seeds import counter_normal
@@ -92,11 +92,18 @@ class World(Network):
         proprio, action = batch["proprio"], batch["action"]
         history, q = clean[:, :-1], proprio[:, :-1]
         before = batch["previous_proprio"], batch["previous_action"]
+        opening = None
+        if self.opening is not None:  # as it was, and about as exactly as it will be drawn
+            blur = torch.randn(action.shape[0], action.shape[1] - 1, generator=generator)
+            opening = self.openings(proprio[:, 1:]) * (1 + 0.03 * blur.to(proprio.device))
+            opening = torch.where(self.closes(action[:, 1:]), opening, torch.nan)
         if self_history:
             with torch.no_grad():
                 ones = torch.ones(clean.shape[0], clean.shape[1] - 1, device=clean.device)
                 z = self._noise(clean[:, 1:], generator)
-                frames, states, _ = self._targets(z, ones, history, reference, q, action, before)
+                frames, states, _ = self._targets(
+                    z, ones, history, reference, q, action, before, opening
+                )
                 history = torch.cat([clean[:, :1], self.tokenizer.clip(frames[:, :-1])], 1)
                 states = states * self.proprio_std + self.proprio_mean
                 q = torch.cat([proprio[:, :1], states[:, :-1]], 1)
@@ -107,7 +114,9 @@ class World(Network):
         sigma = self.sample_sigma(target.shape[:2], generator).to(clean.device)
         s = sigma[..., None, None]
         z = (1 - s) * target + s * self._noise(target, generator)
-        frames, states, predicted = self._targets(z, sigma, history, reference, q, action, before)
+        frames, states, predicted = self._targets(
+            z, sigma, history, reference, q, action, before, opening
+        )
         error = frames - target
         if self.tokenizer.bounded:
             moved = moving(target, clean[:, :-1])
@@ -148,9 +157,10 @@ class World(Network):
         proprio: Tensor,
         action: Tensor,
         before: tuple[Tensor, Tensor],  # proprio [B, P] and action [B, C, A] before all of them
+        opening: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Denoise frames 1..F-1 given frames 0..F-2: (frames, proprio, predicted proprio)."""
-        given = self.given(history, reference, proprio, action, before)
+        given = self.given(history, reference, proprio, action, before, opening=opening)
         return *self.denoised(noisy, sigma, given), given.condition.proprio
 
     def given(
@@ -161,6 +171,7 @@ class World(Network):
         action: Tensor,  # [B, F, C, A]; action[:, f] leads to frame f
         before: tuple[Tensor, Tensor],  # proprio [B, P] and action [B, C, A] before all of them
         clip: bool = False,
+        opening: Tensor | None = None,
     ) -> Given:
         """What frames 1..F-1 are denoised from, once for as many passes as there are.
 
@@ -171,7 +182,7 @@ class World(Network):
         position = torch.arange(count + 1, device=history.device).expand(len(history), -1)
         previous = torch.cat([before[0][:, None], proprio[:, :-1]], 1)
         led = torch.cat([before[1][:, None], action[:, 1:-1]], 1)
-        condition = self.condition(proprio, previous, led, action[:, 1:])
+        condition = self.condition(proprio, previous, led, action[:, 1:], opening)
         attends: list[Attend] = [spatial_attention] * len(self.blocks)
         if clip:
             history = history[:, :1].expand_as(history)
@@ -343,11 +354,17 @@ class World(Network):
         """The state after the next frame. On the device alone, so that it can be captured; the
         cache gets the frame's keys and values but does not advance."""
         last = latents[:, None]
-        condition = self.condition(*(x[:, None] for x in (proprio, previous, led, action)))
+        z = counter_normal(seeds, count, last.shape[2:])[:, None]
+        opening = self.told
+        if opening is None and self.opening is not None and self.drawing:
+            opening = self._drawn_opening(latents, proprio, previous, led, action, z[:, 0, 0, 0])
+        if opening is not None:
+            opening = opening[:, None]
+        known = (x[:, None] for x in (proprio, previous, led, action))
+        condition = self.condition(*known, opening)
         rotary = self.rotary(position[:, None])
         layers = range(len(self.blocks))
         attends = [spatial_attention if cache is None else _over_cache(cache, i) for i in layers]
-        z = counter_normal(seeds, count, last.shape[2:])[:, None]
         for now, after in itertools.pairwise(self.sigmas(steps)):
             level = z.new_full(z.shape[:2], now)
             frame, refined = self.denoise(z, last, reference, level, condition, rotary, attends)
@@ -357,12 +374,43 @@ class World(Network):
             attends = [_over_cache(cache, i, remember=True) for i in layers]
             clean = torch.zeros_like(level)
             self.denoise(frame, last, reference, clean, condition, rotary, attends)
-        reached = refined[:, 0] * self.proprio_std + self.proprio_mean
+        refined = refined[:, 0]
+        if opening is not None:
+            refined = self._opened(refined, opening[:, 0])
+        reached = refined * self.proprio_std + self.proprio_mean
         previous = torch.where(keep[:, None], proprio, previous)
         led = torch.where(keep[:, None, None], action, led)
         proprio = torch.where(keep[:, None], reached, proprio)
         latents = torch.where(keep[:, None, None], frame[:, 0], latents)
         return latents, proprio, previous, led, count + keep
+
+
+    def known(self, proprio: Tensor, previous: Tensor, led: Tensor, action: Tensor) -> Tensor:
+        """What the opening is drawn by besides the frame."""
+        known, _ = self._dynamics(proprio, previous, led, action)
+        widths = (self.opening.smooth(self.openings(q)) for q in (proprio, previous))
+        return torch.cat([known, *widths], -1)
+
+    def settled(self, proprio: Tensor, previous: Tensor) -> Tensor:
+        """Whether fingers have closed and stand still: they stay where they are."""
+        now, before = self.openings(proprio), self.openings(previous)
+        return (now < 0.5 * self.embodiment.gripper_open) & ((now - before).abs() < 0.001)
+
+    def _drawn_opening(
+        self,
+        latents: Tensor,
+        proprio: Tensor,
+        previous: Tensor,
+        led: Tensor,
+        action: Tensor,
+        normal: Tensor,
+    ) -> Tensor:
+        """Of the fingers after a chunk `[B]` in m; NaN where it does not close them."""
+        views = views_to_channels(self.tokenizer.decode(latents, self.views))
+        logits = self.opening(views, self.known(proprio, previous, led, action))
+        opening = self.opening.draw(logits, torch.special.ndtr(normal))
+        opening = torch.where(self.settled(proprio, previous), self.openings(proprio), opening)
+        return torch.where(self.closes(action), opening, torch.nan)
 
 
 class Simulator(Denoiser, World):

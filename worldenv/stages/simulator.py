@@ -14,7 +14,7 @@ from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime import sharding
 from worldenv.runtime.seeds import generator
-from worldenv.stages import store, training
+from worldenv.stages import grasps, store, training
 from worldenv.stages.collect import load_round
 from worldenv.stages.run import Run, Stage, data_up_to
 
@@ -67,6 +67,8 @@ def run(run: Run, mark: str, number: int) -> dict:
 
     tail = training.train(run, name, mark, simulator, loss_at, steps=steps, lr=part.lr, ema=True)
     simulator = sharding.gathered(simulator)
+    if simulator.opening is not None:
+        tail |= grasps.learn(run, mark, number, simulator, sequences)
     store.save("simulator", simulator, path, config.env)
     for log in ("clip", name):
         training.finish(run, log)
