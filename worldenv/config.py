@@ -123,6 +123,8 @@ class SimulatorConfig(PublishedSimulator):
     further columns of the tokens (results/action-map says what that brings)."""
     ray_maps: bool = False
     """Beside the action map, how the cameras move: origin and direction of every pixel's ray."""
+    luck: int = 0
+    """Which of many first weights and orders of batches (an experiment)."""
     steps: Count = 1000
     """Optimiser steps in the first round."""
     refresh_steps: Count = 300
@@ -202,6 +204,9 @@ class PosttrainConfig:
     """Where episodes are rolled out: in the learned world, or in the benchmark itself, by whose
     success they are rewarded (what the learned one is compared with: nothing is explored then and
     no world or judge is trained; evaluation is by the benchmark's word alone)."""
+    beside: tuple[str, ...] = ()
+    """Folders of runs on the same episodes whose worlds imagine a share of the groups (an
+    experiment)."""
     rounds: Annotated[int, Range(1, 1000)] = 1
     """Rounds of (collect, simulator, reflector, post-train). Raising it continues a finished run;
     a later round's world has seen where the policy before it failed."""

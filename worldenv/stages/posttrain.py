@@ -180,18 +180,27 @@ def make_world(run: Run, number: int) -> tuple[list[ImaginedVectorEnv], list[int
         if robot.opening(c.proprio[-1].tolist()) > robot.gripper_open
         and config.posttrain.middle_from <= c.elapsed < config.max_chunks - 2
     ]
-    checkpoints = run.path("checkpoints")
-    world = checkpoints / f"{world_of(config, number)}.safetensors"
-    simulator = store.load("simulator", world, run.device)
-    envs = imagined_envs(
-        simulator.for_generation(),
-        store.load("reflector", checkpoints / f"reflector-{number}.safetensors", run.device),
-        [*firsts, *middles],
-        config.posttrain.rows,
-        max_chunks=config.max_chunks,
-        sampling_steps=config.sampling_steps(number),
-        false_stops=config.posttrain.false_stops,
-    )
+    every = []
+    for checkpoints in (
+        run.path("checkpoints"),
+        *(Path(f) / "checkpoints" for f in config.posttrain.beside),
+    ):
+        world = checkpoints / f"{world_of(config, number)}.safetensors"
+        simulator = store.load("simulator", world, run.device)
+        every.append(
+            imagined_envs(
+                simulator.for_generation(),
+                store.load(
+                    "reflector", checkpoints / f"reflector-{number}.safetensors", run.device
+                ),
+                [*firsts, *middles],
+                config.posttrain.rows,
+                max_chunks=config.max_chunks,
+                sampling_steps=config.sampling_steps(number),
+                false_stops=config.posttrain.false_stops,
+            )
+        )
+    envs = [every[i % len(every)][i] for i in range(len(every[0]))]
     split = len(firsts)
     return envs, list(range(split)), list(range(split, split + len(middles)))
 

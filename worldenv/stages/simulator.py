@@ -13,7 +13,7 @@ from worldenv.models.distillation import clip_loss, conversion_loss
 from worldenv.models.simulator import World
 from worldenv.models.tokenizer import AutoencoderTokenizer
 from worldenv.runtime import sharding
-from worldenv.runtime.seeds import generator
+from worldenv.runtime.seeds import derive, generator
 from worldenv.stages import store, training
 from worldenv.stages.collect import load_round
 from worldenv.stages.run import Run, Stage, data_up_to
@@ -47,7 +47,8 @@ def run(run: Run, mark: str, number: int) -> dict:
     size = training.shard_size(run, part.batch)
     transitions = training.shard_size(run, part.dynamics_batch)
 
-    batches = training.Batches(windows, size, steps, config.seed, "simulator", number)
+    luck = derive(config.seed, "luck", part.luck) if part.luck else config.seed
+    batches = training.Batches(windows, size, steps, luck, "simulator", number)
 
     def loss_at(step: int, shard: int) -> tuple[Tensor, dict[str, Tensor]]:
         g, batch = batches(step, shard)

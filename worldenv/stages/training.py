@@ -80,7 +80,8 @@ def begin(run: Run, kind: str, number: int, episodes: list[Episode]) -> nn.Modul
     """What round `number` trains (kind: simulator, reflector): the round before's, or a new one
     that knows the proprio statistics of `episodes`.
     """
-    torch.manual_seed(derive(run.config.seed, f"{kind} weights"))
+    luck = (run.config.simulator.luck,) if run.config.simulator.luck else ()
+    torch.manual_seed(derive(run.config.seed, f"{kind} weights", *luck))
     if number:
         previous = run.path("checkpoints", f"{kind}-{number - 1}.safetensors")
         return store.load(kind, previous, run.device)
